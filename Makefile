@@ -1,0 +1,38 @@
+# Verbs: `make help`. Everything runs in $(VENV), which is created on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch that is already in $(VENV) is kept; otherwise this one is installed.
+TORCH ?= torch==2.13.0
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+READY := $(VENV)/.ready
+
+.PHONY: help repro test smoke clean-env
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+repro: $(READY) ## the main job: run what is stale of the whole pipeline, then open reports/report.html
+	dvc repro
+	@echo "report: reports/report.html"
+
+test: $(READY) ## format check, lint, types, and all tests with one smoke run of the pipeline
+	ruff format --check stages tests
+	ruff check stages tests
+	basedpyright --level error
+	python -m stages.pipeline.dependencies
+	python -m pytest
+
+smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
+	python -m stages.pipeline.smoke
+
+$(READY): requirements.txt requirements-compute.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(READY)
+
+clean-env: ## remove the environment
+	rm -rf $(VENV)

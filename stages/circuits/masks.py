@@ -1,0 +1,357 @@
+"""Desiderata-based component masking (DCM): what do the heads of a group carry?
+
+Source: Davies et al., "Discovering variable binding circuitry with desiderata" (2023); Prakash et al., ICLR
+2024, section 5. A desideratum is a set of pairs (base prompt, source prompt, target): if a group carries the
+desired information, then writing its outputs from the source prompt into the base prompt must make the model
+answer the target.
+
+1. Every head of the group gets a mask value w in [0, 1], at first 1. In the base prompt its output becomes
+   w z + (1 - w) z_source at the group's position; z_source comes from the source's own such position.
+2. The loss, minus the log-probability of the target plus sparsity * sum(1 - w), is minimised by Adam with w
+   clamped after each step. (The paper maximises the raw logit of the target, which can be had as
+   `objective="logit"`. A logit also grows without bound after the answer is won, so heads that no longer
+   change any answer go on being swapped; the log-probability saturates, and the sparsity term can then take
+   them out.)
+3. The heads, ordered by their mask, form nested sets: none, the first, the first two, ... On other pairs the
+   fewest heads whose accuracy is within a tolerance of the best are selected.
+4. On further pairs the accuracy of that set is reported, next to no heads (the floor), all heads of the
+   group, and, as a control, as many random heads at the same position, drawn anew for every pair.
+
+Only positions from the earliest site on and layers from the group's lowest on are computed; the rest comes
+from the clean base run, and gradients run through that tail only. All desiderata of a group are trained in
+one batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stages.circuits.exchange import (
+    Sites,
+    exchange,
+    exchange_in_parts,
+    node_weights,
+    outputs_at,
+    random_weights,
+    rows_that_fit,
+    slices,
+)
+from stages.circuits.types import Group, Node
+from stages.circuits.walker import Run, Walker
+
+Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
+
+
+@runtime_checkable
+class Desideratum(Protocol):
+    """Pairs of base and source prompts; `target` is the answer that the desideratum asks for."""
+
+    @property
+    def base_ids(self) -> Int[Tensor, "n t"]: ...
+    @property
+    def source_ids(self) -> Int[Tensor, "n t"]: ...
+    @property
+    def target(self) -> Int[Tensor, " n"]: ...
+    @property
+    def base_positions(self) -> Mapping[str, Int[Tensor, " n"]]: ...
+    @property
+    def source_positions(self) -> Mapping[str, Int[Tensor, " n"]]: ...
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are trained and selected.
+
+    Attributes:
+        steps: steps of Adam.
+        batch: pairs per step of all desiderata together.
+        learning_rate: of Adam.
+        sparsity: price of swapping one head, in the unit of the objective.
+        objective: "log_probability" of the target, or its raw "logit".
+        tolerance: how much accuracy on the selection pairs a smaller set of heads may give away.
+        memory_mib: how much memory a pass may take, roughly.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    sparsity: float
+    objective: str
+    tolerance: float
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How well swapping heads of a group moves the answer to the target of a desideratum.
+
+    Attributes:
+        selected: the (layer, head) pairs that the mask selects, strongest first.
+        size: number of heads of the whole group.
+        accuracy: share of test pairs answered with the target when the selected heads are swapped.
+        floor: the same with nothing swapped.
+        all_heads_accuracy: the same with the whole group swapped.
+        random_accuracy: the same with `size` random heads at the group's position, others for each pair.
+        n_test: number of test pairs.
+    """
+
+    selected: Heads
+    size: int
+    accuracy: float
+    floor: float
+    all_heads_accuracy: float
+    random_accuracy: float
+    n_test: int
+
+
+@dataclass(frozen=True)
+class PairRuns:
+    """Clean base runs and source outputs of n pairs of several desiderata.
+
+    Attributes:
+        base: clean runs of the base prompts.
+        positions: positions of the sites in the base prompts.
+        source: head outputs of the source prompts at their own sites.
+        target: token that the desideratum asks for.
+        desideratum: index of the desideratum of each pair.
+    """
+
+    base: Run
+    positions: Mapping[str, Int[Tensor, " n"]]
+    source: Mapping[str, Float[Tensor, "layers n h a"]]
+    target: Int[Tensor, " n"]
+    desideratum: Int[Tensor, " n"]
+
+    def at(self, position: str, part: slice) -> tuple[Run, Sites, Float[Tensor, "layers n 1 h a"]]:
+        """What an exchange at one site needs for some pairs: base run, sites, outputs of the source."""
+        base = self.base.select(part)
+        sites = Sites.tail(self.positions[position][part, None], base.keys.shape[-2], base.keys.dtype)
+        return base, sites, self.source[position][:, part, None]
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """The pairs of several desiderata in the order of their earliest site, so that tails are short."""
+
+    base_ids: Int[Tensor, "n t"]
+    source_ids: Int[Tensor, "n t"]
+    target: Int[Tensor, " n"]
+    base_positions: Mapping[str, Int[Tensor, " n"]]
+    source_positions: Mapping[str, Int[Tensor, " n"]]
+    desideratum: Int[Tensor, " n"]
+
+    @staticmethod
+    def of(pairs: Sequence[Desideratum], sites: Sequence[str]) -> "PairTable":
+        earliest = torch.cat(
+            [torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs]
+        )
+        order = earliest.argsort(stable=True)
+        index = torch.cat([torch.full_like(entry.target, number) for number, entry in enumerate(pairs)])
+        return PairTable(
+            torch.cat([entry.base_ids for entry in pairs])[order],
+            torch.cat([entry.source_ids for entry in pairs])[order],
+            torch.cat([entry.target for entry in pairs])[order],
+            {name: torch.cat([entry.base_positions[name] for entry in pairs])[order] for name in sites},
+            {name: torch.cat([entry.source_positions[name] for entry in pairs])[order] for name in sites},
+            index[order],
+        )
+
+    @torch.no_grad()
+    def run(self, walker: Walker, rows: slice | Tensor) -> PairRuns:
+        """Run base and source prompts of some of the pairs."""
+        source = walker.run(self.source_ids[rows]).z
+        return PairRuns(
+            walker.run(self.base_ids[rows]),
+            {name: position[rows] for name, position in self.base_positions.items()},
+            {
+                name: outputs_at(source, position[rows, None])[:, :, 0]
+                for name, position in self.source_positions.items()
+            },
+            self.target[rows],
+            self.desideratum[rows],
+        )
+
+
+def component_masks(
+    walker: Walker,
+    train: Mapping[str, Desideratum],
+    selection: Mapping[str, Desideratum],
+    test: Mapping[str, Desideratum],
+    groups: Sequence[Group],
+    settings: MaskSettings,
+    generator: np.random.Generator,
+    advance: Callable[[str], None] = lambda what: None,
+) -> dict[str, dict[str, Carried]]:
+    """What each group carries, for each desideratum: group name -> desideratum -> result.
+
+    Args:
+        walker: the model; its parameters get no gradient.
+        train: pairs of each desideratum, for the masks.
+        selection: other pairs of the same desiderata, for the number of heads.
+        test: further pairs, for the accuracies.
+        groups: groups of a circuit.
+        settings: see `MaskSettings`.
+        generator: draws the random heads of the control.
+        advance: called with what was finished, once a group and once a desideratum.
+    """
+    walker.model.requires_grad_(False)
+    names = list(train)
+    sites = sorted({group.position for group in groups})
+    table = PairTable.of([train[name] for name in names], sites)
+    n_batches = max(1, len(table.target) // settings.batch)
+    batches = [table.run(walker, torch.arange(k, len(table.target), n_batches)) for k in range(n_batches)]
+    orders = []
+    for group in groups:
+        orders.append(nested_order(*train_masks(walker, batches, group, len(names), settings)))
+        advance(f"masks of {group.name}")
+    del batches
+
+    results: dict[str, dict[str, Carried]] = {group.name: {} for group in groups}
+    for d, name in enumerate(names):
+        nested = [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)]
+        found = swap_accuracies(walker, selection[name], groups, nested, settings.memory_mib)
+        chosen = []
+        for sets, accuracy in zip(nested, found, strict=True):
+            chosen.append(
+                sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)]
+            )
+        final = [[heads, group.heads] for heads, group in zip(chosen, groups, strict=True)]
+        found = swap_accuracies(walker, test[name], groups, final, settings.memory_mib, generator)
+        for group, heads, accuracy in zip(groups, chosen, found, strict=True):
+            results[group.name][name] = Carried(
+                selected=heads,
+                size=len(group.heads),
+                accuracy=accuracy[frozenset(heads)],
+                floor=accuracy[frozenset()],
+                all_heads_accuracy=accuracy[frozenset(group.heads)],
+                random_accuracy=accuracy["random"],
+                n_test=len(test[name].target),
+            )
+        advance(f"accuracies of {name}")
+    return results
+
+
+def train_masks(
+    walker: Walker, batches: Sequence[PairRuns], group: Group, n_desiderata: int, settings: MaskSettings
+) -> tuple[Float[Tensor, "desiderata heads"], Float[Tensor, "desiderata heads"]]:
+    """Masks w of one group after training, and their means over the steps (who went first, and stayed)."""
+    layers, heads = _indices(group)
+    prepared = []
+    for batch in batches:
+        fit = rows_that_fit(walker, *_tail_shape(batch, group.position), settings.memory_mib)
+        parts = []
+        for part in slices(len(batch.target), fit):
+            parts.append((*batch.at(group.position, part), batch.target[part], batch.desideratum[part]))
+        counts = torch.bincount(batch.desideratum, minlength=n_desiderata)
+        prepared.append((parts, counts.clamp(min=1).to(walker.dtype)))
+    mask = torch.ones(n_desiderata, len(heads), dtype=walker.dtype, requires_grad=True)
+    mean = torch.zeros_like(mask)
+    optimizer = torch.optim.Adam([mask], lr=settings.learning_rate)
+    for step in range(settings.steps):
+        parts, counts = prepared[step % len(prepared)]
+        optimizer.zero_grad()
+        for run, sites, source, target, desideratum in parts:
+            share = torch.zeros(n_desiderata, walker.n_layers, walker.n_heads, dtype=walker.dtype)
+            share = share.index_put((torch.arange(n_desiderata)[:, None], layers, heads), 1 - mask)
+            weights = share[desideratum][:, None, :, None]
+            logits = exchange(walker, run, sites, source, weights, set(layers.tolist()))[:, 0]
+            if settings.objective == "log_probability":
+                logits = logits.log_softmax(-1)
+            gain = logits.gather(1, target[:, None])[:, 0]
+            (-(gain / counts[desideratum]).sum()).backward()
+        (settings.sparsity * (1 - mask).sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            mask.clamp_(0, 1)
+            mean += mask / settings.steps
+    return mask.detach(), mean
+
+
+def nested_order(
+    mask: Float[Tensor, "desiderata heads"], mean: Float[Tensor, "desiderata heads"]
+) -> Int[Tensor, "desiderata heads"]:
+    """Heads in the order in which they join: by mask; by its mean where masks are clamped alike."""
+    return torch.from_numpy(np.lexsort((mean.numpy(), mask.numpy()), axis=1))
+
+
+@torch.no_grad()
+def swap_accuracies(
+    walker: Walker,
+    pairs: Desideratum,
+    groups: Sequence[Group],
+    sets: Sequence[Sequence[Heads]],
+    memory_mib: float,
+    generator: np.random.Generator | None = None,
+) -> list[dict[frozenset[tuple[int, int]] | str, float]]:
+    """Shares of pairs answered with the target when heads at a group's position are swapped.
+
+    Args:
+        walker: the model.
+        pairs: pairs of one desideratum.
+        groups: give the positions.
+        sets: sets of heads to swap, for each group.
+        memory_mib: how much memory a pass may take, roughly.
+        generator: draws as many random heads as the group has, anew for each pair; None: no such control.
+
+    Returns:
+        for each group, the accuracy of each of its sets, of the empty set (the floor), and of "random" heads.
+    """
+    shape = (walker.n_layers, walker.n_heads)
+    table = PairTable.of([pairs], sorted({group.position for group in groups}))
+    n, length = table.base_ids.shape
+    distinct = [sorted({frozenset(heads) for heads in each} - {frozenset()}, key=sorted) for each in sets]
+    weights = []
+    for group, each in zip(groups, distinct, strict=True):
+        nodes = [[Node(layer, head, group.position) for layer, head in heads] for heads in each]
+        weight = node_weights(nodes, [group.position], *shape).expand(n, -1, -1, -1, -1)
+        if generator is not None:
+            weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
+        weights.append(weight)
+    hits = [torch.zeros(weight.shape[1], dtype=torch.long) for weight in weights]
+    floor = 0
+    for rows in slices(n, rows_that_fit(walker, length, length, memory_mib)):
+        runs = table.run(walker, rows)
+        floor += int((runs.base.logits.argmax(-1) == runs.target).sum())
+        for group, weight, hit in zip(groups, weights, hits, strict=True):
+            if len(hit):
+                at = runs.at(group.position, slice(None))
+                logits = exchange_in_parts(walker, *at, weight[rows], memory_mib)
+                hit += (logits.argmax(-1) == runs.target[:, None]).sum(0)
+    found = []
+    for each, hit in zip(distinct, hits, strict=True):
+        keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
+        found.append(dict(zip(keys, [floor / n, *(hit / n).tolist()], strict=True)))
+    return found
+
+
+def select_heads(accuracies: Sequence[float], tolerance: float) -> int:
+    """How many heads to select: the fewest whose accuracy is within the tolerance of the best.
+
+    Args:
+        accuracies: of the nested sets of 0, 1, 2, ... heads.
+        tolerance: 0 leaves only ties, which go to fewer heads.
+    """
+    enough = max(accuracies) - tolerance - 1e-12
+    return next(count for count, accuracy in enumerate(accuracies) if accuracy >= enough)
+
+
+def _nested(group: Group, order: Int[Tensor, " heads"]) -> list[Heads]:
+    """No heads, the first, the first two, ..., all heads of an order."""
+    ordered = [group.heads[index] for index in order.tolist()]
+    return [tuple(ordered[:count]) for count in range(len(ordered) + 1)]
+
+
+def _indices(group: Group) -> tuple[Int[Tensor, " heads"], Int[Tensor, " heads"]]:
+    pairs = torch.tensor(group.heads)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _tail_shape(pairs: PairRuns, position: str) -> tuple[int, int]:
+    """Window slots of the pairs' tail, and length of the prompts."""
+    length = pairs.base.keys.shape[-2]
+    return length - int(pairs.positions[position].min()), length

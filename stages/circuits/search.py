@@ -1,0 +1,255 @@
+"""Finding a circuit: which heads, at which positions, feed the answer, and through which inputs.
+
+A hop is one path-patching experiment: senders at one position, receivers (the logits, or the heads of a group
+that was found before) and the component of the receivers that they write to. Two ways to choose the hops:
+
+- `paper_hops`: the four hops of Prakash et al. 2024, with their positions;
+- `search`: from the logits backwards. Every group that was found is asked what feeds its queries (at its own
+  position) and its keys and values (at every position up to its own). One patch of all heads together says
+  whether anything at a position feeds a component; where it does, single heads are scored. It ends where
+  nothing beats the noise.
+
+Selection is one rule for every model. A hop counts when all heads of the position together move the answer by
+at least `minimum_effect` and `noise_z` standard errors. Its senders are the strongest heads, each at least
+`noise_z` standard errors strong, taken until together they have `coverage` of what all heads there do. A
+threshold on single heads would not do: where several heads do the same thing, removing one of them shows little
+(five heads of .02 to .14 can make .5 together), so a small change of the threshold would lose the whole group.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.scores import Metric, Scores, score, split_half
+from stages.circuits.types import LOGITS, Circuit, Component, Group
+
+ROOT = "fetch_answer"  # the group that writes the answer into the logits
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a hop counts, and which heads are its senders.
+
+    Attributes:
+        minimum_effect: smallest strength of all heads together, in the unit of the metric.
+        noise_z: smallest strength, of all heads together and of each sender, in standard errors over examples.
+        coverage: share of the strength of all heads together that the senders must have together.
+        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position is
+            no group of its own; its heads join that group.
+        max_depth: longest chain of hops from the logits.
+    """
+
+    minimum_effect: float
+    noise_z: float
+    coverage: float
+    merge_overlap: float
+    max_depth: int
+
+    def counts(self, joint: Scores) -> bool:
+        return bool(joint.strength >= self.minimum_effect) and bool(self.certain(joint))
+
+    def certain(self, scores: Scores) -> Bool[Tensor, "*senders"]:
+        return (scores.strength > 0) & (scores.strength >= self.noise_z * scores.noise)
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One hop that was tried.
+
+    Attributes:
+        name: of the group of its senders, unique.
+        position: of the senders.
+        receiver: name of the receiving group, or "logits".
+        component: which input of the receivers; None for the logits.
+        joint: score of all heads at the position together, with its noise.
+        scores: score of each head, [layers h]; None where the joint effect did not pass.
+        split_half: correlation of scores between two halves of the examples.
+        heads: selected (layer, head) pairs, strongest first.
+        group: name of the group that these heads form or join; None without heads.
+    """
+
+    name: str
+    position: str
+    receiver: str
+    component: Component | None
+    joint: Scores
+    scores: Scores | None = None
+    split_half: float | None = None
+    heads: tuple[tuple[int, int], ...] = ()
+    group: str | None = None
+
+    @property
+    def forms_group(self) -> bool:
+        return self.group == self.name
+
+    def strongest(self, k: int) -> tuple[tuple[int, int], ...]:
+        """The k heads of greatest strength, strongest first."""
+        assert self.scores is not None
+        n_heads = self.scores.strength.shape[1]
+        order = torch.argsort(self.scores.strength.flatten(), descending=True, stable=True)
+        return tuple((int(at) // n_heads, int(at) % n_heads) for at in order[:k])
+
+
+# name of the hop and its group, sender position, receiver, component
+PAPER_HOPS = (
+    ("value_fetcher", "last", LOGITS, None),
+    ("pos_transmitter", "last", "value_fetcher", Component.Q),
+    ("pos_detector", "query_label", "pos_transmitter", Component.V),
+    ("struct_reader", "earlier_label", "pos_detector", Component.V),
+)
+
+Report = Callable[[Hop], None]  # called after every hop
+
+
+def search(patcher: PathPatcher, metric: Metric, rule: Rule, report: Report) -> tuple[Circuit, list[Hop]]:
+    """Find a circuit from the logits backwards.
+
+    Returns:
+        the circuit, and every hop that was tried, in order.
+    """
+    hops = _try(patcher, metric, rule, "last", [(ROOT, LOGITS, None, ())], [], report)
+    frontier = hops
+    for _ in range(1, rule.max_depth):
+        found: list[Hop] = []
+        for upper in (hop for hop in frontier if hop.forms_group):
+            if all(layer == 0 for layer, _ in upper.heads):
+                continue  # no head writes into the first layer
+            for position in _up_to(patcher, upper.position):
+                components = list(Component) if position == upper.position else [Component.K, Component.V]
+                targets = [
+                    (_name(part, position, upper.name), upper.name, part, upper.heads) for part in components
+                ]
+                found += _try(patcher, metric, rule, position, targets, [*hops, *found], report)
+        hops += found
+        frontier = found
+    return _circuit(patcher, hops), hops
+
+
+def paper_hops(
+    patcher: PathPatcher,
+    metric: Metric,
+    rule: Rule,
+    receivers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    report: Report,
+) -> tuple[Circuit, list[Hop]]:
+    """The four hops of Prakash et al. 2024.
+
+    Args:
+        receivers: how many of a hop's strongest heads the next hop feeds, one number a hop; None: those of
+            the rule.
+        heads: how many of a hop's strongest heads form its group, one number a hop; None: those of the rule.
+    """
+    hops: list[Hop] = []
+    feeding: dict[str, tuple[tuple[int, int], ...]] = {LOGITS: ()}
+    for number, (name, position, receiver, component) in enumerate(PAPER_HOPS):
+        if component is not None and not feeding[receiver]:
+            break
+        target = Receivers(component, feeding[receiver])
+        joint = _scores(patcher, metric, patcher.joint_effects(position, [target])[0])
+        effects = patcher.head_effects(position, [target])[0]
+        hop = _select(patcher, metric, rule, Hop(name, position, receiver, component, joint), target, effects)
+        feeding[name] = hop.heads if receivers is None else hop.strongest(receivers[number])
+        if heads is not None:
+            hop = replace(hop, heads=hop.strongest(heads[number]))
+        hops.append(replace(hop, group=name if hop.heads else None))
+        report(hops[-1])
+    return _circuit(patcher, hops), hops
+
+
+def _try(
+    patcher: PathPatcher,
+    metric: Metric,
+    rule: Rule,
+    position: str,
+    targets: Sequence[tuple[str, str, Component | None, tuple[tuple[int, int], ...]]],
+    earlier: Sequence[Hop],
+    report: Report,
+) -> list[Hop]:
+    """One hop for each target (name, receiver, component, receiving heads): all heads first, then each."""
+    receivers = [Receivers(component, heads) for _, _, component, heads in targets]
+    joints = [_scores(patcher, metric, effect) for effect in patcher.joint_effects(position, receivers)]
+    counting = [number for number, joint in enumerate(joints) if rule.counts(joint)]
+    effects = dict(
+        zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True)
+    )
+    hops: list[Hop] = []
+    for number, (name, receiver, component, _) in enumerate(targets):
+        hop = Hop(name, position, receiver, component, joints[number])
+        if number in effects:
+            hop = _select(patcher, metric, rule, hop, receivers[number], effects[number])
+            hop = replace(hop, group=_group_of(hop, [*earlier, *hops], rule.merge_overlap))
+        report(hop)
+        hops.append(hop)
+    return hops
+
+
+def _select(
+    patcher: PathPatcher,
+    metric: Metric,
+    rule: Rule,
+    hop: Hop,
+    receivers: Receivers,
+    effects: Float[Tensor, "layers h n"],
+) -> Hop:
+    """The hop with the scores of single heads and its senders: the strongest that have the coverage together."""
+    scores = _scores(patcher, metric, effects)
+    hop = replace(hop, scores=scores, split_half=split_half(metric, effects, patcher.clean, patcher.corrupt))
+    certain = rule.certain(scores)
+    candidates = [head for head in hop.strongest(certain.numel()) if certain[head]]
+    enough, too_few = len(candidates), 0  # bisection for the number of senders; all of them if none is enough
+    while enough - too_few > 1:
+        middle = (enough + too_few) // 2
+        senders = torch.zeros(1, *certain.shape, dtype=torch.bool)
+        for head in candidates[:middle]:
+            senders[0][head] = True
+        together = _scores(patcher, metric, patcher.effects(hop.position, senders, [receivers])[0][0])
+        if float(together.strength) >= rule.coverage * float(hop.joint.strength):
+            enough = middle
+        else:
+            too_few = middle
+    return replace(hop, heads=tuple(candidates[:enough]))
+
+
+def _group_of(hop: Hop, earlier: Sequence[Hop], merge_overlap: float) -> str | None:
+    """The name of the group that a hop's heads join: its own unless they are much the same as another's."""
+    if not hop.heads:
+        return None
+    heads = set(hop.heads)
+    for other in earlier:
+        if other.forms_group and other.position == hop.position:
+            if len(heads & set(other.heads)) >= merge_overlap * len(heads | set(other.heads)):
+                return other.name
+    return hop.name
+
+
+def _scores(patcher: PathPatcher, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
+    return score(metric, effects, patcher.clean, patcher.corrupt)
+
+
+def _up_to(patcher: PathPatcher, position: str) -> list[str]:
+    """Semantic positions that are never after `position`: itself first, then from late to early."""
+    positions = patcher.pairs.positions
+    before = [name for name, at in positions.items() if bool((at <= positions[position]).all())]
+    return sorted(before, key=lambda name: (name != position, -float(positions[name].double().mean()), name))
+
+
+def _name(component: Component, position: str, receiver: str) -> str:
+    """E.g. "k_separator" feeds keys of the answer fetchers, "v_label>k_separator" values of those heads."""
+    step = f"{component}_{position.removeprefix('earlier_')}"
+    return step if receiver == ROOT else f"{step}>{receiver}"
+
+
+def _circuit(patcher: PathPatcher, hops: Sequence[Hop]) -> Circuit:
+    groups = []
+    for hop in hops:
+        if hop.forms_group and hop.scores is not None:
+            joined = [head for other in hops if other.group == hop.name for head in other.heads]
+            heads = tuple(dict.fromkeys([*hop.heads, *joined]))
+            values = tuple(float(hop.scores.score[head]) for head in heads)
+            groups.append(Group(hop.name, hop.position, hop.receiver, hop.component, heads, values))
+    return Circuit(tuple(groups), patcher.walker.n_layers, patcher.walker.n_heads)

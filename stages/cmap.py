@@ -1,0 +1,116 @@
+"""Stage `cmap` (arm, seed): what do head outputs of the tuned model do in the base, and the reverse?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.circuits.exchange import rows_that_fit, slices
+from stages.circuits.transplant import random_like, transplant
+from stages.circuits.types import Circuit, Node
+from stages.circuits.walker import Walker
+from stages.measures.faithfulness import Readout, in_tail_order
+from stages.pipeline.checkpoints import load_model
+from stages.pipeline.files import read_json, write_json
+from stages.pipeline.stage import Cell, run
+from stages.tasks.examples import Examples, read_examples
+
+
+def patch_both_ways(
+    base: Walker,
+    tuned: Walker,
+    examples: Examples,
+    node_sets: Mapping[str, Sequence[Node]],
+    draws: int,
+    memory_mib: float,
+    generator: np.random.Generator,
+    advance: Callable[[int], object] = lambda n: None,
+) -> dict[str, Any]:
+    """Scores of both models, and of each with the other's head outputs at each node set.
+
+    Args:
+        base: one model.
+        tuned: the other one.
+        examples: prompts with answers, read by both models.
+        node_sets: nodes by name.
+        draws: random node sets of the same shape for each prompt and node set, the control.
+        memory_mib: how much memory a pass may take, roughly.
+        generator: of those draws; both directions get the same ones.
+        advance: called with the number of examples done.
+    """
+    length = examples.input_ids.shape[1]
+    shape = (base.n_layers, base.n_heads)
+    random: dict[str, Bool[Tensor, "n draws layers p h"]] = {
+        name: random_like(nodes, len(examples), draws, *shape, generator) for name, nodes in node_sets.items()
+    }
+    directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
+    unpatched: dict[str, list[Readout]] = {direction: [] for direction in directions}
+    patched: dict[tuple[str, str], list[Readout]] = {}
+    for rows in slices(len(examples), rows_that_fit(base, length, length, memory_mib)):
+        part = examples.select(rows)
+        with torch.no_grad():
+            runs = {walker: walker.run(part.input_ids) for walker in (base, tuned)}
+        for direction, (donor, receiver) in directions.items():
+            clean = runs[receiver]
+            unpatched[direction].append(Readout.of(clean.logits[:, None], part.answer, part.others))
+            for name, nodes in node_sets.items():
+                logits = transplant(
+                    receiver, clean, runs[donor], part.positions, nodes, memory_mib, random[name][rows]
+                )
+                patched.setdefault((direction, name), []).append(Readout.of(logits, part.answer, part.others))
+        advance(len(part))
+
+    scores = {key: Readout.join(parts).means() for key, parts in patched.items()}
+    base_alone = Readout.join(unpatched["tuned_to_base"]).means()[0]
+    tuned_alone = Readout.join(unpatched["base_to_tuned"]).means()[0]
+    return {
+        "n": len(examples),
+        "base_accuracy": base_alone["accuracy"],
+        "tuned_accuracy": tuned_alone["accuracy"],
+        "base": base_alone,
+        "tuned": tuned_alone,
+        **{direction: {name: scores[direction, name][0] for name in node_sets} for direction in directions},
+        "random": {
+            direction: {name: _mean(scores[direction, name][1:]) for name in node_sets}
+            for direction in directions
+        },
+    }
+
+
+def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(entry[key] for entry in entries) / len(entries) for key in entries[0]}
+
+
+def main(cell: Cell) -> None:
+    arm, seed = cell.item["arm"], cell.item["seed"]
+    settings = cell.params("cmap")
+    circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
+    node_sets: dict[str, Sequence[Node]] = {}
+    if circuit.identifiable:
+        node_sets |= {group.name: group.nodes for group in circuit.groups}
+        node_sets["circuit"] = circuit.nodes
+    examples = in_tail_order(
+        read_examples("data/old/evaluation.parquet"), {node.position for node in circuit.nodes}
+    )
+    base, tuned = Walker(load_model(f"models/base/{seed}")), Walker(load_model(f"models/{arm}/{seed}"))
+    with tqdm(total=len(examples), desc="cmap", unit="example") as bar:
+        record = patch_both_ways(
+            base,
+            tuned,
+            examples,
+            node_sets,
+            settings.random_draws,
+            settings.memory_mib,
+            np.random.default_rng([int(seed), 0]),
+            bar.update,
+        )
+    record |= {"arm": arm, "seed": int(seed), "settings": {"random_draws": settings.random_draws}}
+    write_json(f"reports/cells/cmap/{arm}/{seed}.json", record)
+
+
+if __name__ == "__main__":
+    run("cmap", ("arm", "seed"), main)

@@ -1,0 +1,45 @@
+"""Stage `contrast`: compare the arms, paired over seeds.
+
+reads  reports/cells/**, exactly the cells that seeds and arms name
+writes reports/statistics.json   measures by arm, contrasts, reach rates
+       reports/cells.csv         every scalar of every record, long form
+"""
+
+from pathlib import Path
+
+from stages.pipeline.files import write_csv, write_json
+from stages.pipeline.stage import Cell, Invalid, run
+from stages.statistics.cells import long_form, read_cells
+from stages.statistics.contrasts import Plan, compare
+
+
+def main(cell: Cell) -> None:
+    section = cell.params("contrast")
+    cells = read_cells(
+        Path("reports/cells"), cell.params("seeds"), cell.params("models"), cell.params("arms")
+    )
+    frame = long_form(cells)
+    undefined = frame["value"].isna()
+    full_names = frame["stage"] + "." + frame["measure"]
+    known, empty = set(full_names), tuple(set(full_names[undefined] + "."))
+    for measure in (section.primary_measure, *section.secondary_measures):
+        if measure not in known and not measure.startswith(empty):
+            raise Invalid(
+                f"contrast measure '{measure}': no record has it; reports/cells.csv lists stage and measure"
+            )
+    plan = Plan(
+        primary=section.primary_measure,
+        secondary=tuple(section.secondary_measures),
+        contrasts=tuple((arm, reference) for arm, reference in section.contrasts),
+        confidence=section.confidence,
+        alpha=section.alpha,
+        equivalence_margin=section.equivalence_margin,
+        resamples=section.resamples,
+        seed=section.seed,
+    )
+    write_csv("reports/cells.csv", frame)
+    write_json("reports/statistics.json", {"new_task": cell.params("new_task")} | compare(cells, plan))
+
+
+if __name__ == "__main__":
+    run("contrast", (), main)

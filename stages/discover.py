@@ -1,0 +1,132 @@
+"""Stage `discover`: find the entity-tracking circuit of one model by exact path patching.
+
+    python -m stages.discover <model> <seed>
+
+reads  models/<model>/<seed>, data/old/discovery.parquet
+writes reports/cells/discover/<model>/<seed>/
+         circuit.json   groups of heads; empty and not identifiable where the model is below
+         `identifiable_accuracy` scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers,
+         heads] record.json    accuracy, every hop that was tried, settings
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.scores import Metric, measure_of
+from stages.circuits.search import Hop, Rule, paper_hops, search
+from stages.circuits.types import Circuit
+from stages.circuits.walker import Walker
+from stages.pipeline.checkpoints import load_model
+from stages.pipeline.files import replacing_directory, write_json, write_npz
+from stages.pipeline.stage import Cell, Invalid, run
+from stages.tasks.examples import read_examples
+
+
+def main(cell: Cell) -> None:
+    settings = cell.params("discover")
+    model, seed = cell.item["model"], cell.item["seed"]
+    torch.set_num_threads(settings.threads)
+    examples = read_examples("data/old/discovery.parquet")
+    if settings.examples > len(examples):
+        raise Invalid(
+            f"discover.examples = {settings.examples}: data/old/discovery.parquet holds {len(examples)}"
+        )
+    examples = examples.select(slice(0, settings.examples))
+
+    metric = Metric(settings.score)
+    patcher = PathPatcher(
+        Walker(load_model(f"models/{model}/{seed}")),
+        Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions),
+        measure_of(metric, examples.answer, examples.others),
+        settings.memory_mib,
+    )
+    accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).float().mean())
+    if accuracy < settings.identifiable_accuracy:
+        walker = patcher.walker
+        circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
+    else:
+        circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
+
+    with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:
+        write_json(folder / "circuit.json", circuit.to_json())
+        write_npz(folder / "scores.npz", **_arrays(hops))
+        write_json(
+            folder / "record.json",
+            {
+                "model": model,
+                "seed": int(seed),
+                "accuracy": accuracy,
+                "clean": float(patcher.clean.mean()),
+                "corrupt": float(patcher.corrupt.mean()),
+                "identifiable": circuit.identifiable,
+                "size": len(circuit.nodes),
+                "sizes": {group.name: len(group.heads) for group in circuit.groups},
+                "nodes_per_position": _nodes_per_position(circuit),
+                "hops": [_record(hop) for hop in hops],
+                "settings": settings.model_dump(mode="json"),
+            },
+        )
+
+
+def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
+    """Run the chosen hops under a progress bar that names the last one and its strongest head."""
+    rule = Rule(
+        settings.minimum_effect,
+        settings.noise_z,
+        settings.coverage,
+        settings.merge_overlap,
+        settings.max_depth,
+    )
+    with tqdm(desc=title, unit="hop", mininterval=0.5) as bar:
+
+        def report(hop: Hop) -> None:
+            strongest = "nothing above the noise"
+            if hop.heads and hop.scores is not None:
+                layer, head = hop.heads[0]
+                value = float(hop.scores.score[layer, head])
+                strongest = f"{len(hop.heads)} heads, strongest {layer}.{head} ({value:.2f})"
+            bar.set_postfix_str(f"{hop.name}: {strongest}", refresh=False)
+            bar.update()
+
+        if settings.hops == "auto":
+            return search(patcher, metric, rule, report)
+        top = settings.paper_top
+        receivers, heads = (None, None) if top is None else (top.receivers, top.heads)
+        return paper_hops(patcher, metric, rule, receivers, heads, report)
+
+
+def _arrays(hops: list[Hop]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for hop in hops:
+        if hop.scores is not None:
+            arrays[f"{hop.name}.score"] = hop.scores.score.numpy()
+            arrays[f"{hop.name}.noise"] = hop.scores.noise.numpy()
+    return arrays
+
+
+def _nodes_per_position(circuit: Circuit) -> dict[str, int]:
+    positions = [node.position for node in circuit.nodes]
+    return {position: positions.count(position) for position in sorted(set(positions))}
+
+
+def _record(hop: Hop) -> dict[str, Any]:
+    return {
+        "name": hop.name,
+        "position": hop.position,
+        "receiver": hop.receiver,
+        "component": None if hop.component is None else str(hop.component),
+        "joint": float(hop.joint.score),
+        "joint_noise": float(hop.joint.noise),
+        "selected": len(hop.heads),
+        "split_half": hop.split_half,
+        "group": hop.group,
+    }
+
+
+if __name__ == "__main__":
+    run("discover", ("model", "seed"), main)

@@ -1,0 +1,150 @@
+"""Stage `evaluate` (model, seed): does the base's circuit still do the old task in this model?
+
+The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
+the model's own circuit, random circuits of the same shape, the circuit without each of its groups, and the
+model without each group.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stages.circuits.ablation import mean_outputs
+from stages.circuits.exchange import random_nodes
+from stages.circuits.types import Circuit
+from stages.circuits.walker import Walker
+from stages.learning.probes import last_logits, valid_mass
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, in_tail_order, ratio
+from stages.pipeline.checkpoints import load_model
+from stages.pipeline.files import read_json, write_json
+from stages.pipeline.stage import Cell, run
+from stages.tasks.examples import Examples, Prompts, read_examples, read_prompts
+
+
+def evaluate(
+    walker: Walker,
+    base: Walker,
+    base_circuit: Circuit,
+    own_circuit: Circuit,
+    old: Examples,
+    prompts_of_means: Examples,
+    new: Prompts,
+    settings: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of one cell, less its names; `base` may be the walker itself.
+
+    Args:
+        walker: the model.
+        base: the base it was tuned from.
+        base_circuit: circuit of the base.
+        own_circuit: circuit that was found in the model.
+        old: evaluation examples of the old task.
+        prompts_of_means: prompts that head outputs are averaged over.
+        new: evaluation prompts of the new task.
+        settings: section `evaluate` of params.yaml.
+        seed: of the random circuits: the same ones for every model of the seed.
+    """
+    memory = settings.memory_mib
+    groups = base_circuit.groups if base_circuit.identifiable else ()
+    nodes = frozenset(base_circuit.nodes if base_circuit.identifiable else ())
+    own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
+    old = in_tail_order(old, {node.position for node in nodes})
+    generator = np.random.default_rng([seed, 0])
+    shape = (walker.n_layers, walker.n_heads)
+    random = (
+        [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
+    )
+    circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
+
+    with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
+        means = mean_outputs(walker, prompts_of_means.input_ids, memory)
+        found = evaluate_circuits(
+            walker, means, old, circuits, [group.nodes for group in groups], memory, bar.update
+        )
+        if base is walker:
+            base_full, base_kept = found.full, found.in_place.means()[0]
+        else:
+            means = mean_outputs(base, prompts_of_means.input_ids, memory)
+            reference = evaluate_circuits(base, means, old, [nodes], [], memory, bar.update)
+            base_full, base_kept = reference.full, reference.in_place.means()[0]
+
+    full, kept, without = found.full.means()[0], found.in_place.means(), found.without.means()
+    before, after = base_full.correct[:, 0], found.full.correct[:, 0]
+    return {
+        "old_accuracy": full["accuracy"],
+        "old_logit_difference": full["logit_difference"],
+        "old_p_correct": full["p_correct"],
+        **_new_scores(walker, new),
+        "n_old": len(old),
+        "n_new": len(new),
+        "flips": {
+            "lost": float((before & ~after).double().mean()),
+            "gained": float((~before & after).double().mean()),
+        },
+        "circuit": circuit_record(len(nodes), kept[0], full, base_kept) if nodes else None,
+        "own_circuit": circuit_record(len(own_nodes), kept[1], full, base_kept if nodes else None)
+        if own_nodes
+        else None,
+        "groups": {
+            group.name: {
+                "size": len(group.heads),
+                "accuracy_without": kept[2 + index]["accuracy"],
+                "accuracy_drop": kept[0]["accuracy"] - kept[2 + index]["accuracy"],
+                "model_accuracy_without": without[index]["accuracy"],
+                "model_accuracy_drop": full["accuracy"] - without[index]["accuracy"],
+            }
+            for index, group in enumerate(groups)
+        },
+        "random": _random_record(kept[2 + len(groups) :], full) if random else None,
+    }
+
+
+def _new_scores(walker: Walker, new: Prompts) -> dict[str, float]:
+    with torch.no_grad():
+        log_probs = last_logits(walker.model, new.input_ids).double().log_softmax(-1)
+    correct = (log_probs.argmax(-1, keepdim=True) == new.valid).any(-1)
+    return {
+        "new_accuracy": float(correct.double().mean()),
+        "new_valid_mass": float(valid_mass(log_probs, new.valid).mean()),
+    }
+
+
+def _random_record(kept: list[dict[str, float]], full: dict[str, float]) -> dict[str, Any]:
+    accuracies = [entry["accuracy"] for entry in kept]
+    return {
+        "n": len(kept),
+        "accuracies": accuracies,
+        "mean": sum(accuracies) / len(kept),
+        "max": max(accuracies),
+        "faithfulness": [ratio(accuracy, full["accuracy"]) for accuracy in accuracies],
+        "faithfulness_ld": [ratio(entry["logit_difference"], full["logit_difference"]) for entry in kept],
+    }
+
+
+def main(cell: Cell) -> None:
+    model, seed = cell.item["model"], cell.item["seed"]
+    walker = Walker(load_model(f"models/{model}/{seed}"))
+    base = walker if model == "base" else Walker(load_model(f"models/base/{seed}"))
+    circuits = Path("reports/cells/discover")
+    settings = cell.params("evaluate")
+    record = evaluate(
+        walker,
+        base,
+        Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json")),
+        Circuit.from_json(read_json(circuits / model / seed / "circuit.json")),
+        read_examples("data/old/evaluation.parquet"),
+        read_examples("data/old/means.parquet"),
+        read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet"),
+        settings,
+        int(seed),
+    )
+    record |= {"model": model, "seed": int(seed), "settings": {"random_circuits": settings.random_circuits}}
+    write_json(f"reports/cells/evaluate/{model}/{seed}.json", record)
+
+
+if __name__ == "__main__":
+    run("evaluate", ("model", "seed"), main)

@@ -1,0 +1,52 @@
+"""What the groups of the circuit carry, in the base and after tuning (desiderata-based component masking)."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stages.figures.bars import bar_handles, group_labels, grouped_bars
+from stages.figures.style import empty, model_handles, plt, styled
+
+TITLES = {
+    "positional": "Positional: the place of the box among the boxes",
+    "object_value": "Object value: the object itself",
+    "box_label_value": "Box label value: the label of the box",
+}
+
+
+def draw(frame: pd.DataFrame, groups: list[str], counts: dict[str, int], n_seeds: int) -> Figure:
+    """One panel for each desideratum.
+
+    Args:
+        frame: model, seed, group, desideratum, accuracy, floor, random.
+        groups: groups to show, in order.
+        counts: group -> number of bases that have it.
+        n_seeds: number of bases.
+    """
+    with styled():
+        if frame.empty:
+            figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
+            empty(axes, "No circuit was identifiable in the base, so no group could be masked.")
+            return figure
+        found = list(dict.fromkeys(frame["desideratum"]))
+        names = [name for name in TITLES if name in found]
+        names += [name for name in found if name not in TITLES]
+        figure, panels = plt.subplots(
+            len(names),
+            1,
+            figsize=(11, 1.2 + 2.5 * len(names)),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        models = list(dict.fromkeys(frame["model"]))
+        for axes, name in zip(panels[:, 0], names, strict=True):
+            part = frame[frame["desideratum"] == name]
+            grouped_bars(axes, part, groups, models, "floor")
+            axes.set_title(TITLES.get(name, name))
+            axes.set_ylabel("Answers moved")
+        panels[-1, 0].set_xticks(range(len(groups)), group_labels(groups, counts, n_seeds))
+        handles = model_handles(models, "s") + bar_handles(
+            "floor: nothing swapped", bool(frame["random"].notna().any())
+        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=5)
+        return figure

@@ -1,0 +1,479 @@
+"""The report's words, tables and order, from summary.json alone, and its two renderings.
+
+`document` builds one structure of sections; the templates beside it turn it into HTML and Markdown, so that
+both say the same. Every number comes out of the summary through `number` (a test checks it).
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages.figures.style import label
+from stages.statistics.wording import count, number, phrase, reasons, short_name
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        name: its file is figures/<name>.png.
+        caption: what to look at, and what one sees.
+    """
+
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first `text_columns` columns are words, the others numbers."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report; `folded` ones are closed at first in HTML."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """The report.
+
+    Attributes:
+        title, question, answer: at its head.
+        limits: what the number of pairs allows to say.
+        how_to_read: one line for those who were not there.
+        sections: in order.
+    """
+
+    title: str
+    question: str
+    answer: str
+    limits: str
+    how_to_read: str
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def document(summary: Mapping[str, Any]) -> Document:
+    """Write the report."""
+    return Document(
+        title="Which way of fine-tuning keeps a model's old circuit?",
+        question=(
+            "When a language model learns a new task, which way of fine-tuning it, supervised (SFT) or "
+            "reinforcement learning (RL), keeps the circuit of its old task?"
+        ),
+        answer=summary["headline"]["sentence"],
+        limits=summary["power_note"],
+        how_to_read=(
+            "Every seed gives one base model that solves the old task; all arms start from that base and "
+            "are compared at the same accuracy in the new task. Warm colours are SFT, blue is RL, purple "
+            f"and grey are controls; {label('base')} is black. A dot is a seed; filled means compared, "
+            "hollow means that the arm never reached the matching level. Retention is the share of what "
+            "the base's circuit did alone in the base that it still does alone in the tuned model "
+            "(everything else mean-ablated): 1 is untouched."
+        ),
+        sections=(
+            _answer(summary),
+            _tasks(summary),
+            _circuit(summary),
+            _distance(),
+            _transplants(),
+            _carried(),
+            _learning(summary),
+            _tables(summary),
+            _left_out(summary),
+            _provenance(summary),
+        ),
+    )
+
+
+def _answer(summary: Mapping[str, Any]) -> Section:
+    plan = summary["plan"][0]
+    entries = [entry for entry in summary["table_contrasts"] if entry["measure"] == plan["primary"]]
+    verdicts = summary["contrasts"]
+    rows = [
+        (
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            verdicts[e["name"]]["verdict"],
+            str(e["n"]),
+            number(e["difference"], signed=True),
+            _interval(e["ci"]),
+            _interval(e["ci_bootstrap"]),
+            number(e["p"], 4),
+            number(e["p_holm"], 4),
+            number(e["p_equivalent"], 4),
+        )
+        for e in entries
+    ]
+    check_rows = [
+        (c["what"], {True: "holds", False: "does not hold", None: "no data"}[c["holds"]], _check(c))
+        for c in summary["checks"]
+    ]
+    percent = f"{100 * plan['confidence']:g} %"
+    return Section(
+        "The contrasts",
+        (
+            f"Primary measure: {short_name(plan['primary'])}, the share {phrase(plan['primary'])} that is "
+            "left. The contrasts were fixed in params.yaml before the runs; their p values are corrected "
+            f"together (Holm, {count(len(plan['contrasts']), 'contrast')}).",
+        ),
+        (
+            Picture(
+                "contrasts",
+                "Left: what each arm keeps; bars are means over seeds, the dotted line is what random "
+                f"circuits of the same shape have. Right: paired differences with {percent} t intervals; "
+                f"the grey band (±{number(plan['equivalence_margin'])}) counts as no difference; p is the "
+                "exact sign-flip test, not yet corrected. An arrow head at the edge is an interval that "
+                "goes on beyond it.",
+            ),
+        ),
+        (
+            Table(
+                f"Contrasts of the primary measure. Clear: corrected p below {plan['alpha']:g} and an "
+                "interval without zero. Suggestive: only the interval. Equivalent: inside the margin "
+                "(TOST). Undecided: none of these.",
+                (
+                    "Contrast",
+                    "Verdict",
+                    "Pairs",
+                    "Difference",
+                    f"{percent} t interval",
+                    "Bootstrap interval",
+                    "Exact p",
+                    "Holm p",
+                    "TOST p",
+                ),
+                rows,
+                2,
+            ),
+            Table(
+                "Could this experiment have shown anything?",
+                ("What should hold", "Verdict", "Found"),
+                check_rows,
+                3,
+            ),
+        ),
+    )
+
+
+def _tasks(summary: Mapping[str, Any]) -> Section:
+    level = (
+        ""
+        if summary["level"] is None
+        else f" They are compared where they reach {number(summary['level'], 2)}."
+    )
+    shortcut, name = "", summary["shortcut_name"]
+    if name is not None:
+        shortcut = f" The best answer without the skill ({name}) scores {number(summary['shortcut'])}."
+    return Section(
+        "New task against old",
+        (f"The old task is entity tracking; the new task is “{summary['new_task']}”.{level}{shortcut}",),
+        (
+            Picture(
+                "pareto",
+                "Each line is a run, from the base (star) to the right as it learns; higher is less "
+                "forgotten. Large marks are the matched models (selection split). The last panel shows, "
+                "for the matched models on the evaluation split, how much of the circuit is left.",
+            ),
+        ),
+    )
+
+
+def _circuit(summary: Mapping[str, Any]) -> Section:
+    base = summary["base"]
+    return Section(
+        "The circuit",
+        (
+            f"Means over {count(base['seeds'], 'base')}: old-task accuracy {number(base['old_accuracy'])}, "
+            f"circuit of {number(base['circuit_size'], 1)} (head, position) nodes, faithfulness "
+            f"{number(base['circuit_faithfulness'])}; random circuits of the same shape have "
+            f"{number(base['random_faithfulness'])} (at most {number(base['random_faithfulness_max'])}).",
+        ),
+        (
+            Picture(
+                "circuit",
+                "The circuit of the first seed's base. Above: dots are attention heads, larger ones have "
+                "larger path-patching scores; arrows run from a group to the group (or the logits) that "
+                "reads from it, with the input that it feeds (q, k or v). Below: the same heads in the "
+                "tuned models; the darker, the more their weights changed.",
+            ),
+            Picture(
+                "nulls",
+                "Share of a model's accuracy that a circuit alone keeps. Filled: the base's circuit in "
+                "that model. Hollow: the circuit found anew in that model. Dashes: random circuits of the "
+                "same shape.",
+            ),
+        ),
+    )
+
+
+def _distance() -> Section:
+    return Section(
+        "Forgetting against distance",
+        (),
+        (
+            Picture(
+                "forgetting",
+                "Arms at the same distance from the base are compared by looking straight up: left, "
+                "distance in outputs on new-task prompts; right, distance in weights, with a random "
+                "direction as the control. Large marks are the matched models.",
+            ),
+        ),
+    )
+
+
+def _transplants() -> Section:
+    return Section(
+        "Transplants",
+        (),
+        (
+            Picture(
+                "transplants",
+                "Cross-model activation patching, by group of heads and for the whole circuit. Above: a "
+                "bar below the black tick (the base alone) means that tuned heads no longer do the base's "
+                "work. Below: a bar above the black tick (the tuned model alone) means that the base's "
+                "heads bring back what tuning damaged; the dashed line is the base, the ceiling. Diamonds: "
+                "as many random heads instead.",
+            ),
+        ),
+    )
+
+
+def _carried() -> Section:
+    return Section(
+        "What the groups carry",
+        (),
+        (
+            Picture(
+                "desiderata",
+                "Desiderata-based component masking: share of test pairs in which swapping a group's "
+                "selected heads moves the answer as it must if the group carries the place, the object or "
+                "the label of the box. Ticks: floor with nothing swapped. Diamonds: as many random heads.",
+            ),
+        ),
+    )
+
+
+def _learning(summary: Mapping[str, Any]) -> Section:
+    rows = [
+        (
+            label(e["arm"]),
+            f"{e['learning_rate']:g}",
+            f"{e['reached']} of {e['of']}",
+            number(e["mean"]),
+        )
+        for e in summary["table_learning_rates"]
+    ]
+    tables = (
+        (
+            Table(
+                "Old-task accuracy (selection split) where the matching level is reached, for every "
+                "learning rate of the grid: how much the learning rate matters beside the method.",
+                ("Arm", "Learning rate", "Runs that reach the level", "Old-task accuracy"),
+                rows,
+                1,
+            ),
+        )
+        if rows
+        else ()
+    )
+    return Section(
+        "How they learned",
+        (),
+        (
+            Picture(
+                "training",
+                "Left: the bases. Right: the arms on the new task (above) and the old one (below).",
+            ),
+        ),
+        tables,
+    )
+
+
+def _tables(summary: Mapping[str, Any]) -> Section:
+    measures, plan = summary["measures"], summary["plan"][0]
+    names = [short_name(measure) for measure in measures]
+    models = [
+        (
+            label(entry["model"]),
+            _reach(summary, entry["model"]),
+            *(_mean_sd(entry["measures"][measure]) for measure in measures),
+        )
+        for entry in summary["table_models"]
+    ]
+    seeds = [
+        (
+            label(entry["model"]),
+            entry["seed"],
+            {True: "yes", False: "no", None: "–"}[entry["reached"]],
+            "–" if entry["step"] is None else str(entry["step"]),
+            *(number(entry["measures"][measure]) for measure in measures),
+        )
+        for entry in summary["table_seeds"]
+    ]
+    secondary = [
+        (
+            short_name(e["measure"]),
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            str(e["n"]),
+            number(e["difference"], signed=True),
+            _interval(e["ci"]),
+            number(e["p"], 4),
+        )
+        for e in summary["table_contrasts"]
+        if e["measure"] != plan["primary"]
+    ]
+    return Section(
+        "Tables",
+        (),
+        (),
+        (
+            Table(
+                "Means over the seeds at which the arm reached the level, ± standard deviation between "
+                "seeds.",
+                ("Model", "Reached", *names),
+                models,
+                1,
+            ),
+            Table("Every seed.", ("Model", "Seed", "Reached", "Step", *names), seeds, 1),
+            Table(
+                "Contrasts of secondary measures; these describe, their p values are not corrected.",
+                ("Measure", "Contrast", "Pairs", "Difference", "t interval", "Exact p"),
+                secondary,
+                2,
+            ),
+        ),
+    )
+
+
+def _left_out(summary: Mapping[str, Any]) -> Section:
+    plan = summary["plan"][0]
+    names = {model["model"]: label(model["model"]) for model in summary["table_models"]}
+    lines = []
+    for entry in summary["table_contrasts"]:
+        if entry["measure"] == plan["primary"] and entry["excluded"]:
+            lines.append(
+                f"{entry['name']}: {count(len(entry['excluded']), 'pair')} left out "
+                f"({reasons(entry, names)})."
+            )
+    if not lines:
+        lines.append("No pair of the primary contrasts was left out.")
+    unreached = _cell_list(summary["unreached"])
+    lines.append(
+        f"Matching level not reached: {unreached}." if unreached else "Every run reached the matching level."
+    )
+    hidden = _cell_list(summary["not_identifiable"])
+    lines.append(
+        f"Circuit not identifiable, because the model is too close to chance in the old task: {hidden}."
+        if hidden
+        else "A circuit was identifiable in every model."
+    )
+    lines.append(
+        "Limits: one small architecture, one pair of tasks, attention heads only (MLPs, embeddings and "
+        "norms always count as part of a circuit). Whether an arm reaches the level is itself an outcome, "
+        "so comparing only those that do can bias a contrast; the reach rates above say how much room "
+        "there is for that. What holds here need not hold in large models."
+    )
+    return Section("What was left out, and what this cannot say", lines)
+
+
+def _provenance(summary: Mapping[str, Any]) -> Section:
+    found = summary["provenance"]
+    return Section(
+        "Provenance",
+        (
+            "Computed on the CPU, models in float32, statistics in float64; same params, same bytes. The "
+            "hash of a stage is the MD5 of the list of its records' MD5 sums, which are those of dvc.lock "
+            "where an output is one file; summary.json lists them all.",
+        ),
+        (),
+        (
+            Table("Settings.", ("Name", "Value"), [(e["name"], e["value"]) for e in found["settings"]], 2),
+            Table(
+                "Packages.",
+                ("Package", "Version"),
+                [(e["package"], e["version"]) for e in found["versions"]],
+                2,
+            ),
+            Table(
+                "Records read.",
+                ("Stage", "MD5", "Files"),
+                [(e["stage"], e["md5"], str(e["files"])) for e in found["stages"]],
+                2,
+            ),
+        ),
+        folded=True,
+    )
+
+
+def _cell_list(entries: Sequence[Mapping[str, str]]) -> str:
+    return ", ".join(f"{label(entry['model'])} at seed {entry['seed']}" for entry in entries)
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    texts = [
+        str(value) if isinstance(value, int) else number(value, signed=True) for value in check["numbers"]
+    ]
+    return check["text"].format(*texts)
+
+
+def _reach(summary: Mapping[str, Any], model: str) -> str:
+    arm = summary["arms"].get(model)
+    return "–" if arm is None else f"{arm['reached']} of {arm['of']}"
+
+
+def _mean_sd(entry: Mapping[str, Any]) -> str:
+    return (
+        number(entry["mean"]) if entry["sd"] is None else f"{number(entry['mean'])} ± {number(entry['sd'])}"
+    )
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{number(bounds[0], signed=True)} to {number(bounds[1], signed=True)}"
+
+
+def to_html(report: Document, images: Mapping[str, bytes]) -> str:
+    """One self-contained page: images are inlined, nothing is fetched, nothing runs.
+
+    Args:
+        report: what to say.
+        images: figure name -> PNG.
+    """
+    inlined = {
+        name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()
+    }
+    return _render("report.html.jinja", report, inlined, escape=True)
+
+
+def to_markdown(report: Document, images: Mapping[str, bytes]) -> str:
+    """The same for a repository page, with images in figures/ beside it."""
+    return _render("report.md.jinja", report, {name: f"figures/{name}.png" for name in images}, escape=False)
+
+
+def _render(template: str, report: Document, images: Mapping[str, str], escape: bool) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(report=report, images=images)

@@ -1,0 +1,85 @@
+"""Is the circuit more than chance? Its faithfulness beside that of random circuits of the same shape."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from stages.figures.style import SOFT, empty, label, look, plt, reference_line, styled
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """One column for each model.
+
+    Args:
+        frame: model, seed, reached, kind ("base circuit", "own circuit", "random"), faithfulness.
+    """
+    with styled():
+        frame = frame.dropna(subset=["faithfulness"])
+        figure, axes = plt.subplots(figsize=(11, 4.4 if len(frame) else 1.5), layout="constrained")
+        if frame.empty:
+            empty(axes, "No circuit was identifiable in the base: nothing to compare with chance.")
+            return figure
+        models = list(dict.fromkeys(frame["model"]))
+        seeds = list(dict.fromkeys(frame["seed"]))
+        places = np.linspace(-0.22, 0.22, len(seeds)) if len(seeds) > 1 else [0.0]
+        for column, model in enumerate(models):
+            style = look(model)
+            for seed, shift in zip(seeds, places, strict=True):
+                part = frame[(frame["model"] == model) & (frame["seed"] == seed)]
+                x = column + shift
+                chance = part[part["kind"] == "random"]["faithfulness"]
+                axes.plot([x] * len(chance), chance, "_", color=SOFT, markersize=7, alpha=0.6, zorder=2)
+                for kind, filled in (("own circuit", False), ("base circuit", True)):
+                    value = part[part["kind"] == kind]["faithfulness"]
+                    axes.plot(
+                        [x] * len(value),
+                        value,
+                        "o",
+                        color=style.colour,
+                        markerfacecolor=style.colour if filled else "white",
+                        markersize=8 if filled else 6,
+                        markeredgewidth=1.3,
+                        zorder=4 if filled else 5,
+                    )
+        reference_line(axes, 1.0, "the whole model")
+        axes.set_ylim(
+            min(-0.03, float(frame["faithfulness"].min()) - 0.03),
+            max(1.1, frame["faithfulness"].max() + 0.06),
+        )
+        axes.set_xticks(range(len(models)), [label(model).replace(" (", "\n(") for model in models])
+        axes.set_xlim(-0.5, len(models) - 0.5)
+        axes.set_ylabel("Faithfulness\n(share of the model's own accuracy)")
+        axes.grid(axis="y")
+        axes.tick_params(axis="x", length=0)
+        handles = [
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="none",
+                color=SOFT,
+                markersize=8,
+                label="the base's circuit in this model",
+            ),
+            Line2D(
+                [],
+                [],
+                marker="o",
+                linestyle="none",
+                color=SOFT,
+                markerfacecolor="white",
+                label="the model's own circuit",
+            ),
+            Line2D(
+                [],
+                [],
+                marker="_",
+                linestyle="none",
+                color=SOFT,
+                markersize=9,
+                label="random circuit, same shape",
+            ),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        return figure

@@ -1,0 +1,336 @@
+"""Training of a small Llama-architecture base that solves entity tracking.
+
+1. Phases follow one another as in the params; each ends at the first check at which the model reaches its
+   `until`. The last one always takes all its steps and must hold its `until` at the end. So the model is
+   equally settled in every seed: always the same number of steps after the transition that matters.
+2. The loss of a step is the cross-entropy with the soft targets of `curriculum.py`, plus a small
+   language-model loss on all tokens.
+3. The learning rate warms up, stays, and falls as a cosine during the last phase.
+4. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
+   weights and batches of the next derived seed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from stages.learning.curriculum import Batch, Phase, draw_batch, draw_queries, draw_repeats
+from stages.tasks.contexts import Split
+from stages.tasks.examples import Prompts
+from stages.tasks.relations import NEW_TASKS, draw_prompts
+from stages.tasks.templates import STANDARD, TEMPLATES
+from stages.tasks.vocabulary import BOS, EOS, PAD, Vocabulary
+
+
+class ModelSize(Protocol):
+    """Sizes of the Llama architecture; `mlp` is the width between its matrices, `init_std` that of all
+    weights."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    width: int
+    mlp: int
+    rope_theta: float
+    init_std: float
+
+
+class Optimiser(Protocol):
+    """AdamW: `warmup` in steps, `clip` the largest gradient norm, `final` the last learning rate's part of
+    the first."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    warmup: int
+    final: float
+
+
+class Until(Protocol):
+    """What ends a phase: accuracy on `template` (or on `repeats`) with that many boxes."""
+
+    template: str
+    boxes: int
+    accuracy: float
+
+
+class TrainingPhase(Phase, Protocol):
+    """A phase of the curriculum and its end; without `until` it takes all of `most_steps`."""
+
+    until: Until | None
+    most_steps: int
+
+
+class Settings(Protocol):
+    """The section `pretrain` of params.yaml, as far as training needs it."""
+
+    model: ModelSize
+    optimiser: Optimiser
+    batch: int
+    language_model_weight: float
+    check_every: int
+    check_prompts: int
+    curriculum: Mapping[str, TrainingPhase]
+
+
+class Stuck(Exception):
+    """A phase was not passed in its number of steps; the message says which and how far it came."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One check: step, phase, mean loss since the last check, and what was measured."""
+
+    step: int
+    phase: str
+    loss: float
+    accuracy: float  # the main template with all boxes
+    p_correct: float
+    induction: float  # second halves of strings said twice
+
+
+Report = Callable[
+    [str, int, int, Progress | None], None
+]  # phase, step and most steps of the phase, last check
+
+# Multiplications of float32 matrices may round their inputs to bfloat16 where the processor is faster at
+# that. Only training does so; whatever is measured later is computed in float32.
+MATMUL_PRECISION = "medium"
+ROWS_AT_ONCE = 16  # rows of one forward and backward; more fall out of the processor's cache
+REPEATS = "repeats"  # the `until.template` that means strings said twice
+_INDUCTION_LENGTH = 16
+
+
+def build_model(vocabulary: Vocabulary, size: ModelSize, seed: int) -> LlamaForCausalLM:
+    """A model with random weights that are a function of the seed."""
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
+        initializer_range=size.init_std,
+        tie_word_embeddings=False,
+        pad_token_id=vocabulary.ids[PAD],
+        bos_token_id=vocabulary.ids[BOS],
+        eos_token_id=vocabulary.ids[EOS],
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def train(
+    vocabulary: Vocabulary,
+    settings: Settings,
+    boxes: int,
+    seed: list[int],
+    report: Report = lambda *_: None,
+) -> tuple[LlamaForCausalLM, list[Progress]]:
+    """Train a base from random weights.
+
+    Args:
+        vocabulary: token ids of words.
+        settings: sizes, optimiser and curriculum.
+        boxes: the most boxes that a context has; phases with more are capped.
+        seed: weights and batches are a function of it.
+        report: called every step with the phase, the step, the most steps of the phase, and the last check.
+
+    Returns:
+        the model in eval mode, and the checks.
+
+    Raises:
+        Stuck: a phase was not passed.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(MATMUL_PRECISION)
+    try:
+        return _train(vocabulary, settings, boxes, seed, report)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _train(
+    vocabulary: Vocabulary, settings: Settings, boxes: int, seed: list[int], report: Report
+) -> tuple[LlamaForCausalLM, list[Progress]]:
+    weights_seed, batches_seed, checks_seed = np.random.SeedSequence(seed).generate_state(3)
+    model = build_model(vocabulary, settings.model, int(weights_seed)).train()
+    rng = np.random.default_rng(batches_seed)
+    checks = _Checks(vocabulary, settings, boxes, np.random.default_rng(checks_seed))
+    optimiser = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.optimiser.learning_rate,
+        betas=settings.optimiser.betas,
+        weight_decay=settings.optimiser.weight_decay,
+    )
+    curve: list[Progress] = []
+    losses: list[float] = []
+    step = 0
+    last = list(settings.curriculum)[-1]
+    for name, phase in settings.curriculum.items():
+        passed = False
+        for phase_step in range(1, phase.most_steps + 1):
+            fall = phase_step / phase.most_steps if name == last else 0.0
+            for group in optimiser.param_groups:
+                group["lr"] = _learning_rate(settings.optimiser, step, fall)
+            batch = draw_batch(rng, vocabulary, phase, settings.batch, boxes)
+            losses.append(_step(model, optimiser, batch, settings))
+            step += 1
+            if phase_step % settings.check_every == 0 or phase_step == phase.most_steps:
+                curve.append(checks.progress(model, step, name, float(np.mean(losses))))
+                losses.clear()
+                passed = phase.until is None or checks.accuracy(model, phase.until) >= phase.until.accuracy
+            report(name, phase_step, phase.most_steps, curve[-1] if curve else None)
+            if passed and phase.until is not None and name != last:
+                break
+        if not passed and phase.until is not None:
+            reached = checks.accuracy(model, phase.until)
+            raise Stuck(
+                f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after {phase.most_steps}"
+                f" steps, and needs {phase.until.accuracy:.2f}"
+            )
+    return model.eval(), curve
+
+
+def _learning_rate(optimiser: Optimiser, step: int, fall: float) -> float:
+    """Linear warm-up, constant, then a cosine from 1 to `final` as `fall` goes from 0 to 1."""
+    warm = min(1.0, (step + 1) / max(1, optimiser.warmup))
+    cosine = optimiser.final + (1 - optimiser.final) * (1 + math.cos(math.pi * fall)) / 2
+    return optimiser.learning_rate * warm * cosine
+
+
+def _step(
+    model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: Batch, settings: Settings
+) -> float:
+    """One step of the optimiser; returns the loss. The pieces of a batch fit the processor's cache."""
+    optimiser.zero_grad()
+    following = int(batch.lengths.sum()) - len(batch.ids)
+    total = 0.0
+    for piece in batch.pieces(ROWS_AT_ONCE):
+        logits = model(piece.ids, use_cache=False).logits
+        answers, language = loss_sums(logits, piece, model.config.pad_token_id)
+        loss = answers / len(batch.place) + settings.language_model_weight * language / following
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimiser.clip)
+    optimiser.step()
+    return total
+
+
+def loss_sums(
+    logits: Float[Tensor, "b t v"], batch: Batch, pad: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Summed cross-entropy, in nats, with the soft targets, and that of all next tokens that are not
+    padding.""" log_p = logits.log_softmax(dim=-1)
+    answers = -(batch.weights * log_p.flatten(0, 1)[batch.place].gather(1, batch.options)).sum()
+    following = functional.nll_loss(
+        log_p[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), ignore_index=pad, reduction="sum"
+    )
+    return answers, following
+
+
+class _Checks:
+    """Prompts of the selection split, drawn once, that phases are ended by."""
+
+    def __init__(self, vocabulary: Vocabulary, settings: Settings, boxes: int, rng: np.random.Generator):
+        self.boxes = boxes
+        self.prompts: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        wanted = [(STANDARD, boxes)]
+        for phase in settings.curriculum.values():
+            if phase.until is not None and phase.until.template != REPEATS:
+                wanted.append((phase.until.template, min(phase.until.boxes, boxes)))
+        for template, size in dict.fromkeys(wanted):
+            self.prompts[template, size] = draw_queries(
+                rng, vocabulary, template, Split.SELECTION, settings.check_prompts, size
+            )
+        repeats = draw_repeats(rng, vocabulary, settings.check_prompts // 4, _INDUCTION_LENGTH)
+        self.repeats = torch.from_numpy(repeats)
+
+    def progress(self, model: LlamaForCausalLM, step: int, phase: str, loss: float) -> Progress:
+        correct, probability = old_task(model, *self.prompts[STANDARD, self.boxes])
+        return Progress(
+            step, phase, loss, float(correct.mean()), float(probability.mean()), self._induction(model)
+        )
+
+    def accuracy(self, model: LlamaForCausalLM, until: Until) -> float:
+        if until.template == REPEATS:
+            return self._induction(model)
+        correct, _ = old_task(model, *self.prompts[until.template, min(until.boxes, self.boxes)])
+        return float(correct.mean())
+
+    @torch.no_grad()
+    def _induction(self, model: LlamaForCausalLM) -> float:
+        predicted = model(self.repeats, use_cache=False).logits[:, _INDUCTION_LENGTH + 1 : -1].argmax(dim=-1)
+        return float((predicted == self.repeats[:, _INDUCTION_LENGTH + 2 :]).double().mean())
+
+
+@torch.no_grad()
+def last_log_probabilities(model: LlamaForCausalLM, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n v"]:
+    """Log-probabilities of the next token, in float64."""
+    rows = [model(part, use_cache=False, logits_to_keep=1).logits[:, 0] for part in ids.split(256)]
+    return torch.cat(rows).double().log_softmax(dim=-1)
+
+
+def old_task(
+    model: LlamaForCausalLM, ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """For each prompt, whether the most probable token is the answer (1 or 0), and the answer's
+    probability.""" log_p = last_log_probabilities(model, ids)
+    return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
+
+
+def new_task(model: LlamaForCausalLM, prompts: Prompts) -> dict[str, float]:
+    """How much of a new task a model knows: greedy accuracy, probability of right answers, and pass@8.
+
+    pass@8 is the mean over prompts of 1 - (1 - m)^8, with m the probability of all right answers together:
+    the chance that one of eight samples is right.
+    """
+    log_p = last_log_probabilities(model, prompts.input_ids)
+    right = torch.zeros_like(log_p)
+    right.scatter_(1, prompts.valid.clamp(min=0), 1.0)
+    right[:, 0] = 0.0  # the padding of `valid` ended up at token 0, which is no object
+    mass = (log_p.exp() * right).sum(dim=1)
+    greedy = right.gather(1, log_p.argmax(dim=1, keepdim=True))
+    on_objects = log_p.exp().gather(1, prompts.objects).sum(dim=1)
+    return {
+        "accuracy": float(greedy.mean()),
+        "valid_mass": float(mass.mean()),
+        "context_mass": float(on_objects.mean()),
+        "pass_at_8": float((1 - (1 - mass).clamp(min=0) ** 8).mean()),
+    }
+
+
+def measure_base(
+    model: LlamaForCausalLM, vocabulary: Vocabulary, boxes: int, n: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Accuracy of every template and of fewer boxes, and knowledge of every new task, on the selection
+    split.""" templates = {}
+    for template in TEMPLATES:
+        correct, probability = old_task(
+            model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes)
+        )
+        templates[template] = {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
+    fewer = {}
+    for size in range(2, boxes):
+        correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
+        fewer[str(size)] = float(correct.mean())
+    tasks = {}
+    for name, relation in NEW_TASKS.items():
+        prompts = draw_prompts(rng, vocabulary, relation, Split.SELECTION, n, boxes)
+        tasks[name] = new_task(model, prompts)
+    return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}

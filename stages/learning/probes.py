@@ -1,0 +1,74 @@
+"""Scores of a model while it learns: old task, new task, distance from the base."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.tasks.examples import Examples, Prompts
+
+
+@torch.no_grad()
+def last_logits(
+    model: "PreTrainedModel", input_ids: Int[Tensor, "n t"], batch: int = 32
+) -> Float[Tensor, "n vocab"]:
+    """Logits at the last position of equal-length prompts; small batches stay in the cache."""
+    return torch.cat(
+        [model(input_ids=rows, logits_to_keep=1).logits[:, -1] for rows in input_ids.split(batch)]
+    )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed examples and the base, against which every checkpoint is scored.
+
+    Attributes:
+        old: examples of the old task.
+        new: prompts of the new task.
+        base_log_probs: log-probabilities of the base at the last token of `new`, float64.
+        base_weights: parameters of the base by name.
+    """
+
+    old: "Examples"
+    new: "Prompts"
+    base_log_probs: Float[Tensor, "n vocab"]
+    base_weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, base: "PreTrainedModel", old: "Examples", new: "Prompts") -> "Probe":
+        log_probs = last_logits(base, new.input_ids).double().log_softmax(-1)
+        return cls(old, new, log_probs, {name: w.detach().clone() for name, w in base.named_parameters()})
+
+    def measure(self, model: "PreTrainedModel") -> dict[str, float]:
+        """The measured columns of a training curve.
+
+        Accuracies compare the argmax over the whole vocabulary with the valid answers; `kl_new` is
+        KL(base || model) on the new prompts in nats; `weight_norm` is the Euclidean norm of the whole change.
+        """
+        was_training = model.training
+        model.eval()
+        old = last_logits(model, self.old.input_ids)
+        new = last_logits(model, self.new.input_ids).double().log_softmax(-1)
+        model.train(was_training)
+        change = [
+            (w.detach() - self.base_weights[n]).double().square().sum() for n, w in model.named_parameters()
+        ]
+        kl = (self.base_log_probs.exp() * (self.base_log_probs - new)).sum(-1)
+        return {
+            "old_accuracy": (old.argmax(-1) == self.old.answer).double().mean().item(),
+            "old_p_correct": old.double().softmax(-1).gather(1, self.old.answer[:, None]).mean().item(),
+            "new_accuracy": (new.argmax(-1, keepdim=True) == self.new.valid).any(-1).double().mean().item(),
+            "new_valid_mass": valid_mass(new, self.new.valid).mean().item(),
+            "kl_new": kl.mean().item(),
+            "weight_norm": torch.stack(change).sum().sqrt().item(),
+        }
+
+
+def valid_mass(log_probs: Float[Tensor, "n vocab"], valid: Int[Tensor, "n v"]) -> Float[Tensor, "n"]:
+    """Probability of the valid answers, whose padding is -1."""
+    return (log_probs.exp().gather(1, valid.clamp(min=0)) * (valid >= 0)).sum(-1)

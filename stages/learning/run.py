@@ -1,0 +1,104 @@
+"""One run, that is one arm at one seed and one learning rate: what an arm is given, and what is kept of it.
+
+The contract of an arm. An arm `<name>` is one file `stages/learning/arms/<name>.py` with one function
+
+    def train(run: Run) -> None
+
+and one section `finetune.<name>` in params.yaml, which it reads as `run.section`. It changes `run.model` in
+place and calls `run.recorder.after(step, completions)` after every gradient step, which keeps weights and
+scores wherever a checkpoint is due. `supervised.fit` and `reinforcement.fit` do both. It uses the prompts of
+step i, `run.order[i]`, and no other new-task prompts; all its random draws come from `run.draw(purpose)`.
+Arms do not import each other.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stages.learning.probes import Probe
+from stages.learning.settings import CurveRow, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from stages.tasks.examples import Prompts
+
+
+class Recorder:
+    """Keeps weights and scores at the checkpoints of a run and reports its progress.
+
+    Attributes:
+        rows: one dict per checkpoint, the base first (step 0): the columns of the curve after
+            `learning_rate`.
+        weights: "<step:06d>/<parameter name>" -> tensor.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        probe: Probe,
+        steps: tuple[int, ...],
+        report: Callable[[int, CurveRow], None],
+    ) -> None:
+        self.rows: list[CurveRow] = []
+        self.weights: dict[str, Tensor] = {}
+        self._model, self._probe, self._steps, self._report = model, probe, frozenset(steps), report
+        self._add_row(0, 0, 0)
+
+    def after(self, step: int, completions: int) -> None:
+        """To be called after gradient step `step` (from 1); `completions` = answers learned from so far."""
+        if step in self._steps:
+            self.keep(step, gradient_steps=step, completions=completions)
+        self._report(step, self.rows[-1])
+
+    def keep(self, step: int, gradient_steps: int, completions: int) -> None:
+        """Keep the model as it is now as checkpoint `step`."""
+        # Clones of the parameters, not a deep copy of the model: TRL patches `forward` on the instance, and
+        # a copy would go on answering with the weights of the original.
+        for name, weight in self._model.named_parameters():
+            self.weights[f"{step:06d}/{name}"] = weight.detach().clone()
+        self._add_row(step, gradient_steps, completions)
+
+    def _add_row(self, step: int, gradient_steps: int, completions: int) -> None:
+        counts = {"step": step, "gradient_steps": gradient_steps, "completions": completions}
+        self.rows.append(counts | self._probe.measure(self._model))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an arm is given.
+
+    Attributes:
+        arm, seed, learning_rate: which run this is.
+        training: what all arms share.
+        section: the arm's own params.
+        model: the base, in float32, to be changed in place.
+        tokenizer: of the base.
+        train: the new task's training split.
+        order: rows of `train` used in each step; equal for all arms of a seed.
+        recorder: keeps checkpoints.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+    training: Training
+    section: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerFast"
+    train: "Prompts"
+    order: Int[np.ndarray, "step prompt"]
+    recorder: Recorder
+
+    def draw(self, purpose: str) -> torch.Generator:
+        """A generator for one purpose; equal for all learning rates, so that they differ in nothing else."""
+        entropy = [self.training.seed, self.seed, zlib.crc32(self.arm.encode()), zlib.crc32(purpose.encode())]
+        return torch.Generator().manual_seed(
+            int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        )

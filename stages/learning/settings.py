@@ -1,0 +1,37 @@
+"""What every arm has in common: the section `finetune.common` of params.yaml as one frozen value."""
+
+from dataclasses import dataclass
+
+CurveRow = dict[str, int | float]  # columns of a training curve at one checkpoint
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that must be equal between arms, so that only the arm differs.
+
+    Attributes:
+        learning_rates: the grid; one run for each.
+        steps: gradient steps of a run.
+        prompts_per_step: different new-task prompts in each step.
+        dense_until, dense_every: a checkpoint every `dense_every` steps up to step `dense_until`.
+        sparse_checkpoints: checkpoints after `dense_until`, log-spaced up to the last step.
+        probe_examples: examples of each selection split that are scored at a checkpoint.
+        betas, epsilon, weight_decay: of AdamW.
+        clip: maximal gradient norm.
+        warmup_steps: linear warm-up; the rate is constant afterwards.
+        seed: base of every random draw, together with the arm and its seed.
+    """
+
+    learning_rates: tuple[float, ...]
+    steps: int
+    prompts_per_step: int
+    dense_until: int
+    dense_every: int
+    sparse_checkpoints: int
+    probe_examples: int
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    clip: float
+    warmup_steps: int
+    seed: int

@@ -1,0 +1,54 @@
+"""What a worker process does: load, run the arm, write the checkpoints."""
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from stages.learning.probes import Probe
+from stages.learning.run import Recorder, Run
+from stages.learning.schedule import checkpoint_steps, prompt_order
+from stages.learning.settings import CurveRow
+from stages.learning.workers import Job
+from stages.pipeline.checkpoints import load_model, load_tokenizer
+from stages.tasks.examples import read_examples, read_prompts
+
+
+def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]:
+    """Run one arm at one learning rate; writes `lr<index>.safetensors`, returns the rows of its curve."""
+    torch.set_num_threads(1)
+    _silence()
+    model, tokenizer, train = load_model(job.base), load_tokenizer(job.base), read_prompts(job.train)
+    model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
+    old, new = read_examples(job.old), read_prompts(job.new)
+    old = old.select(torch.arange(min(len(old), job.training.probe_examples)))
+    new = new.select(torch.arange(min(len(new), job.training.probe_examples)))
+    recorder = Recorder(model, Probe.of(model, old, new), checkpoint_steps(job.training), report)
+    run = Run(
+        arm=job.arm,
+        seed=job.seed,
+        learning_rate=job.learning_rate,
+        training=job.training,
+        section=job.section,
+        model=model,
+        tokenizer=tokenizer,
+        train=train,
+        order=prompt_order(len(train), job.training, job.seed),
+        recorder=recorder,
+    )
+    importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
+    save_file(recorder.weights, job.folder / f"lr{job.index}.safetensors", metadata={"format": "pt"})
+    return recorder.rows
+
+
+def _silence() -> None:
+    """Leave the terminal to the progress bar and to errors."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,120 @@
+"""Runs of one cell in parallel, one process for each learning rate.
+
+The parent imports nothing heavy, so the workers start at once; they report over a pipe, and the parent draws
+the progress bar. Workers ignore Ctrl-C: the parent takes it and stops them. A worker whose parent is gone
+stops at its next report.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from stages.learning.settings import CurveRow, Training
+from stages.pipeline.stage import Invalid
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as it is sent to a worker.
+
+    Attributes:
+        index: of the learning rate in the grid; names the file `lr<index>.safetensors` in `folder`.
+        section: params of the arm.
+        base, train, old, new: paths of the base, the training split, and both selection splits.
+    """
+
+    arm: str
+    seed: int
+    index: int
+    learning_rate: float
+    training: Training
+    section: Any
+    base: Path
+    train: Path
+    old: Path
+    new: Path
+    folder: Path
+
+
+def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:
+    """Run all jobs, at most `parallel` at a time; returns the curve rows of each, in order.
+
+    Raises:
+        Invalid: as raised in a worker.
+        RuntimeError: a worker failed; its traceback is in the message.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(enumerate(jobs))
+    running: dict[Any, tuple[int, Job, SpawnProcess]] = {}  # by the reading end of the worker's pipe
+    results: dict[int, list[CurveRow]] = {}
+    steps, scores = dict.fromkeys(range(len(jobs)), 0), dict.fromkeys(range(len(jobs)), "starts")
+    title = f"{jobs[0].arm} seed {jobs[0].seed}"
+    bar = tqdm(total=sum(job.training.steps for job in jobs), desc=title, unit="step")
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                number, job = waiting.pop(0)
+                receive, send = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(job, send), daemon=True)
+                process.start()
+                send.close()  # the worker's end lives in the worker alone, so that its death ends the pipe
+                running[receive] = (number, job, process)
+            for receive in cast(Iterable[Any], wait(running)):
+                number, job, process = running[receive]
+                try:
+                    kind, message = receive.recv()
+                except EOFError:
+                    process.join()
+                    raise RuntimeError(f"a worker ended with status {process.exitcode}, no result") from None
+                if kind == "invalid":
+                    raise Invalid(message)
+                if kind == "failed":
+                    raise RuntimeError(f"a worker failed:\n{message}")
+                if kind == "step":
+                    steps[number], old, new = message
+                    scores[number] = f"lr {job.learning_rate:g}: old {old:.2f} new {new:.2f}"
+                else:
+                    steps[number], results[number] = job.training.steps, message
+                    process.join()
+                    receive.close()
+                    del running[receive]
+                bar.set_postfix_str(", ".join(scores.values()), refresh=False)
+                bar.update(sum(steps.values()) - bar.n)
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+            process.join()
+        bar.close()
+    return [results[number] for number in range(len(jobs))]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _work(job: Job, send: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
+    try:
+        from stages.learning.worker import run_job
+
+        def report(step: int, row: CurveRow) -> None:
+            send.send(("step", (step, row["old_accuracy"], row["new_accuracy"])))
+
+        send.send(("done", run_job(job, report)))
+    except Invalid as error:
+        send.send(("invalid", str(error)))
+    except BrokenPipeError:  # the parent is gone; nobody is left to tell
+        pass
+    except BaseException:
+        send.send(("failed", traceback.format_exc()))

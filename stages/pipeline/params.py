@@ -1,0 +1,379 @@
+"""What params.yaml may say: every section, its types and ranges, checked as a whole before any work.
+
+There are no defaults here: a value that a stage uses is written in params.yaml, where DVC tracks it. So this module can
+refuse a run, but never change what one computes.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from stages.pipeline.stage import Invalid
+
+AXIS_VALUE = re.compile(r"[a-z0-9_]+")
+
+Count = Annotated[int, Field(ge=1)]
+NotNegativeCount = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: every key required, no other key allowed, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Interval = Annotated[tuple[Count, Count], BeforeValidator(_as_tuple)]
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)]
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+NEW_TASKS = ("adjacent", "lacks", "precedes")
+OLD_SETS = ("selection", "discovery", "pruning", "evaluation", "relearning", "means")
+OBJECTS, LABELS = 85, 26  # numbers of words in stages/tasks/vocabulary.py; a test compares
+MOST_BOXES = LABELS - 1
+
+
+class Synthesize(Section):
+    """Data sets."""
+
+    seed: Seed
+    boxes: Annotated[int, Field(ge=2, le=LABELS)]
+    old: dict[str, Count]
+    new: dict[str, Count]
+    desiderata: dict[str, Count]
+
+    @field_validator("boxes")
+    @classmethod
+    def _leave_words_over(cls, boxes: int) -> int:
+        # a corrupt partner uses other objects, and its query a letter of neither context
+        if boxes > MOST_BOXES:
+            raise ValueError(f"boxes = {boxes}: must be at most {MOST_BOXES}, so that a corrupt partner has words of its own")
+        return boxes
+
+    @field_validator("old", "new", "desiderata")
+    @classmethod
+    def _know_the_sets(cls, sizes: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        wanted = {"old": OLD_SETS, "new": ("train", "selection", "evaluation"), "desiderata": ("train", "selection", "test")}
+        names = wanted[str(info.field_name)]
+        if set(sizes) != set(names):
+            raise ValueError(f"names the sets {', '.join(sizes)}: must name exactly {', '.join(names)}")
+        return sizes
+
+
+class ModelSize(Section):
+    layers: Count
+    heads: Count
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    width: Count
+    mlp: Count
+    rope_theta: Positive
+    init_std: Positive
+
+
+class Optimiser(Section):
+    learning_rate: Positive
+    betas: Betas
+    weight_decay: NotNegative
+    clip: Positive
+    warmup: NotNegativeCount
+    final: Fraction
+
+
+class Until(Section):
+    template: str
+    boxes: Count
+    accuracy: Fraction
+
+
+class TaskShare(Section):
+    share: Fraction
+    own: Fraction
+
+
+class Phase(Section):
+    repeats: Fraction
+    templates: dict[str, Positive]
+    boxes: Interval
+    most_boxes_share: Fraction
+    spread: Fraction
+    tasks: dict[str, TaskShare]
+    until: Until | None
+    most_steps: Count
+
+    @field_validator("tasks")
+    @classmethod
+    def _know_the_tasks(cls, tasks: dict[str, TaskShare]) -> dict[str, TaskShare]:
+        unknown = sorted(set(tasks) - set(NEW_TASKS))
+        if unknown:
+            raise ValueError(f"names the task '{unknown[0]}': must be one of {', '.join(NEW_TASKS)}")
+        if sum(task.share for task in tasks.values()) > 1:
+            raise ValueError("the shares of the tasks must add up to at most 1")
+        return tasks
+
+
+class Pretrain(Section):
+    """The base."""
+
+    threads: Count
+    retries: NotNegativeCount
+    batch: Count
+    language_model_weight: NotNegative
+    check_every: Count
+    check_prompts: Count
+    model: ModelSize
+    optimiser: Optimiser
+    curriculum: dict[str, Phase]
+
+
+class Common(Section):
+    """What all arms share."""
+
+    learning_rates: Rates
+    steps: Count
+    prompts_per_step: Count
+    dense_until: Count
+    dense_every: Count
+    sparse_checkpoints: Count
+    probe_examples: Count
+    betas: Betas
+    epsilon: Positive
+    weight_decay: NotNegative
+    clip: Positive
+    warmup_steps: NotNegativeCount
+    seed: Seed
+
+
+class Empty(Section):
+    """An arm without settings of its own."""
+
+
+class SelfSft(Section):
+    temperature: Positive
+
+
+class Reinforce(Section):
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    temperature: Positive
+
+
+class Grpo(Reinforce):
+    beta: NotNegative
+
+
+class SftReplay(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    relation: str
+
+
+class Noise(Section):
+    scales: Rates
+    learning_rates: Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+
+
+class Finetune(Section):
+    """One line an arm; this is the registry of arms, beside the files in stages/learning/arms/."""
+
+    common: Common
+    sft_gold: Empty
+    self_sft: SelfSft
+    reinforce: Reinforce
+    grpo: Grpo
+    sft_replay: SftReplay
+    noise: Noise
+
+
+class Match(Section):
+    level: Fraction
+    learning_rate: Positive
+    confirm: NotNegativeCount
+    noise_like: str
+
+
+class PaperTop(Section):
+    receivers: Annotated[tuple[Count, Count, Count, Count], BeforeValidator(_as_tuple)]
+    heads: Annotated[tuple[Count, Count, Count, Count], BeforeValidator(_as_tuple)]
+
+
+class Discover(Section):
+    threads: Count
+    hops: Literal["auto", "paper"]
+    score: Literal["logit_difference", "relative_probability"]
+    examples: Count
+    minimum_effect: Fraction
+    noise_z: NotNegative
+    max_depth: Count
+    identifiable_accuracy: Fraction
+    paper_top: PaperTop | None
+    memory_mib: Positive
+
+
+class Evaluate(Section):
+    random_circuits: Annotated[int, Field(ge=20)]
+    memory_mib: Positive
+
+
+class Dcm(Section):
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    sparsity: NotNegative
+    objective: str
+    tolerance: NotNegative
+    memory_mib: Positive
+
+
+class Cmap(Section):
+    random_draws: Annotated[int, Field(ge=5)]
+    memory_mib: Positive
+
+
+class Drift(Section):
+    n_examples: Count
+
+
+class Contrast(Section):
+    primary_measure: str
+    secondary_measures: list[str]
+    contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    equivalence_margin: Positive
+    resamples: Count
+    seed: Seed
+
+
+class Report(Section):
+    dpi: Annotated[int, Field(ge=50, le=600)]
+    max_groups: Count
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seeds: list[Seed]
+    arms: list[str]
+    models: list[str]
+    new_task: str
+    synthesize: Synthesize
+    pretrain: Pretrain
+    finetune: Finetune
+    match: Match
+    discover: Discover
+    evaluate: Evaluate
+    dcm: Dcm
+    cmap: Cmap
+    drift: Drift
+    contrast: Contrast
+    report: Report
+
+
+def load_params(path: str | Path) -> Params:
+    """Read and check a params file as a whole.
+
+    Raises:
+        Invalid: one sentence on the first problem found.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Invalid(f"there is no {path} here; run from the top of the repository") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise Invalid(f"{path} is not valid YAML{'' if line is None else f', near line {line + 1}'}") from None
+    if not isinstance(data, dict):
+        raise Invalid(f"{path} must hold a mapping of sections")
+    try:
+        params = Params.model_validate(data)
+    except ValidationError as error:
+        raise Invalid(_sentence(error)) from None
+    _check_axes(params)
+    _check_sizes(params)
+    _check_levels(params)
+    return params
+
+
+def _check_axes(params: Params) -> None:
+    for name, values in (("seeds", params.seeds), ("arms", params.arms)):
+        if not values:
+            raise Invalid(f"params.yaml: {name} is empty: must name at least one")
+        if len(set(values)) < len(values):
+            raise Invalid(f"params.yaml: {name} = {values}: must not name anything twice")
+    arms = [name for name in Finetune.model_fields if name != "common"]
+    for arm in params.arms:
+        if not AXIS_VALUE.fullmatch(arm):
+            raise Invalid(f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _")
+        if arm not in arms:
+            raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
+    if params.models != ["base", *params.arms]:
+        raise Invalid(f"params.yaml: models = {params.models}: must be base and then the arms, {['base', *params.arms]}")
+    if params.new_task not in NEW_TASKS:
+        raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
+    if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
+        valid = ", ".join(arm for arm in params.arms if arm != "noise")
+        raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
+    for pair in params.contrast.contrasts:
+        for arm in pair:
+            if arm not in params.arms:
+                valid = ", ".join(params.arms)
+                raise Invalid(f"params.yaml: contrast.contrasts: '{arm}' must be one of the arms {valid}")
+
+
+def _check_sizes(params: Params) -> None:
+    common, synthesize = params.finetune.common, params.synthesize
+    for name, phase in params.pretrain.curriculum.items():
+        if phase.boxes[1] > synthesize.boxes:
+            raise Invalid(
+                f"params.yaml: pretrain.curriculum.{name}.boxes = {list(phase.boxes)}: "
+                f"must be at most synthesize.boxes = {synthesize.boxes}"
+            )
+    if params.discover.examples > synthesize.old["discovery"]:
+        raise Invalid(
+            f"params.yaml: discover.examples = {params.discover.examples}: "
+            f"must be at most synthesize.old.discovery = {synthesize.old['discovery']}"
+        )
+    if common.dense_until > common.steps:
+        raise Invalid(
+            f"params.yaml: finetune.common.dense_until = {common.dense_until}: "
+            f"must be at most finetune.common.steps = {common.steps}"
+        )
+
+
+def _check_levels(params: Params) -> None:
+    boxes, match = params.synthesize.boxes, params.match
+    # what naming any object of the context scores; `match` also compares with the scores measured on the data
+    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1}[params.new_task] / boxes
+    if match.level <= shortcut:
+        raise Invalid(
+            f"params.yaml: match.level = {match.level}: must be above {shortcut:.3f}, "
+            f"which naming any object of the context scores on {params.new_task}"
+        )
+    rates = params.finetune.common.learning_rates
+    if match.learning_rate not in rates:
+        valid = ", ".join(f"{rate:g}" for rate in rates)
+        raise Invalid(f"params.yaml: match.learning_rate = {match.learning_rate:g}: must be one of {valid}")
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one sentence with parameter, value and what is valid."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"params.yaml: {where} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"params.yaml: {where} is not a known parameter"
+    if first["type"] == "value_error":
+        return f"params.yaml: {where or 'params'}: {first['ctx']['error']}"
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    message = first["msg"].removeprefix("Input should be ").removeprefix("a ")
+    return f"params.yaml: {where} = {value}: must be {message}"

@@ -1,0 +1,159 @@
+"""Stage `report`: draw the figures and write the report.
+
+reads  reports/cells/** (records and curves, exactly the cells that seeds and arms name),
+reports/statistics.json,
+       reports/cells.csv, data/tasks.json
+writes reports/report.html, reports/report.md, reports/summary.json, reports/figures/*.png
+
+A new figure is one module in stages/figures/, one line in `figures` below, and its place in
+stages/figures/document.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stages.figures import circuit, contrasts, desiderata, forgetting, nulls, pareto, training, transplants
+from stages.figures.document import document, to_html, to_markdown
+from stages.figures.style import label, png
+from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
+from stages.pipeline.stage import Cell, Invalid, run
+from stages.statistics import frames
+from stages.statistics.cells import BASE, Cells, long_form, read_cells
+from stages.statistics.provenance import provenance
+from stages.statistics.summary import summarise
+from stages.statistics.wording import number, short_name
+
+CELLS = Path("reports/cells")
+
+
+def figures(
+    cells: Cells, statistics: dict[str, Any], summary: dict[str, Any], max_groups: int
+) -> dict[str, Callable[[], Figure]]:
+    """Figure name -> what draws it."""
+    plan = statistics["plan"]
+    primary, level, shortcut = plan["primary"], summary["level"], summary["shortcut"]
+    base_old, n = summary["base"]["old_accuracy"], len(cells.seeds)
+    seed = cells.seeds[0]
+    values = frames.seed_values(cells, ("evaluate.new_accuracy", primary))
+    values = values.rename(columns={"evaluate.new_accuracy": "new_accuracy", primary: "value"})
+    arms_only = values[values["model"] != BASE]
+    curves = frames.training_curves(CELLS, cells)
+    matched = frames.matched_points(cells).rename(
+        columns={"new_accuracy_selection": "new_accuracy", "old_accuracy_selection": "old_accuracy"}
+    )
+    untrained = matched[~matched["arm"].isin(curves[curves["learning_rate"] > 0]["arm"])]
+    counts = frames.group_order(cells)
+    groups = list(counts)[:max_groups]
+    drawn = cells.record("circuit", BASE, seed)
+    rate = float(matched["learning_rate"].max())
+    return {
+        "contrasts": lambda: contrasts.draw(
+            arms_only,
+            _contrast_rows(statistics),
+            short_name(primary),
+            statistics["measures"][primary][BASE]["mean"],
+            summary["random_floor"],
+            plan["equivalence_margin"],
+            plan["confidence"],
+        ),
+        "pareto": lambda: pareto.draw(
+            curves,
+            untrained,
+            values.rename(columns={"value": "kept"}),
+            level,
+            shortcut,
+            base_old,
+            short_name(primary),
+        ),
+        "circuit": lambda: circuit.draw(
+            frames.circuit_heads(cells, seed),
+            frames.circuit_paths(cells, seed),
+            frames.head_changes(cells, seed),
+            _positions(frames.circuit_heads(cells, seed)),
+            drawn["n_layers"],
+            drawn["n_heads"],
+            _notes(cells, primary, seed),
+        ),
+        "nulls": lambda: nulls.draw(frames.circuits_and_nulls(cells)),
+        "forgetting": lambda: forgetting.draw(curves, base_old, rate),
+        "transplants": lambda: transplants.draw(
+            frames.transplants(cells), [frames.WHOLE, *groups], counts, n, base_old
+        ),
+        "desiderata": lambda: desiderata.draw(frames.desiderata(cells), groups, counts, n),
+        "training": lambda: training.draw(frames.base_curves(CELLS, cells), curves, level, shortcut),
+    }
+
+
+def _contrast_rows(statistics: dict[str, Any]) -> pd.DataFrame:
+    rows = [
+        {key: entry[key] for key in ("name", "arm", "reference", "n", "difference", "p")}
+        | {"low": (entry["ci"] or [None, None])[0], "high": (entry["ci"] or [None, None])[1]}
+        | {"values": list(entry["values"].values())}
+        for entry in statistics["contrasts"]
+        if entry["measure"] == statistics["plan"]["primary"]
+    ]
+    columns = ["name", "arm", "reference", "n", "difference", "p", "low", "high", "values"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.astype({"difference": "float64", "p": "float64", "low": "float64", "high": "float64"})
+
+
+def _positions(heads: pd.DataFrame) -> list[str]:
+    """The usual positions in reading order, and then any other that the circuit has."""
+    return [
+        *frames.POSITIONS,
+        *(name for name in dict.fromkeys(heads["position"]) if name not in frames.POSITIONS),
+    ]
+
+
+def _notes(cells: Cells, primary: str, seed: str) -> dict[str, str]:
+    """A line for each model's drawing of the circuit."""
+    faithfulness = number(cells.value("evaluate.circuit.faithfulness", BASE, seed), 2)
+    notes = {BASE: f"the circuit, faithfulness {faithfulness} (seed {seed})"}
+    for arm in cells.arms:
+        old = number(cells.value("evaluate.old_accuracy", arm, seed), 2)
+        notes[arm] = f"kept {number(cells.value(primary, arm, seed), 2)}, old task {old}"
+        if not cells.reached(arm, seed):
+            notes[arm] += ", level not reached"
+    return notes
+
+
+def main(cell: Cell) -> None:
+    seeds, models, arms = list(cell.params("seeds")), list(cell.params("models")), list(cell.params("arms"))
+    new_task, section = cell.params("new_task"), cell.params("report")
+    cells = read_cells(CELLS, seeds, models, arms)
+    statistics = read_json("reports/statistics.json")
+    _refuse_stale(cells, statistics)
+    shortcuts = read_json("data/tasks.json")["new_tasks"][new_task]["shortcuts"]
+    summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in models})
+    params = {"seeds": seeds, "arms": arms, "new_task": new_task}
+    params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
+    params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}
+    summary["provenance"] = provenance(cells, CELLS, params)
+
+    drawings = figures(cells, statistics, summary, section.max_groups)
+    images = {name: png(draw(), section.dpi) for name, draw in drawings.items()}
+    report = document(summary)
+    with replacing_directory("reports/figures") as folder:
+        for name, image in images.items():
+            (folder / f"{name}.png").write_bytes(image)
+    write_json("reports/summary.json", summary)
+    write_text("reports/report.md", to_markdown(report, images))
+    write_text("reports/report.html", to_html(report, images))
+
+
+def _refuse_stale(cells: Cells, statistics: dict[str, Any]) -> None:
+    """The statistics must be those of these cells."""
+    keys = ["stage", "model", "seed", "measure"]
+    written = pd.read_csv("reports/cells.csv", dtype={"seed": str})[keys]
+    if set(statistics["reach"]) != set(cells.arms) or not written.equals(long_form(cells)[keys]):
+        raise Invalid(
+            "reports/statistics.json and cells.csv are not of the cells in reports/cells: run stage contrast"
+        )
+
+
+if __name__ == "__main__":
+    run("report", (), main)

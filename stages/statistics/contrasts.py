@@ -1,0 +1,160 @@
+"""Arms against arms, paired over seeds: the numbers of reports/statistics.json.
+
+The unit is the pair (base seed, fine-tuning seed); the arms of a seed share the base, the prompts and their
+order, so a contrast is the mean of within-seed differences. A pair counts when both arms reached the matching
+level and both have the measure; every pair that does not count is listed with its reason. The contrasts of
+the primary measure form one family for Holm's correction; those of the secondary measures describe, and are
+not corrected.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.statistics.cells import BASE, Cells
+from stages.statistics.paired import (
+    bootstrap_interval,
+    equivalence_p,
+    holm,
+    power_note,
+    sign_flip_p,
+    smallest_sign_flip_p,
+    t_interval,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, fixed before the results.
+
+    Attributes:
+        primary: measure, "<stage>.<dotted path in its record>".
+        secondary: further measures.
+        contrasts: (arm, reference) pairs; their order names them H1, H2, ...
+        confidence: coverage of intervals.
+        alpha: level of tests.
+        equivalence_margin: largest difference of the primary measure that counts as none.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+
+    primary: str
+    secondary: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    confidence: float
+    alpha: float
+    equivalence_margin: float
+    resamples: int
+    seed: int
+
+
+def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
+    """All of statistics.json."""
+    measures = (plan.primary, *plan.secondary)
+    contrasts = [
+        contrast(cells, plan, measure, f"H{number}", arm, reference)
+        for measure in measures
+        for number, (arm, reference) in enumerate(plan.contrasts, start=1)
+    ]
+    family = [entry for entry in contrasts if entry["measure"] == plan.primary]
+    for entry, adjusted in zip(family, holm([entry["p"] for entry in family]), strict=True):
+        entry["p_holm"] = adjusted
+    return {
+        "unit": "pair (base seed, fine-tuning seed)",
+        "n_pairs": len(cells.seeds),
+        "plan": asdict(plan)
+        | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
+        "measures": {
+            measure: {model: describe(cells, plan, measure, model) for model in cells.models}
+            for measure in measures
+        },
+        "contrasts": contrasts,
+        "reach": {
+            arm: {"reached": sum(cells.reached(arm, seed) for seed in cells.seeds), "of": len(cells.seeds)}
+            for arm in cells.arms
+        },
+        "learning_rates": {arm: by_learning_rate(cells, arm) for arm in cells.arms},
+        "power_note": power_note(family[0]["n"] if family else 0, plan.alpha, len(family)),
+    }
+
+
+def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, Any]:
+    """Mean, spread and interval of a measure over the seeds at which the model counts."""
+    values, excluded = {}, []
+    for seed in cells.seeds:
+        value = cells.value(measure, model, seed)
+        if model != BASE and not cells.reached(model, seed):
+            excluded.append({"seed": seed, "reason": "level not reached", "value": value})
+        elif value is None:
+            excluded.append({"seed": seed, "reason": "undefined", "value": None})
+        else:
+            values[seed] = value
+    x = list(values.values())
+    return {
+        "n": len(x),
+        "mean": float(np.mean(x)) if x else None,
+        "sd": float(np.std(x, ddof=1)) if len(x) > 1 else None,
+        "ci": _pair(t_interval(x, plan.confidence)),
+        "values": values,
+        "excluded": excluded,
+    }
+
+
+def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, reference: str) -> dict[str, Any]:
+    """One contrast of one measure: arm minus reference."""
+    values: dict[str, float] = {}
+    sides: list[tuple[float, float]] = []
+    excluded = []
+    for seed in cells.seeds:
+        pair = [cells.value(measure, model, seed) for model in (arm, reference)]
+        unreached = [model for model in (arm, reference) if not cells.reached(model, seed)]
+        undefined = [model for model, value in zip((arm, reference), pair, strict=True) if value is None]
+        if unreached:
+            excluded.append({"seed": seed, "reason": "level not reached by", "models": unreached})
+        elif undefined:
+            excluded.append({"seed": seed, "reason": "undefined for", "models": undefined})
+        else:
+            first, second = (float(value) for value in pair if value is not None)
+            values[seed] = first - second
+            sides.append((first, second))
+    x = list(values.values())
+    return {
+        "name": name,
+        "measure": measure,
+        "arm": arm,
+        "reference": reference,
+        "n": len(x),
+        "difference": float(np.mean(x)) if x else None,
+        "arm_mean": float(np.mean([first for first, _ in sides])) if sides else None,
+        "reference_mean": float(np.mean([second for _, second in sides])) if sides else None,
+        "values": values,
+        "excluded": excluded,
+        "ci": _pair(t_interval(x, plan.confidence)),
+        "ci_bootstrap": _pair(bootstrap_interval(x, plan.confidence, plan.resamples, plan.seed)),
+        "p": sign_flip_p(x),
+        "p_holm": None,
+        "p_equivalent": equivalence_p(x, plan.equivalence_margin) if measure == plan.primary else None,
+        "smallest_possible_p": smallest_sign_flip_p(len(x)),
+    }
+
+
+def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
+    """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid."""
+    found: dict[str, dict[str, Any]] = {}
+    for seed in cells.seeds:
+        rates: Mapping[str, Any] = cells.record("match", arm, seed).get("by_learning_rate") or {}
+        for rate, record in rates.items():
+            entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
+            entry["of"] += 1
+            if record["reached"]:
+                entry["reached"] += 1
+                entry["values"][seed] = record["old_accuracy"]
+    for entry in found.values():
+        entry["old_accuracy"] = float(np.mean(list(entry["values"].values()))) if entry["values"] else None
+    return found
+
+
+def _pair(interval: Sequence[float] | None) -> list[float] | None:
+    return None if interval is None else [float(bound) for bound in interval]

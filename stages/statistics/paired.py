@@ -1,0 +1,113 @@
+"""Statistics of a few paired differences: intervals, an exact test, equivalence, and what n pairs can show at
+all.
+
+With three to ten pairs asymptotics are no help, so the methods are chosen for small n:
+- interval: Student's t on the differences, exact for normal differences at any n >= 2. The percentile
+  bootstrap is reported beside it; with 3 pairs it draws from 10 distinct resamples and covers far less than
+  it says;
+- test: the exact sign-flip test, which assumes only that under the null each difference is as likely to have
+  the opposite sign. Its smallest p is 2 / 2**n, whatever the data;
+- equivalence: two one-sided t tests (TOST) against a margin, because "not significant" does not mean "equal".
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+Values = Sequence[float] | Float[np.ndarray, " n"]
+
+
+def t_interval(values: Values, confidence: float) -> tuple[float, float] | None:
+    """Student's t interval for the mean; None below two values.
+
+    Args:
+        values: one number per pair (or seed).
+        confidence: coverage, for example 0.95.
+    """
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def bootstrap_interval(
+    values: Values, confidence: float, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval for the mean; None below two values."""
+    if len(values) < 2:
+        return None
+    draws = np.random.default_rng([seed, len(values)]).integers(len(values), size=(resamples, len(values)))
+    means = np.asarray(values, dtype=np.float64)[draws].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: Values) -> float | None:
+    """Two-sided p of the exact sign-flip test of mean zero, over all 2**n patterns; None without any."""
+    if len(differences) < 2:  # one difference and its mirror image: p = 1
+        return 1.0 if len(differences) else None
+    x = np.asarray(differences, dtype=np.float64)
+    result = stats.permutation_test(
+        (x, np.zeros_like(x)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",  # swaps a difference with its zero, which flips its sign
+        n_resamples=2 ** len(x),  # all of them, so the p is exact
+        vectorized=True,
+        batch=1 << 14,
+    )
+    return float(result.pvalue)
+
+
+def smallest_sign_flip_p(n: int) -> float | None:
+    """The smallest two-sided p that n pairs can give; None for n = 0."""
+    return 2 / 2**n if n else None
+
+
+def equivalence_p(differences: Values, margin: float) -> float | None:
+    """p of TOST: small when the mean difference lies inside (-margin, margin); None below two differences."""
+    if len(differences) < 2:
+        return None
+    x = np.asarray(differences, dtype=np.float64)
+    if np.ptp(x) == 0:  # no spread: the t statistics are infinite or undefined
+        return 0.0 if abs(x[0]) < margin else 1.0
+    mean, error, df = float(np.mean(x)), float(stats.sem(x)), len(x) - 1
+    return float(max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm-adjusted p values of one family.
+
+    The family is what was planned, so a contrast that could not be tested (None) still counts: as p = 1.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    if not p_values:
+        return []
+    adjusted = np.asarray(multipletests([1.0 if p is None else p for p in p_values], method="holm")[1])
+    return [None if p is None else float(q) for p, q in zip(p_values, adjusted, strict=True)]
+
+
+def pairs_needed(alpha: float, family: int) -> int:
+    """Fewest pairs with which the smallest Holm-adjusted sign-flip p of a family is at most alpha."""
+    return math.ceil(math.log2(2 * family / alpha) - 1e-12)
+
+
+def power_note(n: int, alpha: float, family: int) -> str:
+    """One sentence on what n pairs can and cannot show."""
+    if n == 0:
+        return "There is no pair to compare, so nothing can be tested."
+    can = "can" if n >= pairs_needed(alpha, 1) else "cannot"
+    note = (
+        f"With {n} {'pair' if n == 1 else 'pairs'} the smallest two-sided p of the exact sign-flip test is "
+        f"{smallest_sign_flip_p(n):.4f}, so a single contrast {can} reach p < {alpha:g}, however large its "
+        f"effect; that takes {pairs_needed(alpha, 1)} pairs"
+    )
+    if family > 1:
+        need = pairs_needed(alpha, family)
+        smallest = smallest_sign_flip_p(need)
+        note += f", and {need} pairs (smallest p {smallest:.4f}) in a family of {family} under Holm"
+    return note + "."

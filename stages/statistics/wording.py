@@ -1,0 +1,157 @@
+"""Measured numbers in words: what a measure is called, and the one sentence that answers the question.
+
+A sentence says no more than its numbers allow; which sentence it is, is decided by `verdict`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# measure -> (short name for axes and tables, the same inside a sentence: "kept 0.9 of ...")
+MEASURES = {
+    "evaluate.circuit.retention": (
+        "Circuit retention (accuracy)",
+        "of the accuracy of the base's old-task circuit",
+    ),
+    "evaluate.circuit.retention_ld": (
+        "Circuit retention (logit difference)",
+        "of the logit difference of the base's old-task circuit",
+    ),
+    "evaluate.circuit.faithfulness": (
+        "Faithfulness of the base's circuit",
+        "of its own accuracy in the base's circuit",
+    ),
+    "evaluate.old_accuracy": ("Old-task accuracy", "accuracy on the old task"),
+    "evaluate.new_accuracy": ("New-task accuracy", "accuracy on the new task"),
+    "cmap.tuned_to_base.circuit.accuracy": (
+        "Tuned circuit in the base",
+        "accuracy of the base with the tuned circuit",
+    ),
+    "cmap.base_to_tuned.circuit.accuracy": (
+        "Base circuit in the tuned",
+        "accuracy with the base's circuit restored",
+    ),
+    "drift.old.kl": ("KL on old-task prompts", "nats of KL on old-task prompts"),
+    "drift.new.kl": ("KL on new-task prompts", "nats of KL on new-task prompts"),
+}
+
+
+def short_name(measure: str) -> str:
+    """A measure's name for axes and tables."""
+    return MEASURES[measure][0] if measure in MEASURES else measure
+
+
+def phrase(measure: str) -> str:
+    """A measure inside a sentence, after a number."""
+    return MEASURES[measure][1] if measure in MEASURES else f"in {measure}"
+
+
+def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number as it is printed everywhere in the report; a dash where it is undefined."""
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    if float(text) == 0:  # no "-0.000"
+        text = text.replace("-", "+" if signed else "")
+    return text.replace("-", "−")
+
+
+def verdict(contrast: Mapping[str, Any], alpha: float) -> str:
+    """Which of these the data of a contrast allow to say.
+
+    - "no pair": the arms cannot be compared at any seed;
+    - "one pair": an observation without uncertainty;
+    - "clear": Holm-adjusted exact p below alpha, and the interval leaves zero out;
+    - "equivalent": the difference lies within the margin (TOST);
+    - "suggestive": the interval leaves zero out, which rests on normality; the exact test does not confirm
+      it;
+    - "undecided": none of these.
+    """
+    if contrast["n"] == 0:
+        return "no pair"
+    if contrast["n"] == 1:
+        return "one pair"
+    low, high = contrast["ci"]
+    apart = low > 0 or high < 0
+    if apart and contrast["p_holm"] < alpha:
+        return "clear"
+    if contrast["p_equivalent"] is not None and contrast["p_equivalent"] < alpha:
+        return "equivalent"
+    return "suggestive" if apart else "undecided"
+
+
+def headline(
+    contrast: Mapping[str, Any], names: Mapping[str, str], plan: Mapping[str, Any], level: float | None
+) -> str:
+    """The answer in one sentence, from the first contrast of the primary measure.
+
+    Args:
+        contrast: its entry of statistics.json.
+        names: arm -> its name for people.
+        plan: of statistics.json.
+        level: new-task accuracy at which arms were matched.
+    """
+    arm, reference = names[contrast["arm"]], names[contrast["reference"]]
+    kind = verdict(contrast, plan["alpha"])
+    left_out = f"{count(len(contrast['excluded']), 'pair')} left out"
+    if kind == "no pair":
+        return (
+            f"No answer: there is no seed at which {arm} and {reference} can be compared ({left_out}: "
+            f"{reasons(contrast, names)})."
+        )
+    difference = contrast["difference"]
+    better, worse = (arm, reference) if difference > 0 else (reference, arm)
+    kept, what = (
+        ("kept", "the old task's circuit")
+        if "retention" in plan["primary"]
+        else ("had", short_name(plan["primary"]))
+    )
+    levels = (
+        f"at the same skill in the new task{'' if level is None else f' (accuracy {number(level, 2)})'}, "
+        f"{arm} {kept} {number(contrast['arm_mean'])} and {reference} {number(contrast['reference_mean'])} "
+        f"{phrase(plan['primary'])}"
+    )
+    counted = count(contrast["n"], "seed pair") + (f", {left_out}" if contrast["excluded"] else "")
+    if kind == "one pair":
+        return (
+            f"Not decided: {levels}, a difference of {number(difference, signed=True)} ({counted}), and a "
+            "single pair says nothing of chance."
+        )
+    low, high = (number(bound, signed=True) for bound in contrast["ci"])
+    interval = f"{100 * plan['confidence']:g} % interval {low} to {high}"
+    facts = f"{levels}, a difference of {number(difference, signed=True)} ({interval}; {counted})"
+    p = number(contrast["p"], 4)
+    limit = (
+        f"and {count(contrast['n'], 'pair')} cannot give less than "
+        f"{number(contrast['smallest_possible_p'], 4)}"
+        if contrast["smallest_possible_p"] >= plan["alpha"]
+        else f"Holm-adjusted {number(contrast['p_holm'], 4)}"
+    )
+    margin = number(plan["equivalence_margin"])
+    if kind == "clear":
+        small = contrast["p_equivalent"] is not None and contrast["p_equivalent"] < plan["alpha"]
+        size = f", though the difference lies within the ±{margin} that count as none" if small else ""
+        return f"{better} {kept} more of {what} than {worse}{size}: {facts}; exact p = {p}, {limit}."
+    if kind == "equivalent":
+        return (
+            f"{arm} and {reference} {kept} equally much of {what}, within ±{margin}: {facts}; TOST p = "
+            f"{number(contrast['p_equivalent'], 4)}."
+        )
+    if kind == "suggestive":
+        return (
+            f"A hint, not a finding, that {better} {kept} more of {what} than {worse}: {facts}; the "
+            f"interval leaves zero out, but the exact test does not confirm it (p = {p}, {limit})."
+        )
+    return f"Not decided: {facts}, which cannot be told from none (exact p = {p}, {limit})."
+
+
+def count(n: int, what: str) -> str:
+    """ "1 pair", "2 pairs"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def reasons(contrast: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Why pairs of a contrast were left out; empty when none was."""
+    return "; ".join(
+        f"seed {entry['seed']}: {entry['reason']} {' and '.join(names[model] for model in entry['models'])}"
+        for entry in contrast["excluded"]
+    )

@@ -1,0 +1,101 @@
+"""Stage `synthesize`: tokenizer, entity tracking and new-task sets, and desiderata pairs, in disjoint splits.
+
+Which contexts may occur in which file (a context has one split, see `tasks/contexts.py`):
+
+    old/{selection,discovery,pruning,evaluation,relearning}   the split of that name;  old/means: pruning
+    new/<task>/{train,selection,evaluation}                   the split of that name
+    desiderata/<name>/{train,selection,test}                  discovery, selection, evaluation
+"""
+
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from stages.pipeline.files import replacing_directory, write_json
+from stages.pipeline.stage import Cell, run
+from stages.tasks.contexts import SPLITS, Split
+from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
+from stages.tasks.entity_tracking import draw_examples
+from stages.tasks.examples import write_examples, write_pairs, write_prompts
+from stages.tasks.relations import NEW_TASKS, draw_prompts
+from stages.tasks.shortcuts import shortcut_scores
+from stages.tasks.tokenizer import build_tokenizer
+from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary
+
+DATA = Path("data")
+OLD_SPLITS = {
+    "selection": Split.SELECTION,
+    "discovery": Split.DISCOVERY,
+    "pruning": Split.PRUNING,
+    "evaluation": Split.EVALUATION,
+    "relearning": Split.RELEARNING,
+    "means": Split.PRUNING,
+}
+PAIR_SPLITS = {"train": Split.DISCOVERY, "selection": Split.SELECTION, "test": Split.EVALUATION}
+
+
+def main(cell: Cell) -> None:
+    settings = cell.params("synthesize")
+    words, boxes = vocabulary(), settings.boxes
+
+    def rng(name: str) -> np.random.Generator:
+        """One stream a file, so that the size of one set changes no other set."""
+        return np.random.default_rng([settings.seed, crc32(name.encode())])
+
+    with replacing_directory(DATA / "tokenizer") as folder:
+        build_tokenizer().save_pretrained(folder)
+    with replacing_directory(DATA / "old") as folder:
+        for name, split in OLD_SPLITS.items():
+            size = settings.old[name]
+            examples = draw_examples(
+                rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means"
+            )
+            write_examples(folder / f"{name}.parquet", examples)
+    scores = {}
+    with replacing_directory(DATA / "new") as folder:
+        for task, relation in NEW_TASKS.items():
+            (folder / task).mkdir()
+            for name, size in settings.new.items():
+                prompts = draw_prompts(rng(f"new/{task}/{name}"), words, relation, Split(name), size, boxes)
+                write_prompts(folder / task / f"{name}.parquet", prompts)
+                if name == "train":
+                    scores[task] = shortcut_scores(prompts)
+    chance = {}
+    with replacing_directory(DATA / "desiderata") as folder:
+        for desideratum in DESIDERATA:
+            (folder / desideratum).mkdir()
+            for name, size in settings.desiderata.items():
+                stream = rng(f"desiderata/{desideratum}/{name}")
+                pairs = draw_pairs(stream, words, desideratum, PAIR_SPLITS[name], size, boxes)
+                write_pairs(folder / desideratum / f"{name}.parquet", pairs)
+                if name == "test":
+                    chance[desideratum] = floors(pairs, boxes)
+    write_json(
+        DATA / "tasks.json",
+        {
+            "vocabulary": {"tokens": len(words), "objects": list(OBJECTS), "labels": list(LABELS)},
+            "boxes": boxes,
+            "prompt_tokens": 7 * boxes + 5,
+            "splits": list(SPLITS),
+            "sizes": {
+                "old": dict(settings.old),
+                "new": dict(settings.new),
+                "desiderata": dict(settings.desiderata),
+            },
+            "new_tasks": {
+                task: {
+                    "verb": relation.verb,
+                    "valid_answers": max(len(relation.valid(boxes, clause)) for clause in range(boxes)),
+                    "shortcuts": scores[task],
+                    "best_shortcut": max(scores[task].values()),
+                }
+                for task, relation in NEW_TASKS.items()
+            },
+            "desiderata": {name: {"floors": chance[name]} for name in DESIDERATA},
+        },
+    )
+
+
+if __name__ == "__main__":
+    run("synthesize", (), main)

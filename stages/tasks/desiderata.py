@@ -1,0 +1,107 @@
+"""Desiderata: what the patched base should answer if the patched heads carry a certain value (paper, section
+4.2).
+
+Base and source are prompts of the standard template. If a group of heads carries
+- `positional`: where the queried clause is, the base answers its own object at the source's queried clause;
+- `object_value`: the object itself, the base answers the source's object;
+- `box_label_value`: the label of the queried box, the base answers its own object under the source's queried
+  label.
+
+Pairs are drawn so that these hypotheses cannot be confused: the source names no object of the base, its
+queried clause is another one (uniform over the others), and its queried label is absent from the base or, in
+`box_label_value`, the label of a third clause. So a base that is not changed scores 0 (`floors`).
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from stages.tasks.contexts import (
+    Contexts,
+    Split,
+    draw_absent_label,
+    draw_clauses,
+    draw_contexts,
+    draw_other_clauses,
+)
+from stages.tasks.entity_tracking import positions, standard_prompts
+from stages.tasks.examples import DesiderataPairs
+from stages.tasks.vocabulary import OBJECTS, Vocabulary
+
+DESIDERATA = ("positional", "object_value", "box_label_value")
+LEAST_BOXES = 3  # base clause, source clause and the clause of the source's label
+
+
+def draw_pairs(
+    rng: np.random.Generator, vocabulary: Vocabulary, desideratum: str, split: Split, n: int, boxes: int
+) -> DesiderataPairs:
+    """Draw base and source prompts of one split.
+
+    Args:
+        rng: source of randomness.
+        vocabulary: token ids of words.
+        desideratum: one of DESIDERATA.
+        split: the split that base and source contexts belong to.
+        n: number of pairs.
+        boxes: number of clauses, at least LEAST_BOXES.
+    """
+    rows = np.arange(n)
+    base = draw_contexts(rng, split, n, boxes)
+    base_clause = draw_clauses(rng, n, boxes)
+    source_clause = draw_other_clauses(rng, boxes, base_clause)
+    label_clause = draw_other_clauses(rng, boxes, base_clause, source_clause)
+    if desideratum == "box_label_value":
+        query_label = base.labels[rows, label_clause]
+    else:
+        query_label = draw_absent_label(rng, base)
+
+    def ask_for_label(source: Contexts) -> Contexts:
+        """Give the queried clause its label; a clause that had it takes the one that becomes free."""
+        labels = source.labels.copy()
+        freed = labels[rows, source_clause][:, None]
+        labels = np.where(labels == query_label[:, None], freed, labels)
+        labels[rows, source_clause] = query_label
+        return Contexts(source.objects, labels)
+
+    source = draw_contexts(rng, split, n, boxes, without_objects=base.objects, fixed=ask_for_label)
+    base_objects = vocabulary.objects[base.objects]
+    target = {
+        "positional": base_objects[rows, source_clause],
+        "object_value": vocabulary.objects[source.objects][rows, source_clause],
+        "box_label_value": base_objects[rows, label_clause],
+    }[desideratum]
+    return DesiderataPairs(
+        standard_prompts(vocabulary, base, base_clause),
+        standard_prompts(vocabulary, source, source_clause),
+        torch.from_numpy(target),
+        torch.from_numpy(base_objects[rows, base_clause]),
+        positions(boxes, base_clause),
+        positions(boxes, source_clause),
+    )
+
+
+def floors(pairs: DesiderataPairs, boxes: int) -> dict[str, float]:
+    """What the desideratum scores without any information.
+
+    Args:
+        pairs: the pairs.
+        boxes: number of clauses.
+
+    Returns:
+        `clean_answer`: share of pairs whose target is the clean answer, which an unchanged base scores.
+        `random_base_object`: score of naming a random object of the base context.
+        `random_context_object`: score of naming a random object of base and source together.
+        `random_object`: score of naming a random object of the vocabulary.
+    """
+    in_base = _contains(pairs.base_ids, pairs.target)
+    in_source = _contains(pairs.source_ids, pairs.target)
+    return {
+        "clean_answer": float((pairs.target == pairs.clean_answer).double().mean()),
+        "random_base_object": float(in_base.double().mean()) / boxes,
+        "random_context_object": float((in_base | in_source).double().mean()) / (2 * boxes),
+        "random_object": 1 / len(OBJECTS),
+    }
+
+
+def _contains(ids: Int[torch.Tensor, "n t"], token: Int[torch.Tensor, "n"]) -> torch.Tensor:
+    return (ids == token[:, None]).any(dim=1)

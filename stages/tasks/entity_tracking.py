@@ -1,0 +1,83 @@
+"""The old task: which object is in a box (Prakash et al., ICLR 2024, section 2).
+
+    <bos> The fan is in Box Z, the cross is in Box J, ... . Box Z contains the   ->   fan
+
+With 7 boxes a prompt has 54 tokens: 1 + 7 x 7 + 4.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stages.tasks.contexts import (
+    Contexts,
+    Split,
+    draw_absent_label,
+    draw_clauses,
+    draw_contexts,
+    draw_other_clauses,
+)
+from stages.tasks.examples import POSITIONS, Examples
+from stages.tasks.relations import CONTAINS, render_queries
+from stages.tasks.templates import STANDARD, context_pattern
+from stages.tasks.vocabulary import LABELS, Vocabulary
+
+
+def draw_examples(
+    rng: np.random.Generator,
+    vocabulary: Vocabulary,
+    split: Split,
+    n: int,
+    boxes: int,
+    random_query: bool = False,
+) -> Examples:
+    """Draw examples with corrupt partners of the same split.
+
+    Args:
+        rng: source of randomness.
+        vocabulary: token ids of words.
+        split: the split that clean and corrupt contexts belong to.
+        n: number of examples.
+        boxes: number of clauses.
+        random_query: ask for a random letter instead of the queried clause's label, as prompts for mean
+            ablation do; the answer and the "earlier" positions are still those of the queried clause.
+    """
+    clean = draw_contexts(rng, split, n, boxes)
+    clauses = draw_clauses(rng, n, boxes)
+    query_label = draw_absent_label(rng, clean)  # the corrupt query: a box of neither context
+    corrupt = draw_contexts(rng, split, n, boxes, clean.objects, query_label[:, None])
+    corrupt_clauses = draw_other_clauses(rng, boxes, clauses)
+    letters = rng.integers(len(LABELS), size=n) if random_query else None
+
+    objects = vocabulary.objects[clean.objects]
+    rows = np.arange(n)
+    others = np.ones_like(objects, dtype=bool)
+    others[rows, clauses] = False
+    ids = render_queries(vocabulary, STANDARD, clean, clauses, CONTAINS.verb, query_labels=letters)
+    corrupt_ids = render_queries(
+        vocabulary, STANDARD, corrupt, corrupt_clauses, CONTAINS.verb, query_labels=query_label
+    )
+    return Examples(
+        torch.from_numpy(ids),
+        torch.from_numpy(objects[rows, clauses]),
+        torch.from_numpy(objects[others].reshape(n, boxes - 1)),
+        positions(boxes, clauses),
+        torch.from_numpy(corrupt_ids),
+        positions(boxes, corrupt_clauses),
+    )
+
+
+def positions(boxes: int, clauses: Int[np.ndarray, "n"]) -> dict[str, Int[Tensor, "n"]]:
+    """Index of every semantic position in standard prompts that query these clauses."""
+    pattern = context_pattern(STANDARD, boxes, 0)  # the same for all clauses
+    last = np.full(len(clauses), len(pattern) + 3)
+    indices = (last, last - 2, pattern.labels[clauses], pattern.objects[clauses], pattern.separators[clauses])
+    return {name: torch.from_numpy(index) for name, index in zip(POSITIONS, indices, strict=True)}
+
+
+def standard_prompts(
+    vocabulary: Vocabulary, contexts: Contexts, clauses: Int[np.ndarray, "n"]
+) -> Int[Tensor, "n t"]:
+    """Prompts in the standard template that query these clauses."""
+    return torch.from_numpy(render_queries(vocabulary, STANDARD, contexts, clauses, CONTAINS.verb))

@@ -1,0 +1,171 @@
+"""Sets of equally long prompts with named positions, and their parquet files."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stages.pipeline.files import replacing_file
+
+# Semantic positions: the last token, the label in the query, and label, object and separator of the queried
+# clause.
+POSITIONS = ("last", "query_label", "earlier_label", "earlier_object", "earlier_separator")
+
+
+class _Rows:
+    """Shared by the sets below: their fields are tensors, or dicts of tensors, with one row an example."""
+
+    def __len__(self) -> int:
+        return len(next(iter(_columns(self).values())))
+
+    def select(self, index: Any) -> Self:
+        """The rows of an index, slice or mask, as a set of the same kind."""
+        chosen = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                chosen[field.name] = {name: tensor[index] for name, tensor in value.items()}
+            else:
+                chosen[field.name] = value[index]
+        return type(self)(**chosen)
+
+
+@dataclass(frozen=True)
+class Examples(_Rows):
+    """Entity tracking with corrupt partners.
+
+    Attributes:
+        input_ids: clean prompts; the next token is the answer.
+        answer: token id of the object in the queried box.
+        others: token ids of the other objects of the context.
+        positions: semantic position -> index into `input_ids`, for each example.
+        corrupt_ids: another context, without a shared object, that asks for a box of neither context.
+        corrupt_positions: positions in `corrupt_ids`; "earlier_*" are those of a random clause other than the clean one.
+    """
+
+    input_ids: Int[Tensor, "n t"]
+    answer: Int[Tensor, "n"]
+    others: Int[Tensor, "n k"]
+    positions: dict[str, Int[Tensor, "n"]]
+    corrupt_ids: Int[Tensor, "n t"]
+    corrupt_positions: dict[str, Int[Tensor, "n"]]
+
+
+@dataclass(frozen=True)
+class Prompts(_Rows):
+    """A new task.
+
+    Attributes:
+        input_ids: prompts.
+        valid: token ids of the right answers, padded with -1.
+        canonical: the one right answer that `sft_gold` is taught.
+        objects: token ids of the context's objects, clause by clause.
+    """
+
+    input_ids: Int[Tensor, "n t"]
+    valid: Int[Tensor, "n v"]
+    canonical: Int[Tensor, "n"]
+    objects: Int[Tensor, "n k"]
+
+    @classmethod
+    def from_numpy(cls, *arrays: np.ndarray) -> Self:
+        return cls(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+@dataclass(frozen=True)
+class DesiderataPairs(_Rows):
+    """Base and source prompts; heads that carry what is asked for turn the base's answer into the target.
+
+    Attributes:
+        base_ids: prompts that are patched.
+        source_ids: prompts that head outputs are taken from.
+        target: token id that the patched base should answer.
+        clean_answer: token id that the base answers by itself.
+        base_positions: semantic position -> index into `base_ids`.
+        source_positions: semantic position -> index into `source_ids`.
+    """
+
+    base_ids: Int[Tensor, "n t"]
+    source_ids: Int[Tensor, "n t"]
+    target: Int[Tensor, "n"]
+    clean_answer: Int[Tensor, "n"]
+    base_positions: dict[str, Int[Tensor, "n"]]
+    source_positions: dict[str, Int[Tensor, "n"]]
+
+
+_Set = TypeVar("_Set", bound=_Rows)
+
+
+def write_examples(path: str | Path, examples: Examples) -> None:
+    """Write as parquet: one column a field, dict entries as `field.key`."""
+    _write(path, examples)
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Read what `write_examples` wrote."""
+    return _read(path, Examples)
+
+
+def write_prompts(path: str | Path, prompts: Prompts) -> None:
+    """Write as parquet, one column a field."""
+    _write(path, prompts)
+
+
+def read_prompts(path: str | Path) -> Prompts:
+    """Read what `write_prompts` wrote."""
+    return _read(path, Prompts)
+
+
+def write_pairs(path: str | Path, pairs: DesiderataPairs) -> None:
+    """Write as parquet: one column a field, dict entries as `field.key`."""
+    _write(path, pairs)
+
+
+def read_pairs(path: str | Path) -> DesiderataPairs:
+    """Read what `write_pairs` wrote."""
+    return _read(path, DesiderataPairs)
+
+
+def _columns(rows: Any) -> dict[str, Tensor]:
+    columns = {}
+    for field in fields(rows):
+        value = getattr(rows, field.name)
+        if isinstance(value, dict):
+            columns.update({f"{field.name}.{name}": tensor for name, tensor in value.items()})
+        else:
+            columns[field.name] = value
+    return columns
+
+
+def _write(path: str | Path, rows: _Rows) -> None:
+    arrays = []
+    columns = _columns(rows)
+    for tensor in columns.values():
+        flat = pa.array(tensor.numpy().astype(np.int32).ravel())
+        arrays.append(flat if tensor.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, tensor.shape[1]))
+    with replacing_file(path) as temporary:
+        pq.write_table(pa.table(arrays, names=list(columns)), temporary)
+
+
+def _read(path: str | Path, kind: type[_Set]) -> _Set:
+    table = pq.read_table(path)
+    values: dict[str, Any] = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            array = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        else:
+            array = column.to_numpy()
+        tensor = torch.from_numpy(array.astype(np.int64))
+        field, _, key = name.partition(".")
+        if key:
+            values.setdefault(field, {})[key] = tensor
+        else:
+            values[field] = tensor
+    return kind(**values)

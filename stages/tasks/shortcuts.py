@@ -1,0 +1,65 @@
+"""What a new task yields to a model that ignores the binding of objects to boxes.
+
+A level of accuracy certifies that a task was learned only above the best of these scores. They are computed
+from the prompts, not from the task's definition.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.tasks.examples import Prompts
+
+_LABEL_AFTER_OBJECT = 4  # `the <object> is in Box <label>`
+
+
+def shortcut_scores(prompts: Prompts) -> dict[str, float]:
+    """Mean probability of a right answer under rules that need no binding, or only that of the old task.
+
+    Returns:
+        `random_context_object`: a random object of the context;
+        `own_object`: the object in the queried box, the old task's answer;
+        `first_object`, `last_object`: that clause's;
+        `best_fixed_clause`: always the same clause, the best one of all;
+        `most_frequent_canonical_clause`: the clause that holds the canonical answer most often;
+        `best_clause_after_label`: a clause chosen by which letter is asked for, the best one for every
+        letter;
+        `most_frequent_answer`: always the same word, the best one.
+    """
+    right = _is_right(prompts)
+    own = _own_clause(prompts)
+    canonical = (prompts.objects == prompts.canonical[:, None]).double().mean(dim=0).argmax()
+    labels = prompts.input_ids[:, -3]
+    half = torch.arange(len(prompts)) % 2 == 0  # the rule is fitted on one half and scored on the other
+    by_label = _fit_by_label(right[half], labels[half])
+    chosen = torch.tensor([by_label.get(int(label), 0) for label in labels[~half]])
+    words, counts = np.unique(prompts.valid[prompts.valid >= 0].numpy(), return_counts=True)
+    frequent = int(words[counts.argmax()])
+    return {
+        "random_context_object": float(right.mean()),
+        "own_object": float(right.gather(1, own[:, None]).mean()),
+        "first_object": float(right[:, 0].mean()),
+        "last_object": float(right[:, -1].mean()),
+        "best_fixed_clause": float(right.mean(dim=0).max()),
+        "most_frequent_canonical_clause": float(right[:, canonical].mean()),
+        "best_clause_after_label": float(right[~half].gather(1, chosen[:, None]).mean()),
+        "most_frequent_answer": float((prompts.valid == frequent).any(dim=1).double().mean()),
+    }
+
+
+def _is_right(prompts: Prompts) -> Float[Tensor, "n k"]:
+    """Whether each object of the context is a right answer."""
+    return (prompts.objects[:, :, None] == prompts.valid[:, None, :]).any(dim=2).double()
+
+
+def _own_clause(prompts: Prompts) -> Tensor:
+    """The queried clause, read from the prompt itself: where the queried label occurs, an object is four
+    tokens before.""" context = prompts.input_ids[:, :-4]
+    label = (context == prompts.input_ids[:, -3:-2]).double().argmax(dim=1)
+    word = prompts.input_ids.gather(1, label[:, None] - _LABEL_AFTER_OBJECT)
+    return (prompts.objects == word).double().argmax(dim=1)
+
+
+def _fit_by_label(right: Tensor, labels: Tensor) -> dict[int, int]:
+    return {int(label): int(right[labels == label].sum(dim=0).argmax()) for label in labels.unique()}

@@ -1,0 +1,114 @@
+"""Slow and obvious mean ablation and exchange of head outputs: one whole hooked pass per node set."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from stages.circuits.types import Node
+from tests.oracles import head_outputs, hooked_logits
+
+POSITIONS = ("earlier_label", "earlier_separator", "query_label", "last")
+
+
+def random_prompts(n: int = 6, length: int = 13, vocab: int = 40, seed: int = 0) -> Int[Tensor, "n t"]:
+    return torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_positions(n: int = 6, length: int = 13, seed: int = 0) -> dict[str, Int[Tensor, "n"]]:
+    """Positions that differ between examples; in the first two examples some of them coincide."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(1, 6, (n,), generator=generator)
+    separator = label + torch.randint(1, 4, (n,), generator=generator)
+    query = torch.full((n,), length - 3)
+    separator[0] = label[0]
+    query[1] = length - 1
+    return {
+        "earlier_label": label,
+        "earlier_separator": separator,
+        "query_label": query,
+        "last": torch.full((n,), length - 1),
+    }
+
+
+def random_circuit(n_layers: int, n_heads: int, share: float, seed: int) -> frozenset[Node]:
+    """Each (layer, head, position) with the given probability."""
+    generator = torch.Generator().manual_seed(seed)
+    everything = every_node(n_layers, n_heads)
+    chosen = torch.rand(len(everything), generator=generator) < share
+    return frozenset(node for node, take in zip(everything, chosen.tolist(), strict=True) if take)
+
+
+def every_node(n_layers: int, n_heads: int) -> list[Node]:
+    return [
+        Node(layer, head, position)
+        for layer in range(n_layers)
+        for head in range(n_heads)
+        for position in POSITIONS
+    ]
+
+
+def naive_means(model: PreTrainedModel, ids: Int[Tensor, "n t"]) -> Float[Tensor, "layers t h a"]:
+    return _heads(model, torch.stack(head_outputs(model, ids)).mean(1))
+
+
+def naive_circuit(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "n t"],
+    means: Float[Tensor, "layers t h a"],
+    positions: Mapping[str, Int[Tensor, "n"]],
+    circuit: Collection[Node],
+) -> Float[Tensor, "n vocab"]:
+    """Every head at every position gives its mean, except the circuit's."""
+
+    def edit(layer: int, z: Tensor) -> Tensor:
+        live, out = _heads(model, z), means[layer].expand_as(_heads(model, z)).clone()
+        for row in range(len(ids)):
+            for node in circuit:
+                if node.layer == layer:
+                    at = positions[node.position][row]
+                    out[row, at, node.head] = live[row, at, node.head]
+        return out.flatten(-2)
+
+    return hooked_logits(model, ids, edit)
+
+
+def naive_exchange(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "n t"],
+    given: Mapping[Node, Float[Tensor, "n a"]],
+    positions: Mapping[str, Int[Tensor, "n"]],
+    shares: Mapping[Node, float],
+) -> Float[Tensor, "n vocab"]:
+    """Every node gives (1 - share) of its own output and `share` of the given one; all else is live."""
+
+    def edit(layer: int, z: Tensor) -> Tensor:
+        out = _heads(model, z).clone()
+        for node, share in shares.items():
+            if node.layer == layer:
+                for row in range(len(ids)):
+                    at = positions[node.position][row]
+                    live = _heads(model, z)[row, at, node.head]
+                    out[row, at, node.head] = (1 - share) * live + share * given[node][row]
+        return out.flatten(-2)
+
+    return hooked_logits(model, ids, edit)
+
+
+def outputs_of(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "n t"],
+    positions: Mapping[str, Int[Tensor, "n"]],
+    nodes: Collection[Node],
+) -> dict[Node, Float[Tensor, "n a"]]:
+    """Head outputs of nodes in other prompts or another model."""
+    z = _heads(model, torch.stack(head_outputs(model, ids)))
+    return {
+        node: z[node.layer, torch.arange(len(ids)), positions[node.position], node.head] for node in nodes
+    }
+
+
+def _heads(model: PreTrainedModel, z: Tensor) -> Tensor:
+    return z.unflatten(-1, (model.config.num_attention_heads, -1))

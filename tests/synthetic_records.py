@@ -1,0 +1,324 @@
+"""Made-up records of a whole experiment, as the stages write them, for tests of statistics and report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages.pipeline.files import write_csv, write_json
+from stages.pipeline.stage import Cell
+
+ARMS = ("sft_gold", "self_sft", "reinforce", "grpo", "sft_replay", "noise")
+KEPT = {"sft_gold": 0.72, "self_sft": 0.8, "reinforce": 0.84, "grpo": 0.86, "sft_replay": 0.95, "noise": 0.97}
+GROUPS: tuple[Any, ...] = (
+    ("fetch_answer", "last", "logits", None, ((4, 1), (4, 6), (5, 0), (5, 3), (5, 5))),
+    ("q_last", "last", "fetch_answer", "q", ((0, 2), (1, 7), (0, 5))),
+    ("k_separator", "earlier_separator", "fetch_answer", "k", ((1, 1), (2, 4), (3, 2))),
+    ("v_separator", "earlier_separator", "fetch_answer", "v", ((2, 0), (2, 6), (3, 7))),
+    ("v_query_label>q_last", "query_label", "q_last", "v", ((0, 0), (0, 4))),
+    ("v_label>k_separator", "earlier_label", "k_separator", "v", ((0, 3), (1, 3))),
+)
+SHORTCUTS = {"any object": 2 / 7, "own object": 0.0}
+LAYERS, HEADS, RATES = 6, 8, (1e-4, 3e-4)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to make up.
+
+    Attributes:
+        seeds, arms: the axes.
+        unreached: (arm, seed) pairs that never reach the level.
+        hidden: seeds whose base has no identifiable circuit.
+        effect: added to what every RL arm keeps.
+        spread: standard deviation between seeds.
+    """
+
+    seeds: Sequence[int] = (0, 1, 2)
+    arms: Sequence[str] = ARMS
+    unreached: frozenset[tuple[str, int]] = frozenset()
+    hidden: frozenset[int] = frozenset()
+    effect: float = 0.0
+    spread: float = 0.04
+    contrasts: Sequence[tuple[str, str]] = field(
+        default=(
+            ("grpo", "sft_gold"),
+            ("self_sft", "sft_gold"),
+            ("grpo", "reinforce"),
+            ("grpo", "self_sft"),
+            ("sft_replay", "sft_gold"),
+            ("noise", "sft_gold"),
+        )
+    )
+
+    def params(self) -> dict[str, Any]:
+        """What a stage reads of params.yaml."""
+        return {
+            "seeds": list(self.seeds),
+            "arms": list(self.arms),
+            "models": ["base", *self.arms],
+            "new_task": "adjacent",
+            "contrast": SimpleNamespace(
+                primary_measure="evaluate.circuit.retention",
+                secondary_measures=[
+                    "evaluate.circuit.retention_ld",
+                    "evaluate.circuit.faithfulness",
+                    "evaluate.old_accuracy",
+                    "cmap.tuned_to_base.circuit.accuracy",
+                    "cmap.base_to_tuned.circuit.accuracy",
+                    "drift.old.kl",
+                    "drift.new.kl",
+                ],
+                contrasts=[list(pair) for pair in self.contrasts],
+                confidence=0.95,
+                alpha=0.05,
+                equivalence_margin=0.05,
+                resamples=2000,
+                seed=0,
+            ),
+            "report": SimpleNamespace(dpi=60, max_groups=6),
+        }
+
+    def cell(self, stage: str) -> Cell:
+        """A cell of a stage that reads these params."""
+        return _TestCell(stage, {}, self.params())
+
+    def write(self, root: Path) -> None:
+        """Write everything that contrast and report read, below a repository root."""
+        write_json(root / "data/tasks.json", {"new_tasks": {"adjacent": {"shortcuts": SHORTCUTS}}})
+        for seed in self.seeds:
+            _write_base(root / "reports/cells", self, seed)
+            for arm in self.arms:
+                _write_arm(root / "reports/cells", self, arm, seed)
+
+
+@dataclass(frozen=True)
+class _TestCell(Cell):
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def params(self, path: str) -> Any:
+        return self.values[path]
+
+
+def _draw(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([seed, sum(name.encode())])
+
+
+def _groups(seed: int) -> tuple[Any, ...]:
+    return GROUPS if seed != 1 else GROUPS[:-1]  # bases differ in the groups that were found
+
+
+def _write_base(root: Path, experiment: Experiment, seed: int) -> None:
+    draw = _draw(seed, "base")
+    steps = np.arange(0, 850, 50)
+    learned = 0.97 / (1 + np.exp(-(steps - 420 + 30 * draw.normal()) / 45))
+    curve = {"step": steps, "phase": "main", "loss": 3 * np.exp(-steps / 300), "accuracy": learned}
+    curve["induction"] = 0.98 / (1 + np.exp(-(steps - 120) / 30))
+    write_csv(root / f"pretrain/{seed}/curve.csv", pd.DataFrame(curve))
+    write_json(
+        root / f"pretrain/{seed}/record.json", {"seed": seed, "accuracy": 0.96, "settings": {"steps": 850}}
+    )
+    _write_model(root, experiment, "base", seed, 1.0, 0.96)
+
+
+def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept: float, old: float) -> None:
+    draw = _draw(seed, model + "x")
+    hidden = seed in experiment.hidden
+    groups: tuple[Any, ...] = () if hidden else _groups(seed)
+    circuit = {
+        "identifiable": not hidden,
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "groups": [
+            {
+                "name": name,
+                "position": position,
+                "receiver": receiver,
+                "component": component,
+                "heads": [list(head) for head in heads],
+                "scores": sorted((float(s) for s in draw.uniform(0.05, 0.6, len(heads))), reverse=True),
+            }
+            for name, position, receiver, component, heads in groups
+        ],
+    }
+    write_json(root / f"discover/{model}/{seed}/circuit.json", circuit)
+    record = {
+        "model": model,
+        "seed": seed,
+        "identifiable": not hidden,
+        "accuracy": old,
+        "settings": {"hops": "auto"},
+    }
+    write_json(root / f"discover/{model}/{seed}/record.json", record)
+    scores = {
+        "size": 18,
+        "accuracy": 0.93 * kept,
+        "logit_difference": 6 * kept,
+        "faithfulness": 0.93 * kept / old,
+        "faithfulness_ld": kept,
+        "retention": kept,
+        "retention_ld": kept - 0.02 * (model != "base"),
+    }
+    random = [float(value) for value in draw.uniform(0.0, 0.08, 20)]
+    evaluated = {
+        "model": model,
+        "seed": seed,
+        "old_accuracy": old,
+        "old_logit_difference": 6.5 * old,
+        "new_accuracy": 0.41 if model == "base" else 0.93 + 0.01 * float(draw.normal()),
+        "new_valid_mass": 0.5,
+        "flips": {"lost": 0.1, "gained": 0.01},
+        "circuit": None if hidden else scores,
+        "own_circuit": None if hidden else scores | {"faithfulness": min(1.0, 0.93 * kept / old + 0.03)},
+        "groups": {name: {"accuracy_without": 0.2, "accuracy_drop": 0.7} for name, *_ in groups},
+        "random": None
+        if hidden
+        else {
+            "n": 20,
+            "accuracies": random,
+            "mean": float(np.mean(random)),
+            "max": max(random),
+            "faithfulness": random,
+        }
+        | {"faithfulness_ld": random},
+        "settings": {"random_circuits": 20},
+    }
+    write_json(root / f"evaluate/{model}/{seed}.json", evaluated)
+    desiderata = ("positional", "object_value", "box_label_value")
+    masked = {
+        name: {
+            desideratum: {
+                "selected": [[0, 1]],
+                "size": len(heads),
+                "accuracy": float(
+                    np.clip((0.9 if index == number % 3 else 0.05) * kept + 0.02 * draw.normal(), 0, 1)
+                ),
+                "floor": 0.02,
+                "all_heads_accuracy": 0.9,
+                "random_accuracy": 0.03,
+                "n_test": 200,
+            }
+            for index, desideratum in enumerate(desiderata)
+        }
+        for number, (name, _, _, _, heads) in enumerate(groups)
+    }
+    write_json(
+        root / f"dcm/{model}/{seed}.json",
+        {"model": model, "seed": seed, "groups": masked, "settings": {"steps": 60}},
+    )
+
+
+def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
+    draw = _draw(seed, arm)
+    reached = (arm, seed) not in experiment.unreached
+    shift = float(draw.normal()) * experiment.spread
+    kept = min(1.0, KEPT.get(arm, 0.8) + shift + (experiment.effect if arm in ("grpo", "reinforce") else 0.0))
+    old = 0.96 * kept
+    noise, steps = arm == "noise", np.array([0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 90, 128, 180])
+    rows = []
+    for rate in (0.0,) if noise else RATES:
+        pace = 18 if rate == RATES[1] else 55
+        progress = 1 - np.exp(-steps / pace)
+        cost = (1 - kept) * (1.0 if rate == RATES[1] else 0.45)
+        new = 0.41 + 0.57 * progress + 0.006 * draw.normal(size=len(steps))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "learning_rate": rate,
+                    "step": steps,
+                    "gradient_steps": steps,
+                    "completions": steps * 64,
+                    "old_accuracy": 0.96
+                    - (1.2 * cost * progress**1.5)
+                    + 0.004 * draw.normal(size=len(steps)),
+                    "old_p_correct": 0.8,
+                    "new_accuracy": 0.41 - 0.1 * progress
+                    if noise
+                    else np.clip(new * (0.85 if not reached else 1.0), 0, 1),
+                    "new_valid_mass": 0.6,
+                    "kl_new": (0.15 if noise else 0.9) * progress * (1.3 if arm.endswith("sft") else 1.0),
+                    "weight_norm": 4 * progress * (1.0 if rate == RATES[1] else 0.6),
+                }
+            )
+        )
+    curve = pd.concat(rows)
+    write_csv(root / f"finetune/{arm}/{seed}.csv", curve)
+    write_json(
+        root / f"match/{arm}/{seed}.json",
+        {
+            "arm": arm,
+            "seed": seed,
+            "reached": reached,
+            "rule": "first checkpoint at the level",
+            "like": "sft_gold" if noise else None,
+            "level": 0.9,
+            "learning_rate": RATES[1],
+            "step": None if noise else 45,
+            "new_accuracy_selection": 0.36 if noise else 0.93,
+            "old_accuracy_selection": old,
+            "weight_norm": 3.1,
+            "by_learning_rate": {}
+            if noise
+            else {
+                f"{rate:g}": {
+                    "reached": reached,
+                    "step": 45,
+                    "old_accuracy": old + (0.05 if rate == RATES[0] else 0.0),
+                }
+                for rate in RATES
+            },
+        },
+    )
+    groups = () if seed in experiment.hidden else _groups(seed)
+    names = [name for name, *_ in groups] + (["circuit"] if groups else [])
+
+    def scored(low: float, high: float) -> dict[str, Any]:
+        return {
+            name: {
+                "accuracy": float(
+                    high if name == "circuit" else draw.uniform(min(low, high), max(low, high))
+                ),
+                "logit_difference": 5.0,
+            }
+            | {"p_correct": 0.7}
+            for name in names
+        }
+
+    write_json(
+        root / f"cmap/{arm}/{seed}.json",
+        {
+            "arm": arm,
+            "seed": seed,
+            "base_accuracy": 0.96,
+            "tuned_accuracy": old,
+            "tuned_to_base": scored(0.8 * kept, kept * 0.95),
+            "base_to_tuned": scored(old, 0.95),
+            "random": {"tuned_to_base": scored(0.9, 0.95), "base_to_tuned": scored(old - 0.03, old)},
+            "settings": {"random_draws": 4},
+        },
+    )
+    moved = [
+        [layer, head, float(draw.uniform(0.02, 0.25))] for layer in range(LAYERS) for head in range(HEADS)
+    ]
+    far = {"kl": 1.4 * (1 - kept), "reverse_kl": 1.2 * (1 - kept), "tv": 0.5 * (1 - kept)}
+    write_json(
+        root / f"drift/{arm}/{seed}.json",
+        {
+            "arm": arm,
+            "seed": seed,
+            "old": far,
+            "new": {"kl": 0.7 + shift, "reverse_kl": 0.6, "tv": 0.4},
+            "weight_norm": 3.1,
+            "weight_norm_relative": 0.08,
+            "per_matrix": {"model.norm.weight": 0.1},
+            "per_head": moved,
+            "per_head_relative": moved,
+        },
+    )
+    _write_model(root, experiment, arm, seed, kept, old)

@@ -1,0 +1,135 @@
+"""Distances between a base and a tuned model, against sums worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from stages.measures import accuracy
+from stages.measures.divergence import divergences, kl, total_variation
+from stages.measures.weights import per_head, per_matrix, whole
+from stages.pipeline.stage import Cell, Invalid
+
+
+def tiny_model(key_value_heads: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=key_value_heads, head_dim=6, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_divergences_of_known_distributions() -> None:
+    p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.5, 0.25]])
+    logits = [(torch.log(x.clamp(min=1e-30)) + shift) for x, shift in ((p, 3.0), (q, -2.0))]
+    expected = 0.5 * math.log(2)
+    error = abs(kl(*logits).item() - expected)
+    print(f"maximum error {error:.1e}")
+    assert error < 1e-6
+    assert total_variation(*logits).item() == pytest.approx(0.25, abs=1e-6)
+    assert total_variation(logits[1], logits[0]).item() == pytest.approx(0.25, abs=1e-6)
+
+
+def test_divergences_vanish_only_between_equal_models_and_obey_pinsker() -> None:
+    a, b = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)), torch.randn(50, 30) * 2
+    assert divergences(a, a + 5.0) == pytest.approx({"kl": 0.0, "reverse_kl": 0.0, "tv": 0.0}, abs=1e-6)
+    forward, backward = divergences(a, b), divergences(b, a)
+    assert forward["kl"] == backward["reverse_kl"] != forward["reverse_kl"]
+    assert (total_variation(a, b) <= (kl(a, b) / 2).sqrt()).all()
+
+
+@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
+def test_change_of_one_head_is_seen_at_that_head(key_value_heads: int) -> None:
+    base, tuned = tiny_model(key_value_heads, 0), tiny_model(key_value_heads, 0)
+    weights = dict(tuned.named_parameters())
+    with torch.no_grad():  # 6 query rows of head 2, 6 output columns of head 3, of 16 entries each
+        weights["model.layers.1.self_attn.q_proj.weight"][12:18] += 0.5
+        weights["model.layers.1.self_attn.o_proj.weight"][:, 18:24] += 0.25
+    norms = {(layer, head): norm for layer, head, norm, _ in per_head(base, tuned, 4, key_value_heads)}
+    expected = {(layer, head): 0.0 for layer in range(2) for head in range(4)}
+    expected |= {(1, 2): 0.5 * math.sqrt(96), (1, 3): 0.25 * math.sqrt(96)}
+    print("maximum error", max(abs(norms[key] - expected[key]) for key in expected))
+    assert norms == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_shared_key_counts_for_all_heads_of_its_group() -> None:
+    base, tuned = tiny_model(2, 0), tiny_model(2, 0)
+    key = dict(tuned.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
+    with torch.no_grad():
+        key[6:12] += 1.0  # key-value head 1 serves query heads 2 and 3
+    moved = {
+        (layer, head) for layer, head, norm, relative in per_head(base, tuned, 4, 2) if norm > 0 < relative
+    }
+    assert moved == {(0, 2), (0, 3)}
+
+
+def test_heads_matrices_and_the_whole_add_up() -> None:
+    base, tuned = tiny_model(4, 0), tiny_model(4, 1)
+    absolute, relative = per_matrix(base, tuned)
+    norm, norm_relative = whole(base, tuned)
+    assert math.sqrt(sum(value**2 for value in absolute.values())) == pytest.approx(norm)
+    attention = sum(value**2 for name, value in absolute.items() if "self_attn" in name)
+    heads = sum(row[2] ** 2 for row in per_head(base, tuned, 4, 4))
+    print(f"maximum error {abs(heads - attention):.1e}")
+    assert heads == pytest.approx(attention)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = dict(base.named_parameters())[name], dict(tuned.named_parameters())[name]
+    assert relative[name] == pytest.approx(
+        ((weights[1] - weights[0]).norm() / weights[0].norm()).item(), rel=1e-5
+    )
+    size = math.sqrt(sum(w.double().square().sum().item() for w in base.parameters()))
+    assert norm_relative == pytest.approx(norm / size)
+
+
+def test_other_architectures_are_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(Invalid, match="GPT2LMHeadModel"):
+        per_head(model, model, 2, 2)
+
+
+def test_scores_of_answers() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]])
+    answer, valid = torch.tensor([0, 2]), torch.tensor([[1, 0], [2, -1]])
+    assert accuracy.correct(logits, answer).tolist() == [True, False]
+    assert accuracy.correct_among(logits, valid).tolist() == [True, False]
+    assert accuracy.logit_difference(logits, answer, torch.tensor([[1, 2], [0, 1]])).tolist() == [1.5, -1.5]
+    assert accuracy.p_correct(logits, answer)[0].item() == pytest.approx(
+        math.exp(2) / (math.exp(2) + math.e + 1)
+    )
+    mass = accuracy.valid_mass(logits, valid)
+    assert mass[0].item() == pytest.approx((math.exp(2) + math.e) / (math.exp(2) + math.e + 1))
+    assert mass[1].item() == pytest.approx(math.e / (1 + math.exp(5) + math.e))
+    before, after = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    assert accuracy.flips(before, after) == {"lost": 0.25, "gained": 0.25}
+
+
+def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import drift
+    from stages.tasks.examples import Examples, Prompts, write_examples, write_prompts
+
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(30, (12, 9), generator=torch.Generator().manual_seed(0))
+    column, last = ids[:, 0], {"last": torch.full((12,), 8)}
+    write_examples(Path("data/old/evaluation.parquet"), Examples(ids, column, ids[:, 1:3], last, ids, last))
+    write_prompts(
+        Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3])
+    )
+    for folder, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
+        tiny_model(2, seed).save_pretrained(folder)
+    params = {"drift.n_examples": 10, "new_task": "adjacent"}
+    monkeypatch.setattr(Cell, "params", lambda cell, path: params[path])
+    drift.main(Cell("drift", {"arm": "grpo", "seed": "0"}))
+    record = json.loads(Path("reports/cells/drift/grpo/0.json").read_text())
+    assert set(record["old"]) == set(record["new"]) == {"kl", "reverse_kl", "tv"}
+    with torch.no_grad():
+        base, tuned = (
+            tiny_model(2, seed)(ids[:10]).logits[:, -1].double().log_softmax(-1) for seed in (0, 1)
+        )
+    expected = (base.exp() * (base - tuned)).sum(-1).mean().item()
+    print(f"maximum error {abs(record['old']['kl'] - expected):.1e}")
+    assert record["old"]["kl"] == pytest.approx(expected, rel=1e-5)
+    assert len(record["per_head"]) == 8 and len(record["per_head"][0]) == 3

@@ -1,0 +1,419 @@
+"""Fine-tuning arms: schedules, trainers against plain loops and the plain TRL trainer, matching, workers."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from stages import match
+from stages.learning import reinforcement, supervised
+from stages.learning.arms import grpo, noise, reinforce, self_sft, sft_gold, sft_replay
+from stages.learning.matching import moved_as_far, pick, read_checkpoint, read_curve
+from stages.learning.probes import Probe
+from stages.learning.replay import as_old_task
+from stages.learning.rewards import validity
+from stages.learning.run import Recorder, Run
+from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
+from stages.learning.settings import Training
+from stages.learning.trainers import common_arguments, refuse_dropout
+from stages.learning.workers import Job, run_jobs
+from stages.pipeline.checkpoints import load_model, save_model
+from stages.pipeline.stage import Cell, Invalid
+from stages.tasks.examples import Examples, Prompts, write_examples, write_prompts
+
+torch.set_num_threads(1)
+
+WORDS = [f"w{i}" for i in range(40)]
+VOCAB = 43  # with <pad>, <bos>, <eos>
+LENGTH = 12
+TRAINING = Training(
+    learning_rates=(1e-3, 3e-3),
+    steps=4,
+    prompts_per_step=6,
+    dense_until=2,
+    dense_every=1,
+    sparse_checkpoints=1,
+    probe_examples=16,
+    betas=(0.9, 0.999),
+    epsilon=1e-4,  # with 1e-8 AdamW would turn the rounding errors of vanishing gradients into full steps
+    weight_decay=0.0,
+    clip=1.0,
+    warmup_steps=0,
+    seed=0,
+)
+SECTION = SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=0.0)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def tiny_model(attention_dropout: float = 0.0) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, tie_word_embeddings=False,
+        attention_dropout=attention_dropout,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def tiny_prompts(n: int = 40) -> Prompts:
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(40, generator=draw)[:LENGTH] + 3 for _ in range(n)])
+    valid = torch.cat([ids[:, [2, 5]], torch.full((n, 1), -1)], 1)
+    return Prompts(input_ids=ids, valid=valid, canonical=ids[:, 5], objects=ids[:, [2, 5, 8]])
+
+
+def tiny_examples(n: int = 24) -> Examples:
+    ids = tiny_prompts(n).input_ids
+    positions = {"last": torch.full((n,), LENGTH - 1)}
+    return Examples(
+        input_ids=ids, answer=ids[:, 2], others=ids[:, [5, 8]], positions=positions,
+        corrupt_ids=ids.flip(0), corrupt_positions=positions,
+    )  # fmt: skip
+
+
+def tiny_run(arm: str, rate: float = 1e-3, section: object = SECTION, training: Training = TRAINING) -> Run:
+    base, prompts = tiny_model(), tiny_prompts()
+    recorder = Recorder(
+        base, Probe.of(base, tiny_examples(), prompts), checkpoint_steps(training), lambda step, row: None
+    )
+    order = prompt_order(len(prompts), training, seed=5)
+    return Run(arm, 5, rate, training, section, base, tiny_tokenizer(), prompts, order, recorder)
+
+
+def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def plain_loop(run: Run, loss_of_step) -> LlamaForCausalLM:  # type: ignore[no-untyped-def]
+    """The oracle: forward, loss, clip, AdamW."""
+    model = tiny_model()
+    adamw, schedule = optimiser(model, run.training, run.learning_rate)
+    for rows in torch.from_numpy(run.order):
+        loss = loss_of_step(model(input_ids=run.train.input_ids[rows]).logits[:, -1].log_softmax(-1), rows)
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
+        adamw.step()
+        schedule.step()
+    return model
+
+
+# --- schedule
+
+
+def test_checkpoints_are_dense_first_then_log_spaced_and_end_at_the_last_step() -> None:
+    training = replace(TRAINING, steps=160, dense_until=40, dense_every=5, sparse_checkpoints=4)
+    assert checkpoint_steps(training) == (5, 10, 15, 20, 25, 30, 35, 40, 57, 80, 113, 160)
+    short = replace(TRAINING, steps=3, dense_until=40, dense_every=5, sparse_checkpoints=4)
+    assert checkpoint_steps(short) == (3,)
+
+
+def test_every_row_is_used_once_before_any_is_used_again() -> None:
+    order = prompt_order(8, TRAINING, seed=0)
+    assert order.shape == (4, 6)
+    assert sorted(order.flatten()[:8]) == list(range(8)) == sorted(order.flatten()[8:16])
+    assert not np.array_equal(order, prompt_order(8, TRAINING, seed=1))
+
+
+def test_warm_up_rises_to_a_constant_rate_and_its_first_step_moves() -> None:
+    training = replace(TRAINING, warmup_steps=3)
+    adamw, schedule = optimiser(tiny_model(), training, 0.4)
+    rates = []
+    for _ in range(6):
+        rates.append(adamw.param_groups[0]["lr"])
+        adamw.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+# --- arms
+
+
+@pytest.mark.parametrize("arm", [sft_gold, self_sft, reinforce, grpo, sft_replay])
+def test_all_arms_see_the_same_prompts_in_the_same_order(arm) -> None:  # type: ignore[no-untyped-def]
+    section = SimpleNamespace(**vars(SECTION), fraction=0.2, relation="w0")
+    run = tiny_run(arm.__name__.rpartition(".")[2], section=section)
+    seen: list[torch.Tensor] = []
+
+    def note(module, args) -> None:  # type: ignore[no-untyped-def]
+        if run.model.training:
+            seen.append(args[0][:, :LENGTH])
+
+    run.model.get_input_embeddings().register_forward_pre_hook(note)
+    arm.train(run)
+    assert len(seen) == TRAINING.steps  # and so one forward pass a step, over each prompt once
+    for rows, ids in zip(run.order, seen, strict=True):
+        asked = {tuple(prompt) for prompt in run.train.input_ids[rows].tolist()}
+        extra = 1 if arm is sft_replay else 0
+        assert len(ids) == len(rows) + extra
+        assert asked <= {tuple(prompt) for prompt in ids.tolist()}
+
+
+def test_supervised_equals_a_plain_loop() -> None:
+    run = tiny_run("sft_gold")
+    sft_gold.train(run)
+    oracle = plain_loop(run, lambda logp, rows: -logp.gather(1, run.train.canonical[rows, None]).mean())
+    error = largest_difference(run.model, oracle)
+    moved = largest_difference(run.model, tiny_model())
+    print(f"maximum error {error:.1e}, largest change {moved:.1e}")
+    assert error < 1e-6 < 1e-3 < moved
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_reinforcement_equals_a_plain_loop(baseline: bool) -> None:
+    run = tiny_run("grpo")
+    generator = run.draw("samples")
+    reinforcement.fit(run, validity(run.train.valid), baseline, samples_per_prompt=4, temperature=1.0)
+
+    def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(
+            -1, 4
+        )
+        reward = (draws[:, :, None] == run.train.valid[rows][:, None, :]).any(-1).float()
+        advantage = reward - reward.mean(1, keepdim=True) * baseline
+        return -(advantage * logp.gather(1, draws)).mean()
+
+    error = largest_difference(run.model, plain_loop(run, loss))
+    moved = largest_difference(run.model, tiny_model())
+    print(f"maximum error {error:.1e}, largest change {moved:.1e}")
+    assert error < 1e-6 < 1e-3 < moved
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_pass_trainer_equals_the_plain_trl_trainer_on_the_same_samples(
+    temperature: float, tmp_path: Path
+) -> None:
+    run, plain = tiny_run("grpo"), tiny_run("grpo")
+    reward = validity(run.train.valid)
+    samples: list[dict] = []
+    original = reinforcement._roll_out
+    try:
+        reinforcement._roll_out = lambda prompts, trainer: (
+            samples.append(original(prompts, trainer)) or samples[-1]
+        )
+        reinforcement.fit(run, reward, baseline=True, samples_per_prompt=4, temperature=temperature)
+    finally:
+        reinforcement._roll_out = original
+    replayed = iter(samples)
+    arguments = common_arguments(plain, str(tmp_path)) | reinforcement.grpo_arguments(4, 6, temperature, 0.0)
+    GRPOTrainer(
+        model=plain.model,
+        reward_funcs=reward,
+        args=GRPOConfig(**arguments),
+        train_dataset=Dataset.from_dict({"prompt": [str(row) for row in plain.order.flatten()]}),
+        processing_class=plain.tokenizer,
+        optimizers=optimiser(plain.model, plain.training, plain.learning_rate),
+        rollout_func=lambda prompts, trainer: next(replayed),
+    ).train()
+    error, moved = largest_difference(run.model, plain.model), largest_difference(run.model, tiny_model())
+    print(f"maximum error {error:.1e}, largest change {moved:.1e}")
+    assert error < 1e-6 < 1e-3 < moved
+
+
+def test_self_sft_targets_are_valid_fixed_and_drawn_from_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(supervised, "fit", lambda run, answers: seen.__setitem__(run.learning_rate, answers))
+    for rate in TRAINING.learning_rates:
+        run = tiny_run("self_sft", rate)
+        self_sft.train(run)
+    first, second = seen.values()
+    assert torch.equal(first, second)
+    used = np.unique(run.order)
+    assert (first[used, None] == run.train.valid[used]).any(-1).all()
+    assert (
+        len({int(run.train.valid[row].tolist().index(first[row])) for row in used}) == 2
+    )  # both answers occur
+
+
+def test_replay_asks_the_old_question_about_the_same_context() -> None:
+    #                       a   lab b   lab c   lab     ask lab rel the
+    ids = torch.tensor([[1, 10, 20, 11, 21, 12, 22, 5, 21, 7, 8], [1, 12, 22, 10, 20, 11, 21, 5, 22, 7, 8]])
+    questions, answers = as_old_task(ids, torch.tensor([[10, 11, 12], [10, 11, 12]]), relation=6)
+    assert questions[:, -2].tolist() == [6, 6]
+    assert torch.equal(questions[:, :-2], ids[:, :-2]) and ids[0, -2] == 7
+    assert answers.tolist() == [11, 12]
+
+
+def test_noise_moves_every_tensor_by_its_fraction_along_one_direction() -> None:
+    run = tiny_run("noise", section=SimpleNamespace(scales=[0.1, 0.2]))
+    noise.train(run)
+    weights = run.recorder.weights
+    for name, weight in tiny_model().named_parameters():
+        one, two = weights[f"000001/{name}"] - weight, weights[f"000002/{name}"] - weight
+        assert (one.norm() / weight.norm()).item() == pytest.approx(0.1, rel=1e-4)
+        assert (two.norm() / weight.norm()).item() == pytest.approx(0.2, rel=1e-4)
+        assert torch.cosine_similarity(one.flatten(), two.flatten(), 0).item() == pytest.approx(1.0, abs=1e-4)
+    assert [row["gradient_steps"] for row in run.recorder.rows] == [0, 0, 0]
+
+
+def test_recorder_keeps_what_the_model_was_at_each_checkpoint() -> None:
+    run = tiny_run("sft_gold")
+    sft_gold.train(run)
+    rows = run.recorder.rows
+    assert [row["step"] for row in rows] == [0, 1, 2, 4]
+    assert [row["completions"] for row in rows] == [0, 6, 12, 24]
+    assert rows[0]["weight_norm"] == 0.0 and rows[0]["kl_new"] == pytest.approx(0.0, abs=1e-12)
+    model = tiny_model()
+    final = {name: run.recorder.weights[f"000004/{name}"] for name, _ in model.named_parameters()}
+    model.load_state_dict(final)
+    probe = Probe.of(tiny_model(), tiny_examples(), run.train)
+    assert largest_difference(model, run.model) == 0.0
+    assert probe.measure(model) == {key: rows[-1][key] for key in probe.measure(model)}
+    assert not torch.equal(run.recorder.weights["000001/lm_head.weight"], final["lm_head.weight"])
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(Invalid, match="attention_dropout = 0.1"):
+        refuse_dropout(tiny_model(attention_dropout=0.1))
+
+
+# --- matching
+
+
+def rows_of(*accuracies: float) -> list[dict[str, float]]:
+    return [{"step": float(10 * i), "new_accuracy": a, "old_accuracy": 1.0} for i, a in enumerate(accuracies)]
+
+
+def test_pick_needs_confirmation_and_never_takes_the_base() -> None:
+    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), 0.7, confirm=1).step == 40
+    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), 0.7, confirm=0).step == 20
+    lucky_end = pick(rows_of(0.9, 0.5, 0.6, 0.6, 0.6, 0.9), 0.7, confirm=1)
+    assert (lucky_end.reached, lucky_end.step) == (False, 50)
+
+
+def test_moved_as_far_copies_the_norm_of_each_tensor_and_not_its_direction() -> None:
+    draw = np.random.default_rng(0)
+    base, direction, reference = ({n: draw.normal(size=(3, 4)) for n in "ab"} for _ in range(3))
+    moved = moved_as_far(base, direction, reference)
+    for name in "ab":
+        along, far = moved[name] - base[name], np.linalg.norm(reference[name] - base[name])
+        assert np.linalg.norm(along) == pytest.approx(far)
+        np.testing.assert_allclose(
+            along / far, (direction[name] - base[name]) / np.linalg.norm(direction[name] - base[name])
+        )
+
+
+@dataclass(frozen=True)
+class FakeCell(Cell):
+    """A cell with given params, by dotted path."""
+
+    values: dict[str, Any]
+
+    def params(self, path: str) -> object:
+        return self.values[path]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    save_model(tiny_model(), tiny_tokenizer(), folder / "models/base/5")
+    for split in ("train", "selection", "evaluation"):
+        (folder / "data/new/adjacent").mkdir(parents=True, exist_ok=True)
+        write_prompts(folder / f"data/new/adjacent/{split}.parquet", tiny_prompts())
+    (folder / "data/old").mkdir()
+    write_examples(folder / "data/old/selection.parquet", tiny_examples())
+    return folder
+
+
+def jobs_for(
+    workplace: Path, arm: str, section: object, folder: Path, base: str = "models/base/5"
+) -> list[Job]:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = workplace / "data"
+    new = data / "new/adjacent"
+    paths = [
+        workplace / base,
+        new / "train.parquet",
+        data / "old/selection.parquet",
+        new / "selection.parquet",
+        folder,
+    ]
+    return [Job(arm, 5, k, rate, TRAINING, section, *paths) for k, rate in enumerate(TRAINING.learning_rates)]
+
+
+def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: Path) -> None:
+    job = jobs_for(workplace, "grpo", SECTION, tmp_path)[1]
+    [curve] = run_jobs([job], parallel=2)
+    run = tiny_run("grpo", job.learning_rate)
+    grpo.train(run)
+    written = load_file(tmp_path / "lr1.safetensors")
+    assert written.keys() == run.recorder.weights.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in run.recorder.weights.items())
+    assert [row["step"] for row in curve] == [0, 1, 2, 4]
+    assert [row["completions"] for row in curve] == [0, 24, 48, 96]
+
+
+def test_errors_of_workers_reach_the_parent(workplace: Path, tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match="holds no .safetensors"):
+        run_jobs(jobs_for(workplace, "grpo", SECTION, tmp_path, base="models/none"), parallel=1)
+
+
+def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    Path("data/tasks.json").write_text(
+        json.dumps({"new_tasks": {"adjacent": {"shortcuts": {"any_object": 0.286}}}})
+    )
+    for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
+        folder = Path(f"models/runs/{arm}/5")
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy"]
+        for index, rate in enumerate(rates):
+            run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]))
+            module.train(run)
+            save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
+            # Skill is invented: the tiny model learns nothing in four steps.
+            lines += [
+                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i}" for i, row in enumerate(run.recorder.rows)
+            ]
+        curve = Path(f"reports/cells/finetune/{arm}/5.csv")
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        curve.write_text("\n".join(lines) + "\n")
+    params = {
+        "match.level": 0.35, "match.learning_rate": 3e-3, "match.confirm": 1, "match.noise_like": "sft_gold",
+        "new_task": "adjacent",
+    }  # fmt: skip
+    for arm in ("sft_gold", "noise"):
+        match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params))
+    record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
+    assert (record["reached"], record["step"], record["learning_rate"]) == (True, 2, 3e-3)
+    assert set(record["by_learning_rate"]) == {"0.001", "0.003"}
+    tuned, twin = load_model("models/sft_gold/5"), load_model("models/noise/5")
+    kept = read_checkpoint(Path("models/runs/sft_gold/5/lr1.safetensors"), 2)
+    base = tiny_model()
+    for name, weight in tuned.named_parameters():
+        assert np.array_equal(weight.detach().numpy(), kept[name])
+        far = (weight - dict(base.named_parameters())[name]).norm().item()
+        twin_far = (dict(twin.named_parameters())[name] - dict(base.named_parameters())[name]).norm().item()
+        assert twin_far == pytest.approx(far, rel=1e-3)
+    twin_record = json.loads(Path("reports/cells/match/noise/5.json").read_text())
+    assert twin_record["weight_norm"] == pytest.approx(record["weight_norm"], rel=1e-4)
+    assert list(read_curve(Path("reports/cells/finetune/noise/5.csv"))) == [0.0]
+
+    with pytest.raises(Invalid, match="match.level = 0.2"):
+        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params | {"match.level": 0.2}))
+    with pytest.raises(Invalid, match="match.learning_rate = 0.5"):
+        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params | {"match.learning_rate": 0.5}))

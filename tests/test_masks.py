@@ -1,0 +1,215 @@
+"""DCM against whole hooked passes, finite differences, and groups whose content is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stages.circuits.exchange import Sites, exchange, exchange_in_parts, outputs_at
+from stages.circuits.masks import (
+    MaskSettings,
+    PairTable,
+    component_masks,
+    nested_order,
+    select_heads,
+    train_masks,
+)
+from stages.circuits.types import Group, Node
+from stages.tasks.examples import DesiderataPairs
+from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles_ablation import naive_exchange, outputs_of, random_positions, random_prompts
+
+SETTINGS = MaskSettings(
+    steps=40,
+    batch=32,
+    learning_rate=0.1,
+    sparsity=0.02,
+    objective="log_probability",
+    tolerance=0.0,
+    memory_mib=64.0,
+)
+HEADS = ((0, 1), (2, 3), (1, 0), (1, 2))
+
+
+def pairs(n: int, seed: int, target: torch.Tensor | None = None) -> DesiderataPairs:
+    zeros = torch.zeros(n, dtype=torch.long)
+    return DesiderataPairs(
+        random_prompts(n, seed=seed),
+        random_prompts(n, seed=seed + 1000),
+        zeros if target is None else target,
+        zeros,
+        random_positions(n, seed=seed),
+        random_positions(n, seed=seed + 1000),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("position", ["earlier_separator", "last"])
+def test_partial_exchange_equals_whole_hooked_passes(kind: str, position: str) -> None:
+    model = random_model(kind)
+    walker = walker_of(model)
+    data = pairs(6, 0)
+    shares = {Node(*head, position): share for head, share in zip(HEADS, (0.3, 1.0, 0.8, 0.0), strict=True)}
+    given = outputs_of(model, data.source_ids, data.source_positions, list(shares))
+    naive = naive_exchange(model, data.base_ids, given, data.base_positions, shares)
+    run = walker.run(data.base_ids)
+    at = data.base_positions[position][:, None]
+    z = outputs_at(walker.run(data.source_ids).z, data.source_positions[position][:, None])
+    weights = torch.zeros(1, 1, 3, 1, 4, dtype=torch.float64)
+    for node, share in shares.items():
+        weights[0, 0, node.layer, 0, node.head] = share
+    ours = exchange(walker, run, Sites.tail(at, 13, torch.float64), z, weights)[:, 0]
+    error, effect = (
+        float((ours - naive).detach().abs().max()),
+        float((run.logits - naive).detach().abs().max()),
+    )
+    print(f"{kind}, {position}: max error {error:.1e}, effect {effect:.1e}")
+    assert error <= 1e-9
+    assert effect > 1e-2
+    none = exchange(walker, run, Sites.tail(at, 13, torch.float64), z, torch.zeros_like(weights))
+    assert torch.equal(none[:, 0], run.logits)
+
+
+def test_gradient_of_the_mask_equals_finite_differences() -> None:
+    model = random_model("llama_gqa").requires_grad_(False)
+    walker = walker_of(model)
+    data = pairs(6, 0)
+    nodes = [Node(*head, "earlier_label") for head in HEADS]
+    given = outputs_of(model, data.source_ids, data.source_positions, nodes)
+    at = data.base_positions["earlier_label"][:, None]
+    z = outputs_at(walker.run(data.source_ids).z, data.source_positions["earlier_label"][:, None])
+    share = torch.tensor([0.2, 0.5, 0.7, 0.4], dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(3, 4, dtype=torch.float64).index_put(tuple(torch.tensor(HEADS).T), share)
+    logits = exchange(
+        walker,
+        walker.run(data.base_ids),
+        Sites.tail(at, 13, torch.float64),
+        z,
+        weights[None, None, :, None],
+        [0, 1, 2],
+    )
+    logits[:, 0, 5].mean().backward()
+    assert share.grad is not None
+    for index in range(len(nodes)):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = share.detach().clone()
+            moved[index] += step
+            shares = dict(zip(nodes, moved.tolist(), strict=True))
+            values.append(
+                naive_exchange(model, data.base_ids, given, data.base_positions, shares)[:, 5].mean()
+            )
+        slope = float(values[0] - values[1]) / 2e-5
+        print(f"head {HEADS[index]}: {float(share.grad[index]):.6f} and {slope:.6f}")
+        assert abs(float(share.grad[index]) - slope) <= 1e-6
+        assert abs(slope) > 1e-4 or HEADS[index][0] == 2, (
+            "only the last layer may have no effect at this position"
+        )
+
+
+def known(position: str, carriers: list[tuple[int, int]], n: int, seed: int) -> DesiderataPairs:
+    """Pairs whose target is what a model answers when exactly `carriers` are swapped."""
+    walker = walker_of(random_model("llama"))
+    data = pairs(n, seed)
+    with torch.no_grad():
+        run = walker.run(data.base_ids)
+        at = data.base_positions[position][:, None]
+        z = outputs_at(walker.run(data.source_ids).z, data.source_positions[position][:, None])
+        weights = torch.zeros(1, 1, 3, 1, 4)
+        for layer, head in carriers:
+            weights[0, 0, layer, 0, head] = 1
+        logits = exchange_in_parts(walker, run, Sites.tail(at, 13, torch.float64), z, weights, 64.0)[:, 0]
+    data = replace(data, target=logits.argmax(-1))
+    return data.select(logits.argmax(-1) != run.logits.argmax(-1))
+
+
+def test_masks_find_the_heads_that_carry_the_target() -> None:
+    walker = walker_of(random_model("llama"))
+    heads = ((0, 0), (0, 3), (1, 1), (1, 2), (2, 0), (2, 2))
+    wanted = {"first": [(0, 3), (2, 2)], "second": [(1, 1), (1, 2)]}
+    splits = [
+        {name: known("last", carriers, n, seed) for name, carriers in wanted.items()}
+        for n, seed in ((100, 1), (60, 2), (80, 3))
+    ]
+    group = Group("g", "last", "logits", None, heads)
+    found = component_masks(
+        walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0)
+    )["g"]
+    for name, carriers in wanted.items():
+        result = found[name]
+        print(name, result)
+        assert sorted(result.selected) == carriers
+        assert result.accuracy == 1.0
+        assert result.floor == 0.0
+        assert result.all_heads_accuracy < 1.0
+        assert result.random_accuracy < 0.7
+        assert result.size == 6
+        assert result.n_test == len(splits[2][name])
+    again = component_masks(
+        walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0)
+    )["g"]
+    assert again == found
+    little = replace(SETTINGS, memory_mib=0.05)
+    parts = component_masks(
+        walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0)
+    )["g"]
+    assert parts == found, "the memory limit changes no result"
+
+
+def test_nothing_is_selected_where_nothing_is_carried() -> None:
+    walker = walker_of(random_model("llama"))
+    splits = []
+    for n, seed in ((60, 1), (60, 2), (60, 3)):
+        data = pairs(n, seed)
+        with torch.no_grad():
+            clean = walker.run(data.base_ids).logits.argmax(-1)
+        splits.append({"unchanged": replace(data, target=clean)})  # swapping can only hurt
+    groups = [
+        Group("low", "earlier_label", "high", None, ((0, 1), (1, 1))),
+        Group("high", "last", "logits", None, HEADS),
+    ]
+    found = component_masks(
+        walker, splits[0], splits[1], splits[2], groups, SETTINGS, np.random.default_rng(0)
+    )
+    for name in ("low", "high"):
+        result = found[name]["unchanged"]
+        assert result.selected == ()
+        assert result.accuracy == result.floor == 1.0
+        assert result.all_heads_accuracy < 1.0
+
+
+def test_desiderata_of_one_batch_do_not_mix() -> None:
+    walker = walker_of(random_model("llama").requires_grad_(False))
+    group = Group("g", "last", "logits", None, HEADS)
+    data = [known("last", [(2, 3)], 30, 1), known("last", [(1, 0)], 30, 2)]
+    both = PairTable.of(data, ["last"])
+    together, _ = train_masks(walker, [both.run(walker, slice(0, len(both.target)))], group, 2, SETTINGS)
+    for index, one in enumerate(data):
+        alone = PairTable.of([one], ["last"])
+        mask, _ = train_masks(walker, [alone.run(walker, slice(0, len(one)))], group, 1, SETTINGS)
+        assert torch.allclose(mask[0], together[index], atol=1e-9)
+
+
+def test_the_raw_logit_is_the_objective_of_the_paper() -> None:
+    walker = walker_of(random_model("llama").requires_grad_(False))
+    group = Group("g", "last", "logits", None, HEADS)
+    table = PairTable.of([known("last", [(2, 3)], 40, 1)], ["last"])
+    batch = [table.run(walker, slice(0, len(table.target)))]
+    settings = replace(SETTINGS, objective="logit", steps=1)
+    mask, _ = train_masks(walker, batch, group, 1, settings)
+    logit, _ = train_masks(walker, batch, group, 1, replace(settings, sparsity=1e6))
+    assert float(mask.min()) < 1, "some head raises the target's logit"
+    assert torch.equal(logit, torch.ones(1, 4, dtype=torch.float64)), "a high price swaps nothing"
+
+
+def test_ties_go_to_fewer_heads() -> None:
+    assert select_heads([0.1, 0.8, 0.9, 0.9, 0.9], 0.0) == 2
+    assert select_heads([0.1, 0.8, 0.9, 0.9, 0.91], 0.02) == 2
+    assert select_heads([0.1, 0.1, 0.1], 0.0) == 0
+
+
+def test_order_is_by_mask_and_then_by_how_early_it_closed() -> None:
+    mask = torch.tensor([[0.0, 1.0, 0.0, 0.4]])
+    mean = torch.tensor([[0.3, 0.9, 0.2, 0.1]])
+    assert nested_order(mask, mean).tolist() == [[2, 0, 3, 1]]

@@ -1,0 +1,119 @@
+"""Position-local path patching against two whole hooked forward passes per sender, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
+from stages.circuits.types import Component
+from tests.oracles import KINDS, naive_path_patching, random_model, random_pairs, walker_of
+
+RECEIVERS = {
+    "logits": Receivers(),
+    "q": Receivers(Component.Q, ((2, 0), (2, 3), (1, 1))),
+    "k": Receivers(Component.K, ((1, 1), (2, 2))),
+    "v": Receivers(Component.V, ((1, 0), (2, 3), (2, 2))),
+}
+
+
+def difference(logits, index):
+    return logits[..., 3] - logits[..., 4:8].mean(-1)
+
+
+def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
+    return PathPatcher(walker_of(model), pairs, difference, memory_mib)
+
+
+@pytest.mark.parametrize("position", ["last", "query_label", "earlier"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_head_equals_the_naive_version(kind, position):
+    model, pairs = random_model(kind), random_pairs()
+    patcher = patcher_of(model, pairs)
+    together = patcher.head_effects(position, list(RECEIVERS.values()))
+    for (name, receivers), effects in zip(RECEIVERS.items(), together, strict=True):
+        error = largest = 0.0
+        for layer in range(3):
+            for head in range(4):
+                naive = naive_path_patching(model, pairs, position, [(layer, head)], receivers)
+                expected = difference(naive, None) - patcher.clean
+                error = max(error, float((effects[layer, head] - expected).abs().max()))
+                largest = max(largest, float(expected.abs().max()))
+        print(f"{kind} {position} -> {name}: max error {error:.1e}, max effect {largest:.1e}")
+        assert error <= 1e-9
+        assert largest > 1e-2 or (name == "logits" and position != "last")
+
+
+@pytest.mark.parametrize("name", RECEIVERS)
+def test_sets_of_senders_equal_the_naive_version(name):
+    model, pairs = random_model("llama_gqa", seed=1), random_pairs(1)
+    patcher = patcher_of(model, pairs)
+    sets = [
+        [(1, 2), (0, 1), (0, 3)],
+        [],
+        [(layer, head) for layer in range(3) for head in range(4)],
+        [(1, 0)],
+    ]
+    senders = torch.zeros(len(sets), 3, 4, dtype=torch.bool)
+    for row, heads in enumerate(sets):
+        for head in heads:
+            senders[row][head] = True
+    for position in ("last", "earlier"):
+        effects = patcher.effects(position, senders, [RECEIVERS[name]])[0]
+        naive = [naive_path_patching(model, pairs, position, heads, RECEIVERS[name]) for heads in sets]
+        expected = torch.stack([difference(logits, None) - patcher.clean for logits in naive])
+        error = float((effects - expected).abs().max())
+        print(f"{position} -> {name}: max error {error:.1e}, effects {expected.abs().amax(1).tolist()}")
+        assert error <= 1e-9
+        joint = patcher.joint_effects(position, [RECEIVERS[name]])[0]
+        assert float((effects[2] - joint).abs().max()) <= 1e-12
+
+
+def test_memory_limit_changes_nothing_but_rounding():
+    model, pairs = random_model("qwen2"), random_pairs(n=9)
+    wide, narrow = patcher_of(model, pairs), patcher_of(model, pairs, memory_mib=0.001)
+    assert len(narrow._indices) == 9 and not narrow._kept and wide._kept
+    for ours, other in zip(
+        wide.head_effects("earlier", list(RECEIVERS.values())),
+        narrow.head_effects("earlier", list(RECEIVERS.values())),
+        strict=True,
+    ):
+        assert float((ours - other).abs().max()) <= 1e-12
+
+
+def test_a_clean_partner_has_no_effect():
+    pairs = random_pairs()
+    same = replace(pairs, corrupt_ids=pairs.clean_ids, corrupt_positions=pairs.positions)
+    patcher = patcher_of(random_model("llama"), same)
+    for position in pairs.positions:
+        for effects in patcher.head_effects(position, list(RECEIVERS.values())):
+            print(float(effects.abs().max()))
+            assert float(effects.abs().max()) <= 1e-13  # matrices of other shapes round differently
+
+
+def test_heads_at_or_above_the_highest_receiver_have_exactly_no_effect():
+    patcher = patcher_of(random_model("llama"), random_pairs())
+    receivers = [
+        Receivers(part, heads) for part in Component for heads in (((1, 0),), ((1, 2), (2, 3)), ((0, 1),))
+    ]
+    for position in ("last", "earlier"):
+        for receiver, effects in zip(receivers, patcher.head_effects(position, receivers), strict=True):
+            top = max(layer for layer, _ in receiver.heads)
+            assert torch.count_nonzero(effects[top:]) == 0
+            assert top == 0 or torch.count_nonzero(effects[:top]) > 0
+    assert (
+        torch.count_nonzero(patcher.head_effects("earlier", [Receivers()])[0]) == 0
+    )  # frozen heads carry nothing on
+
+
+def test_the_corrupt_last_token_with_all_its_heads_is_the_corrupt_run():
+    # prompts that end in the same token differ at the last position by head outputs only
+    pairs = random_pairs()
+    corrupt = pairs.corrupt_ids.clone()
+    corrupt[:, -1] = pairs.clean_ids[:, -1]
+    patcher = patcher_of(random_model("qwen2"), replace(pairs, corrupt_ids=corrupt))
+    effect = patcher.joint_effects("last", [Receivers()])[0]
+    error = float((effect - (patcher.corrupt - patcher.clean)).abs().max())
+    print(error, float(effect.abs().max()))
+    assert float(effect.abs().max()) > 1e-2
+    assert error <= 1e-12

@@ -1,0 +1,204 @@
+"""dvc.yaml against the code, and params.yaml against what it may say."""
+
+import ast
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.pipeline.dependencies import code_dependencies, is_code
+from stages.pipeline.params import load_params
+from stages.pipeline.stage import Invalid
+from tests.conftest import REPOSITORY, Dvc
+
+PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
+PARAMS = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+PRESETS = sorted((REPOSITORY / "stages" / "presets").glob("*.yaml"))
+STAGES = "synthesize pretrain finetune match discover evaluate dcm cmap drift contrast report".split()
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_the_pipeline_has_the_stages_of_the_design() -> None:
+    assert list(PIPELINE) == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_described_and_cacheable(stage: str) -> None:
+    entry = PIPELINE[stage]
+    assert entry["desc"]
+    assert f"python -m stages.{stage}" in entry["cmd"]
+    assert "always_changed" not in entry
+    for out in entry.get("outs", []) + entry.get("plots", []):
+        settings = next(iter(out.values())) if isinstance(out, dict) else {}
+        assert not settings.get("persist"), "persist switches the run cache off"
+        assert settings.get("cache", True) or stage in ("contrast", "report"), "uncached outs switch the run cache off"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_listed_modules_are_the_imported_ones(stage: str) -> None:
+    assert [dep for dep in PIPELINE[stage]["deps"] if is_code(dep)] == code_dependencies(stage)
+
+
+def test_a_missing_module_in_dvc_yaml_is_found(tmp_path: Path) -> None:
+    """The checker itself: an import inside a function counts."""
+    assert "stages/pipeline/files.py" in code_dependencies("match")
+    assert "stages/pipeline/params.py" not in code_dependencies("match")
+    assert "stages/learning/arms/${item.arm}.py" in code_dependencies("finetune")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_read_are_the_declared_ones(stage: str) -> None:
+    """Every cell.params("...") of a stage module is declared, and everything declared is read."""
+    read: set[str] = set()
+    for node in ast.walk(ast.parse((REPOSITORY / "stages" / f"{stage}.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "params":
+            argument = node.args[0]
+            if isinstance(argument, ast.Constant):
+                read.add(str(argument.value))
+            elif isinstance(argument, ast.JoinedStr):
+                read.add(re.sub(r"\{[^}]*\}", "${item.arm}", ast.unparse(argument)[2:-1]))
+    declared = {str(path) for path in PIPELINE[stage].get("params", [])}
+    undeclared = {path for path in read if not any(path == d or path.startswith(d + ".") for d in declared)}
+    unread = {path for path in declared if not any(path == r or r.startswith(path + ".") for r in read)}
+    assert not undeclared and not unread
+
+
+def test_heavy_outputs_are_ignored_by_git_from_the_start() -> None:
+    """Otherwise DVC writes nested .gitignore files, whose line order enters directory hashes."""
+    for path in ("data/old/x", "models/base/0/x", "reports/cells/evaluate/base/0.json"):
+        assert subprocess.run(["git", "check-ignore", "-q", path], cwd=REPOSITORY).returncode == 0, path
+    for path in ("reports/report.html", "reports/summary.json", "reports/figures/x.png", "dvc.lock"):
+        assert subprocess.run(["git", "check-ignore", "-q", path], cwd=REPOSITORY).returncode == 1, path
+
+
+def test_matrix_cells_do_not_collide(dvc: Dvc) -> None:
+    listed = dvc(REPOSITORY, "stage", "list", "--name-only")
+    assert listed.returncode == 0, listed.stderr
+    names = listed.stdout.split()
+    arms, models, seeds = len(PARAMS["arms"]), len(PARAMS["models"]), len(PARAMS["seeds"])
+    per_seed = 1 + 4 * arms + 3 * models  # pretrain; finetune, match, cmap, drift; discover, evaluate, dcm
+    assert len(names) == len(set(names)) == 3 + per_seed * seeds
+
+
+def _keys(value: Any, prefix: str = "") -> set[str]:
+    if not isinstance(value, dict):
+        return {prefix}
+    return {key for name, entry in value.items() for key in _keys(entry, f"{prefix}.{name}")}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_have_the_keys_of_params_yaml_and_are_valid(preset: Path) -> None:
+    assert _keys(yaml.safe_load(preset.read_text())) == _keys(PARAMS)
+    load_params(preset)
+
+
+def _changed(path: str, value: Any) -> dict[str, Any]:
+    params = copy.deepcopy(PARAMS)
+    *parents, last = path.split(".")
+    section = params
+    for key in parents:
+        section = section[key]
+    section[last] = value
+    return params
+
+
+BAD = [
+    ("finetune.grpo.bta", 0.1, "finetune.grpo.bta"),
+    ("unknown_section", {}, "unknown_section"),
+    ("pretrain.model.layers", "six", "pretrain.model.layers"),
+    ("seeds", [0, 0], "seeds"),
+    ("seeds", [], "seeds"),
+    ("arms", ["sft-gold"], "sft-gold"),
+    ("arms", ["sft_gold", "ppo"], "ppo"),
+    ("models", ["base"], "models"),
+    ("new_task", "juggling", "juggling"),
+    ("synthesize.boxes", 27, "synthesize.boxes"),
+    ("match.level", 1.2, "match.level"),
+    ("match.level", 0.1, "match.level"),
+    ("match.learning_rate", 0.77, "match.learning_rate"),
+    ("match.noise_like", "ppo", "match.noise_like"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "named"), BAD, ids=[f"{path}={value}" for path, value, _ in BAD])
+def test_bad_params_end_in_one_clear_sentence(tmp_path: Path, path: str, value: Any, named: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(_changed(path, value)))
+    with pytest.raises(Invalid) as caught:
+        load_params(file)
+    message = str(caught.value)
+    assert named in message and "\n" not in message
+    assert len(message) < 300
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    params = copy.deepcopy(PARAMS)
+    del params["match"]["level"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(Invalid, match=r"match\.level"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_stage_stops_before_any_work_on_bad_params(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(_changed("match.level", 2.0)))
+    (tmp_path / "dvc.yaml").write_text((REPOSITORY / "dvc.yaml").read_text())
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.synthesize"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "match.level" in result.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_axis_value_that_is_not_in_the_params_is_refused() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.match", "ppo", "0"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "arm = 'ppo'" in result.stderr
+
+
+def test_pins_agree() -> None:
+    pins = dict(
+        line.split("==") for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if "==" in line
+    )
+    for line in (REPOSITORY / "requirements-compute.txt").read_text().splitlines():
+        if "==" in line:
+            name, version = line.split("==")
+            assert pins[name] == version
+
+
+def test_installed_packages_are_the_pinned_ones() -> None:
+    from importlib.metadata import version
+
+    for line in (REPOSITORY / "requirements-compute.txt").read_text().splitlines():
+        if "==" in line:
+            name, pinned = line.split("==")
+            assert version(name) == pinned
+
+
+def test_committed_lock_matches_the_pipeline(dvc: Dvc) -> None:
+    """dvc.lock describes the committed report: no stage of the default run may be stale, none left over."""
+    locked = set(yaml.safe_load((REPOSITORY / "dvc.lock").read_text())["stages"])
+    listed = set(dvc(REPOSITORY, "stage", "list", "--name-only").stdout.split())
+    assert locked == listed
+
+
+def test_committed_report_is_not_stale(tmp_path: Path, dvc: Dvc) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
+    result = dvc(clone, "repro", "--dry", "--allow-missing")
+    assert result.returncode == 0, result.stderr
+    assert "Running stage" not in result.stdout, result.stdout

@@ -1,0 +1,231 @@
+"""The report of made-up records: every number is in summary.json, nothing is fetched, a rerun gives the same bytes."""
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages import contrast, report
+from stages.figures import style
+from stages.figures.document import document, to_markdown
+from stages.pipeline.files import read_json
+from stages.pipeline.stage import Invalid
+from stages.statistics.cells import read_cells
+from stages.statistics.provenance import provenance
+from stages.statistics.summary import summarise
+from tests.synthetic_records import SHORTCUTS, Experiment
+
+SMALL = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),))
+WRITTEN = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv")
+
+
+def _run(root: Path, experiment: Experiment) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        contrast.main(experiment.cell("contrast"))
+        report.main(experiment.cell("report"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """reports/ of an experiment with an unreached level and a base without an identifiable circuit."""
+    root = tmp_path_factory.mktemp("report")
+    experiment = Experiment(
+        seeds=range(4),
+        arms=("sft_gold", "grpo", "sft_replay", "noise"),
+        unreached=frozenset({("grpo", 3)}),
+        hidden=frozenset({2}),
+        contrasts=(("grpo", "sft_gold"), ("sft_replay", "sft_gold"), ("noise", "sft_gold")),
+    )
+    experiment.write(root)
+    _run(root, experiment)
+    return root / "reports"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for one seed and two arms, run twice."""
+    root = tmp_path_factory.mktemp("small")
+    SMALL.write(root)
+    _run(root, SMALL)
+    (root / "first").mkdir()
+    for path in _outputs(root / "reports"):
+        (root / "first" / path.name).write_bytes(path.read_bytes())
+    _run(root, SMALL)
+    return root
+
+
+def _outputs(reports: Path) -> list[Path]:
+    return [*(reports / name for name in WRITTEN), *sorted((reports / "figures").iterdir())]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if parts is None:
+        yield value
+    else:
+        for part in parts:
+            yield from _leaves(part)
+
+
+def _unknown_numbers(text: str, summary: dict[str, Any]) -> list[str]:
+    """Numbers of a text that no number of the summary gives at the printed digits, and no text of it holds."""
+    leaves = [leaf for leaf in _leaves(summary) if leaf is not None and not isinstance(leaf, bool)]
+    numbers = np.array([float(leaf) for leaf in leaves if not isinstance(leaf, str)])
+    words = " ".join(leaf for leaf in leaves if isinstance(leaf, str))
+    for entry in sorted(
+        (leaf for leaf in leaves if isinstance(leaf, str) and len(leaf) > 20), key=len, reverse=True
+    ):
+        text = text.replace(entry, "")
+    unknown = []
+    for token in re.findall(r"(?<![\w.])[−+]?\d+(?:\.\d+)?(?:e[−-]?\d+)?(?!\w)", text):
+        printed = token.replace("−", "-")
+        digits = len(printed.partition(".")[2])
+        close = np.abs(numbers - float(printed)) <= 0.5 * 10.0**-digits * (1 + 1e-9)
+        if not close.any() and not re.search(rf"(?<![\d.]){re.escape(token)}(?![\d.])", words):
+            unknown.append(token)
+    return unknown
+
+
+def _derived(summary: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that a reader can count off in the summary: percent, lengths of lists."""
+    plan = summary["plan"][0]
+    excluded = [len(entry["excluded"]) for entry in summary["table_contrasts"]]
+    return summary | {"counted": [100 * plan["confidence"], len(plan["contrasts"]), *excluded, 1]}
+
+
+def test_every_number_is_in_the_summary(written: Path) -> None:
+    summary = read_json(written / "summary.json")
+    text = re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b", "", (written / "report.md").read_text())
+    assert len(re.findall(r"\d\.\d", text)) > 100
+    assert _unknown_numbers(text, _derived(summary)) == []
+
+
+def test_a_foreign_number_is_noticed(written: Path) -> None:
+    """The test above can fail."""
+    summary = _derived(read_json(written / "summary.json"))
+    assert _unknown_numbers("GRPO kept 0.98765 of it", summary) == ["0.98765"]
+
+
+def test_main_numbers_by_hand(written: Path) -> None:
+    summary = read_json(written / "summary.json")
+    kept = [
+        read_json(written / f"cells/evaluate/grpo/{seed}.json")["circuit"]["retention"] for seed in (0, 1)
+    ]
+    assert summary["arms"]["grpo"]["evaluate_circuit_retention"] == pytest.approx(np.mean(kept))
+    assert summary["arms"]["grpo"]["evaluate_circuit_retention_sd"] == pytest.approx(np.std(kept, ddof=1))
+    assert summary["contrasts"]["H1"]["n"] == 2
+    assert summary["shortcut"] == max(SHORTCUTS.values())
+
+
+def test_html_is_one_file(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    for word in ("http:", "https:", "<script", "<link", "@import", "url("):
+        assert word not in text
+    assert text.count('src="data:image/png;base64,') == len(list((written / "figures").iterdir()))
+
+    class Balanced(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag not in ("meta", "img"):
+                self.stack.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.stack.pop() == tag
+
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.stack == []
+
+
+def test_images_exist_and_show_something(written: Path) -> None:
+    names = re.findall(r"\]\((figures/[^)]*)\)", (written / "report.md").read_text())
+    assert sorted(names) == sorted(f"figures/{path.name}" for path in (written / "figures").iterdir())
+    for name in names:
+        pixels = np.asarray(Image.open(written / name).convert("L"))
+        assert pixels.shape[1] > 400 and pixels.std() > 3, name
+
+
+def test_what_is_left_out_is_said(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    assert "seed 2: undefined for GRPO and SFT (gold)" in text
+    assert "seed 3: level not reached by GRPO" in text
+    assert "Matching level not reached: GRPO at seed 3" in text
+    assert "not identifiable" in text and "Base at seed 2" in text
+    assert "2 pairs left out" in text.split("## ")[0]  # beside the answer
+
+
+def test_a_rerun_gives_the_same_bytes(small: Path) -> None:
+    for path in _outputs(small / "reports"):
+        assert path.read_bytes() == (small / "first" / path.name).read_bytes(), path.name
+
+
+def test_one_seed_claims_nothing(small: Path) -> None:
+    summary = read_json(small / "reports/summary.json")
+    assert summary["headline"]["verdict"] == "one pair"
+    assert summary["contrasts"]["H1"]["ci_low"] is None
+    assert _unknown_numbers(summary["headline"]["sentence"], _derived(summary)) == []
+
+
+def test_dvc_sees_few_numbers(written: Path) -> None:
+    """Lists are passed over by DVC's metrics, so `dvc exp show` has a column for the main numbers only."""
+    from dvc.repo.metrics.show import _extract_metrics
+
+    seen = list(_leaves(_extract_metrics(read_json(written / "summary.json"), "summary.json")))
+    assert 20 < len(seen) < 40 * len(read_json(written / "summary.json")["arms"])
+
+
+def test_statistics_of_other_cells_are_refused(small: Path) -> None:
+    grown = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
+    grown.write(small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(small)
+        with pytest.raises(Invalid, match="run stage contrast"):
+            report.main(grown.cell("report"))
+
+
+def test_no_circuit_anywhere_still_gives_a_report(tmp_path: Path) -> None:
+    experiment = Experiment(
+        seeds=(0, 1), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),), hidden=frozenset({0, 1})
+    )
+    experiment.write(tmp_path)
+    _run(tmp_path, experiment)
+    text = (tmp_path / "reports/report.md").read_text()
+    assert "No answer" in text and "nan" not in text.lower().replace("finance", "")
+    assert len(list((tmp_path / "reports/figures").iterdir())) == 8
+
+
+def test_an_unlisted_arm_has_a_look_and_the_words_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert style.look("my_arm").label == "my_arm" and style.look("my_arm") == style.look("my_arm")
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "my_arm"), contrasts=(("my_arm", "sft_gold"),))
+    experiment.write(tmp_path)
+    contrast.main(experiment.cell("contrast"))
+    statistics = json.loads(Path("reports/statistics.json").read_text())
+    cells = read_cells(report.CELLS, experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    names = {model: style.label(model) for model in cells.models}
+    summary = summarise(cells, statistics, {}, names)
+    summary["provenance"] = provenance(cells, report.CELLS, {"seeds": [0, 1]})
+    pictures = (
+        "contrasts",
+        "pareto",
+        "circuit",
+        "nulls",
+        "forgetting",
+        "transplants",
+        "desiderata",
+        "training",
+    )
+    text = to_markdown(document(summary), dict.fromkeys(pictures, b""))
+    assert "my_arm" in text

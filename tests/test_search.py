@@ -1,0 +1,251 @@
+"""Scores, selection and search on a model whose circuit was put there by hand, and the stage around them."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages import discover
+from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.scores import Metric, logit_difference, measure_of, score, split_half
+from stages.circuits.search import Rule, paper_hops, search
+from stages.circuits.types import Circuit, Component, Group
+from stages.pipeline.stage import Invalid
+from stages.tasks.examples import Examples, write_examples
+from tests.oracles import walker_of
+
+TOKENS, LENGTH = 8, 12
+RULE = Rule(minimum_effect=0.02, noise_z=4.0, max_depth=4)
+
+
+def counting_model() -> LlamaForCausalLM:
+    """Answers with the most frequent token, by two heads that average over all earlier positions.
+
+    The stream has four parts of 8: A the token, B and C written by heads, D read by nothing. All queries and
+    keys are 0, so attention is uniform. Head 0.0 moves A to B, head 1.0 moves B to C, the head of the model
+    reads C. Head 0.2 moves A to B with 1 % of the weight, head 0.3 moves A to D with full weight. All other
+    heads and the MLPs give 0.
+    """
+    settings: dict[str, Any] = dict(
+        vocab_size=TOKENS,
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    part, eye = {"A": 0, "B": 8, "C": 16, "D": 24}, torch.eye(TOKENS)
+
+    def move(layer: int, head: int, source: str, target: str, weight: float) -> None:
+        attention = model.model.layers[layer].self_attn
+        attention.v_proj.weight[8 * head : 8 * head + 8, part[source] : part[source] + 8] = eye
+        attention.o_proj.weight[part[target] : part[target] + 8, 8 * head : 8 * head + 8] = weight * eye
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight[:, :8] = eye
+        model.lm_head.weight[:, 16:24] = 9 * eye
+        move(0, 0, "A", "B", 1.0)
+        move(0, 2, "A", "B", 0.01)
+        move(0, 3, "A", "D", 1.0)
+        move(1, 0, "B", "C", 1.0)
+    return model
+
+
+def counting_examples(n: int = 40) -> Examples:
+    """Clean prompts that hold the answer 4 to 6 times, corrupt prompts that do not hold it."""
+    rng = np.random.default_rng(0)
+    answer = rng.integers(TOKENS, size=n)
+    ids = (answer[:, None] + rng.integers(1, TOKENS, size=(2, n, LENGTH))) % TOKENS
+    for row in range(n):
+        ids[0, row, rng.choice(LENGTH - 1, size=rng.integers(4, 7), replace=False)] = answer[row]
+    others = (answer[:, None] + np.arange(1, TOKENS)) % TOKENS
+    at = {
+        "last": np.full(n, LENGTH - 1),
+        "query_label": np.full(n, LENGTH - 3),
+        "earlier_label": rng.integers(1, 4, size=n),
+    }
+    positions = {name: torch.from_numpy(index) for name, index in at.items()}
+    to = torch.from_numpy
+    return Examples(to(ids[0]), to(answer), to(others), positions, to(ids[1]), positions)
+
+
+def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE) -> PathPatcher:
+    examples = counting_examples()
+    pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+    return PathPatcher(
+        walker_of(counting_model()), pairs, measure_of(metric, examples.answer, examples.others), 64.0
+    )
+
+
+def test_scores_by_hand():
+    logits = torch.tensor([[1.0, 5.0, 2.0, 4.0], [0.0, 1.0, 3.0, 9.0]])
+    answer, others = torch.tensor([1, 3]), torch.tensor([[0, 2], [0, 1]])
+    assert torch.equal(logit_difference(logits, answer, others), torch.tensor([5 - 1.5, 9 - 0.5]))
+    probability = measure_of(Metric.RELATIVE_PROBABILITY, answer, others)(
+        logits[:, None], torch.tensor([0, 1])
+    )
+    assert torch.allclose(probability[:, 0], logits.softmax(-1)[[0, 1], answer])
+
+    clean, corrupt = torch.tensor([4.0, 8.0]), torch.tensor([0.0, -4.0])
+    effects = torch.tensor([[-1.0, -3.0], [0.0, 4.0]])
+    ratio = score(Metric.LOGIT_DIFFERENCE, effects, clean, corrupt)
+    assert ratio.score.tolist() == [0.25, -0.25]
+    # residuals of the first: (-1 + .25 * 4) / -8 = 0 and (-3 + .25 * 12) / -8 = 0; of the second 1/8, -1/8
+    assert torch.allclose(ratio.noise, torch.tensor([0.0, 0.125])) and torch.equal(
+        ratio.strength, ratio.score
+    )
+    relative = score(Metric.RELATIVE_PROBABILITY, effects, clean, corrupt)
+    assert relative.score.tolist() == [-0.3125, 0.25] and relative.strength.tolist() == [0.3125, -0.25]
+
+
+def test_noise_is_the_standard_deviation_over_repeated_draws():
+    generator = torch.Generator().manual_seed(0)
+    clean, effects = torch.randn(2, 400, 200, generator=generator, dtype=torch.float64)
+    clean, corrupt = clean + 8, torch.zeros(400, 200, dtype=torch.float64)
+    draws = [
+        score(Metric.LOGIT_DIFFERENCE, e - 1, c, k) for e, c, k in zip(effects, clean, corrupt, strict=True)
+    ]
+    spread = float(torch.stack([draw.score for draw in draws]).std())
+    assert float(torch.stack([draw.noise for draw in draws]).mean()) == pytest.approx(spread, rel=0.1)
+
+
+def test_split_half_correlation():
+    patcher = counting_patcher()
+    effects = torch.randn(2, 4, 40, generator=torch.Generator().manual_seed(0))
+    assert split_half(Metric.LOGIT_DIFFERENCE, torch.zeros(2, 4, 40), patcher.clean, patcher.corrupt) is None
+    steady = effects.mean(-1, keepdim=True).expand(-1, -1, 40)
+    assert split_half(Metric.LOGIT_DIFFERENCE, steady, patcher.clean, patcher.corrupt) == pytest.approx(1)
+    noisy = split_half(Metric.LOGIT_DIFFERENCE, effects, patcher.clean, patcher.corrupt)
+    assert noisy is not None and abs(noisy) < 0.9
+
+
+def test_search_finds_the_circuit_that_was_put_there():
+    patcher = counting_patcher()
+    told = []
+    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append)
+    assert told == hops
+    shape = [
+        (group.name, group.position, group.receiver, group.component, group.heads) for group in circuit.groups
+    ]
+    assert shape == [
+        ("fetch_answer", "last", "logits", None, ((1, 0),)),
+        ("v_last", "last", "fetch_answer", Component.V, ((0, 0),)),
+        ("v_query_label", "query_label", "fetch_answer", Component.V, ((0, 0),)),
+        ("v_label", "earlier_label", "fetch_answer", Component.V, ((0, 0),)),
+    ]
+    assert len(circuit.nodes) == 4 and Circuit.from_json(json.loads(json.dumps(circuit.to_json()))) == circuit
+    fetch = hops[0].scores
+    assert fetch is not None and float(fetch.score[1, 0]) == pytest.approx(
+        1, abs=0.05
+    )  # all of the answer passes it
+    assert [hop.name for hop in hops] == [
+        "fetch_answer", "q_last", "k_last", "v_last", "k_query_label", "v_query_label", "k_label", "v_label",
+    ]  # fmt: skip
+    assert all(
+        abs(float(hop.joint.score)) < 1e-6 for hop in hops if hop.component in (Component.Q, Component.K)
+    )
+
+
+def test_the_rule_asks_for_size_and_for_certainty():
+    patcher = counting_patcher()
+    for rule in (Rule(1.5, 4.0, 4), Rule(0.02, 1e6, 4)):
+        circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None)
+        assert circuit.groups == () and len(hops) == 1
+    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, Rule(0.02, 4.0, 1), lambda hop: None)
+    assert [group.name for group in shallow.groups] == ["fetch_answer"]
+    # 1 % of the effect of head 0.0 at a position with a twelfth of the attention
+    sensitive, _ = search(patcher, Metric.LOGIT_DIFFERENCE, Rule(1e-4, 0.0, 4), lambda hop: None)
+    assert all((0, 2) in group.heads and (0, 0) == group.heads[0] for group in sensitive.groups[1:])
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_paper_hops(metric):
+    patcher = counting_patcher(metric)
+    circuit, hops = paper_hops(patcher, metric, RULE, None, None, lambda hop: None)
+    assert [group.name for group in circuit.groups] == ["value_fetcher"] and circuit.nodes[0].layer == 1
+    assert [hop.name for hop in hops] == ["value_fetcher", "pos_transmitter"]  # no head feeds its queries
+    circuit, hops = paper_hops(patcher, metric, RULE, [1, 1, 1, 1], [2, 3, 4, 1], lambda hop: None)
+    assert [len(group.heads) for group in circuit.groups] == [2, 3, 4, 1]
+    assert [(hop.position, hop.receiver, hop.component) for hop in hops] == [
+        ("last", "logits", None),
+        ("last", "value_fetcher", Component.Q),
+        ("query_label", "pos_transmitter", Component.V),
+        ("earlier_label", "pos_detector", Component.V),
+    ]
+
+
+def test_nodes_of_a_circuit_are_unique_and_sorted():
+    groups = (
+        Group("b", "last", "a", Component.Q, ((1, 2), (0, 1))),
+        Group("a", "last", "logits", None, ((1, 2),), (0.5,)),
+    )
+    assert [(node.layer, node.head) for node in Circuit(groups, 2, 4).nodes] == [(0, 1), (1, 2)]
+
+
+def stage_cell(**changes: object) -> Any:
+    values = {
+        "hops": "auto",
+        "score": "logit_difference",
+        "examples": 40,
+        "identifiable_accuracy": 0.5,
+        "minimum_effect": 0.02,
+        "noise_z": 4.0,
+        "max_depth": 4,
+        "paper_top": None,
+        "memory_mib": 64.0,
+        "threads": 1,
+    } | changes
+    settings = SimpleNamespace(**values, model_dump=lambda mode: values)
+    return SimpleNamespace(item={"model": "base", "seed": "0"}, params=lambda path: settings)
+
+
+@pytest.fixture
+def stage_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_examples("data/old/discovery.parquet", counting_examples())
+    counting_model().save_pretrained("models/base/0")
+    return tmp_path / "reports/cells/discover/base/0"
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_stage_writes_the_same_bytes_again(stage_folder):
+    discover.main(stage_cell())
+    first = contents(stage_folder)
+    discover.main(stage_cell())
+    assert contents(stage_folder) == first and sorted(first) == ["circuit.json", "record.json", "scores.npz"]
+    circuit = Circuit.from_json(json.loads(first["circuit.json"]))
+    assert circuit.identifiable and [group.name for group in circuit.groups][:2] == ["fetch_answer", "v_last"]
+    with np.load(stage_folder / "scores.npz") as arrays:
+        assert arrays["fetch_answer.score"].shape == arrays["v_label.noise"].shape == (2, 4)
+    record = json.loads(first["record.json"])
+    assert (
+        record["size"] == 4
+        and record["accuracy"] == pytest.approx(0.85)
+        and record["settings"]["noise_z"] == 4.0
+    )
+    assert {hop["name"] for hop in record["hops"] if hop["becomes_group"]} == set(record["sizes"])
+
+
+def test_stage_does_not_search_where_the_model_cannot_do_the_task(stage_folder):
+    discover.main(stage_cell(identifiable_accuracy=1.01))
+    circuit = Circuit.from_json(json.loads((stage_folder / "circuit.json").read_text()))
+    assert circuit == Circuit((), 2, 4, identifiable=False)
+    with np.load(stage_folder / "scores.npz") as arrays:
+        assert list(arrays) == []
+
+
+def test_stage_refuses_more_examples_than_there_are(stage_folder):
+    with pytest.raises(Invalid, match="discover.examples = 41: .* holds 40"):
+        discover.main(stage_cell(examples=41))

@@ -1,0 +1,139 @@
+"""The real pipeline, run once in a clone with the smoke preset, and what DVC then calls stale."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import Dvc
+
+
+def _stale(dvc: Dvc, clone: Path) -> set[str]:
+    result = dvc(clone, "status", "--json")
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout))
+
+
+@contextmanager
+def _edited(path: Path, text: str) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@contextmanager
+def _param(clone: Path, path: str, value: object) -> Iterator[None]:
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    *parents, last = path.split(".")
+    section = params
+    for key in parents:
+        section = section[key]
+    assert section[last] != value
+    section[last] = value
+    with _edited(clone / "params.yaml", yaml.safe_dump(params)):
+        yield
+
+
+def test_a_second_run_does_nothing(smoke_run: Path, dvc: Dvc) -> None:
+    result = dvc(smoke_run, "repro")
+    assert result.returncode == 0
+    assert "Running stage" not in result.stdout
+    assert _stale(dvc, smoke_run) == set()
+
+
+def test_only_the_report_and_the_lock_show_up_in_git(smoke_run: Path) -> None:
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=all"], cwd=smoke_run, capture_output=True, text=True
+    ).stdout
+    changed = {line[3:] for line in status.splitlines()}
+    expected = ("dvc.lock", "reports/report.html", "reports/report.md", "reports/summary.json")
+    expected += ("reports/statistics.json", "reports/cells.csv", "reports/figures/")
+    assert all(name.startswith(expected) for name in changed), changed
+
+
+def test_lock_lists_exactly_the_cells(smoke_run: Path, dvc: Dvc) -> None:
+    locked = set(yaml.safe_load((smoke_run / "dvc.lock").read_text())["stages"])
+    assert locked == set(dvc(smoke_run, "stage", "list", "--name-only").stdout.split())
+
+
+def _cells(clone: Path) -> dict[str, list[str]]:
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    return {"seeds": [str(s) for s in params["seeds"]], "arms": params["arms"], "models": params["models"]}
+
+
+def test_a_param_of_one_arm_makes_only_its_cells_stale(smoke_run: Path, dvc: Dvc) -> None:
+    params = yaml.safe_load((smoke_run / "params.yaml").read_text())
+    key, value = next((k, v) for k, v in params["finetune"]["grpo"].items() if not isinstance(v, bool | str))
+    with _param(smoke_run, f"finetune.grpo.{key}", value + 1):
+        direct = _stale(dvc, smoke_run)
+        result = dvc(smoke_run, "repro", "--dry")
+    seeds = _cells(smoke_run)["seeds"]
+    assert direct == {f"finetune@grpo-{seed}" for seed in seeds}
+    # --dry follows the change: a stage that would run is announced, and so is what reads its outputs
+    assert not [line for line in result.stdout.splitlines() if "Running stage" in line and "sft" in line]
+
+
+def test_report_params_make_only_the_report_stale(smoke_run: Path, dvc: Dvc) -> None:
+    params = yaml.safe_load((smoke_run / "params.yaml").read_text())
+    key, value = next((k, v) for k, v in params["report"].items() if isinstance(v, int) and not isinstance(v, bool))
+    with _param(smoke_run, f"report.{key}", value + 1):
+        assert _stale(dvc, smoke_run) == {"report"}
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("stages/report.py", {"report"}),
+        ("stages/contrast.py", {"contrast"}),
+        ("stages/dcm.py", {"dcm"}),
+        ("stages/discover.py", {"discover"}),
+        ("stages/match.py", {"match"}),
+        ("stages/circuits/transplant.py", {"cmap"}),
+        ("stages/learning/arms/grpo.py", {"finetune@grpo"}),
+        ("stages/learning/curriculum.py", {"pretrain"}),
+    ],
+)
+def test_editing_code_makes_its_stage_stale(smoke_run: Path, dvc: Dvc, module: str, stages: set[str]) -> None:
+    with _edited(smoke_run / module, (smoke_run / module).read_text() + "\n# edited\n"):
+        stale = _stale(dvc, smoke_run)
+    assert stale
+    assert all(any(name == stage or name.startswith(f"{stage}@") or name.startswith(f"{stage}-") for stage in stages) for name in stale), stale
+
+
+def test_reverting_a_param_restores_from_the_run_cache(smoke_run: Path, dvc: Dvc) -> None:
+    """The run cache works for a computing stage: forced out of the lock, its outputs come back without its command."""
+    seed = _cells(smoke_run)["seeds"][0]
+    lock = smoke_run / "dvc.lock"
+    entries = yaml.safe_load(lock.read_text())
+    del entries["stages"][f"cmap@grpo-{seed}"]
+    with _edited(lock, yaml.safe_dump(entries)):
+        result = dvc(smoke_run, "repro", "--single-item", f"cmap@grpo-{seed}")
+        assert result.returncode == 0
+        assert "is cached - skipping run" in result.stdout
+
+
+def test_no_unfinished_file_is_left(smoke_run: Path) -> None:
+    assert not list(smoke_run.rglob("*.partial"))
+
+
+def test_weights_are_safetensors_only(smoke_run: Path) -> None:
+    suffixes = {path.suffix for path in (smoke_run / "models").rglob("*") if path.is_file() and path.name != "README.md"}
+    assert suffixes <= {".safetensors", ".json", ".jinja", ".csv"}, suffixes
+
+
+def test_a_shrunk_matrix_is_not_reported_from_leftovers(smoke_run: Path, dvc: Dvc) -> None:
+    """Dropping an arm makes contrast and report stale, although the dropped cells' files are still there."""
+    cells = _cells(smoke_run)
+    params = yaml.safe_load((smoke_run / "params.yaml").read_text())
+    dropped = [arm for arm in cells["arms"] if arm != params["match"]["noise_like"]][-1]
+    params["arms"] = [arm for arm in cells["arms"] if arm != dropped]
+    params["models"] = ["base", *params["arms"]]
+    with _edited(smoke_run / "params.yaml", yaml.safe_dump(params)):
+        assert {"contrast", "report"} <= _stale(dvc, smoke_run)

@@ -1,0 +1,238 @@
+"""Statistics against answers worked out by hand, and contrasts that say what they leave out."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from stages import contrast as stage
+from stages.pipeline.stage import Invalid
+from stages.statistics.cells import long_form, read_cells
+from stages.statistics.contrasts import Plan, compare
+from stages.statistics.paired import (
+    bootstrap_interval,
+    equivalence_p,
+    holm,
+    pairs_needed,
+    power_note,
+    sign_flip_p,
+    smallest_sign_flip_p,
+    t_interval,
+)
+from stages.statistics.wording import headline, number, verdict
+from tests.synthetic_records import Experiment
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0, 2.0, 3.0], 2 / 8),  # sums 6 and -6 of the eight are as far out
+        ([1.0, 2.0, -3.0], 1.0),  # sum 0: all eight are
+        ([1.0, 2.0, 4.0, -1.0], 4 / 16),  # |sum| >= 6: {6, 8} and their negatives
+        ([0.0, 0.0], 1.0),
+        ([0.3], 1.0),
+        ([0.1] * 8, 2 / 256),
+    ],
+)
+def test_sign_flip_by_hand(differences: list[float], expected: float) -> None:
+    assert sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
+
+
+def test_sign_flip_against_enumeration() -> None:
+    x = np.random.default_rng(3).normal(0.4, 1.0, 7)
+    sums = [abs(float(np.dot(signs, x))) for signs in itertools.product((1, -1), repeat=len(x))]
+    p = sum(total >= abs(float(x.sum())) - 1e-12 for total in sums) / len(sums)
+    found = sign_flip_p(x)
+    print("max error", abs((found or 0) - p))
+    assert found == pytest.approx(p, abs=1e-12)
+
+
+def test_smallest_p_is_reached() -> None:
+    for n in range(1, 11):
+        assert sign_flip_p(np.arange(1, n + 1) / 7) == pytest.approx(smallest_sign_flip_p(n))
+
+
+def test_nothing_without_data() -> None:
+    assert sign_flip_p([]) is None and smallest_sign_flip_p(0) is None
+    assert t_interval([1.0], 0.95) is None and bootstrap_interval([1.0], 0.95, 10, 0) is None
+    assert equivalence_p([1.0], 0.1) is None
+
+
+def test_holm_by_hand() -> None:
+    # sorted .01 .02 .03 .04 times 4 3 2 1, made monotone: .04 .06 .06 .06
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_holm_counts_what_could_not_be_tested() -> None:
+    assert holm([0.01, None, 0.04]) == [pytest.approx(0.03), None, pytest.approx(0.08)]
+    assert holm([]) == []
+
+
+def test_t_interval_by_hand() -> None:
+    # mean 2, sd 1, n 3, t(.975, 2) = 4.302653
+    low, high = t_interval([1.0, 2.0, 3.0], 0.95) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6)
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    x = np.random.default_rng(1).normal(0.01, 0.03, 8)
+    above = stats.ttest_1samp(x, -0.05, alternative="greater")
+    below = stats.ttest_1samp(x, 0.05, alternative="less")
+    assert equivalence_p(x, 0.05) == pytest.approx(max(above[1], below[1]), abs=1e-12)
+    assert equivalence_p([0.01, 0.01], 0.05) == 0.0 and equivalence_p([0.2, 0.2], 0.05) == 1.0
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_coverage_of_the_interval(n: int) -> None:
+    """400 data sets with mean 1: 95 % of the t intervals hold it (standard error 1.1 points); bootstrap falls short."""
+    draws = np.random.default_rng(n).normal(1.0, 0.5, (400, n))
+    covered = np.mean([low <= 1 <= high for low, high in (t_interval(x, 0.95) or (0, 0) for x in draws)])
+    short = [bootstrap_interval(x, 0.95, 300, 0) or (0, 0) for x in draws]
+    print("t", covered, "bootstrap", np.mean([low <= 1 <= high for low, high in short]))
+    assert 0.91 <= covered <= 0.985
+    assert np.mean([low <= 1 <= high for low, high in short]) < covered
+
+
+def test_power_note() -> None:
+    assert pairs_needed(0.05, 1) == 6 and pairs_needed(0.05, 6) == 8
+    assert "0.2500, so a single contrast cannot" in power_note(3, 0.05, 6)
+    assert "0.0078, so a single contrast can" in power_note(8, 0.05, 6)
+    assert "nothing can be tested" in power_note(0, 0.05, 6)
+
+
+PLAN = Plan(
+    "evaluate.circuit.retention", ("drift.old.kl",), (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0
+)
+
+
+def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:
+    experiment.write(root)
+    cells = read_cells(root / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    return compare(cells, plan)
+
+
+def test_pairs_that_do_not_count_are_named(tmp_path: Path) -> None:
+    experiment = Experiment(
+        seeds=range(5), arms=("sft_gold", "grpo"), unreached=frozenset({("grpo", 1)}), hidden=frozenset({4})
+    )
+    found = _compared(tmp_path, experiment)
+    primary, drift = found["contrasts"]
+    assert sorted(primary["values"]) == ["0", "2", "3"] and primary["n"] == 3
+    assert primary["excluded"] == [
+        {"seed": "1", "reason": "level not reached by", "models": ["grpo"]},
+        {"seed": "4", "reason": "undefined for", "models": ["grpo", "sft_gold"]},
+    ]
+    assert drift["n"] == 4  # the drift of seed 4 is known
+    assert found["reach"]["grpo"] == {"reached": 4, "of": 5}
+    grpo = found["measures"]["evaluate.circuit.retention"]["grpo"]
+    assert [entry["reason"] for entry in grpo["excluded"]] == ["level not reached", "undefined"]
+    record = json.loads((tmp_path / "reports/cells/evaluate/grpo/0.json").read_text())
+    reference = json.loads((tmp_path / "reports/cells/evaluate/sft_gold/0.json").read_text())
+    difference = record["circuit"]["retention"] - reference["circuit"]["retention"]
+    assert primary["values"]["0"] == pytest.approx(difference, abs=1e-15)
+    assert primary["difference"] == pytest.approx(primary["arm_mean"] - primary["reference_mean"])
+
+
+def test_no_pair_at_all(tmp_path: Path) -> None:
+    hidden = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), hidden=frozenset({0}))
+    entry = _compared(tmp_path, hidden)["contrasts"][0]
+    assert entry["n"] == 0 and entry["difference"] is None and entry["p"] is None and entry["ci"] is None
+
+
+def test_a_missing_cell_is_an_error(tmp_path: Path) -> None:
+    experiment = Experiment(arms=("sft_gold", "grpo"))
+    experiment.write(tmp_path)
+    (tmp_path / "reports/cells/cmap/grpo/2.json").unlink()
+    with pytest.raises(Invalid, match="cmap/grpo/2.json is missing"):
+        read_cells(tmp_path / "reports/cells", (0, 1, 2), ["base", *experiment.arms], experiment.arms)
+
+
+def test_leftovers_are_not_read(tmp_path: Path) -> None:
+    Experiment(seeds=(0, 1), arms=("sft_gold", "grpo", "noise")).write(tmp_path)
+    cells = read_cells(tmp_path / "reports/cells", (0,), ["base", "grpo"], ["grpo"])
+    frame = long_form(cells)
+    assert set(frame["seed"]) == {"0"} and set(frame["model"]) == {"base", "grpo"}
+    row = frame[
+        (frame.stage == "evaluate") & (frame.model == "grpo") & (frame.measure == "circuit.retention")
+    ]
+    assert row["value"].item() == cells.value("evaluate.circuit.retention", "grpo", "0")
+
+
+def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),))
+    experiment.write(tmp_path)
+    stage.main(experiment.cell("contrast"))
+    rows = pd.read_csv("reports/cells.csv")
+    assert list(rows) == ["stage", "model", "seed", "measure", "value"]
+    assert {"match", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
+    first = Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes()
+    stage.main(experiment.cell("contrast"))
+    assert Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes() == first
+    wrong = experiment.cell("contrast")
+    wrong.params("contrast").primary_measure = "evaluate.circuit.retentoin"
+    with pytest.raises(Invalid, match="retentoin"):
+        stage.main(wrong)
+
+
+def _headline(values: list[float], excluded: int = 0, family: int = 1) -> tuple[str, str]:
+    p = sign_flip_p(values)
+    entry = {
+        "arm": "grpo",
+        "reference": "sft_gold",
+        "n": len(values),
+        "difference": float(np.mean(values)) if values else None,
+        "arm_mean": 0.8 + float(np.mean(values)) if values else None,
+        "reference_mean": 0.8 if values else None,
+        "ci": t_interval(values, 0.95),
+        "p": p,
+        "p_holm": None if p is None else min(1.0, family * p),
+        "p_equivalent": equivalence_p(values, 0.05),
+        "smallest_possible_p": smallest_sign_flip_p(len(values)),
+        "excluded": [
+            {"seed": str(s), "reason": "level not reached by", "models": ["grpo"]} for s in range(excluded)
+        ],
+    }
+    plan = {"primary": PLAN.primary, "alpha": 0.05, "confidence": 0.95, "equivalence_margin": 0.05}
+    return verdict(entry, 0.05), headline(entry, {"grpo": "GRPO", "sft_gold": "SFT"}, plan, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "says"),
+    [
+        ([0.1, 0.12, 0.09, 0.11, 0.13, 0.1], "clear", "GRPO kept more of the old task's circuit than SFT"),
+        (
+            [-0.1, -0.12, -0.09, -0.11, -0.13, -0.1],
+            "clear",
+            "SFT kept more of the old task's circuit than GRPO",
+        ),
+        ([0.1, 0.11, 0.12], "suggestive", "A hint, not a finding, that GRPO"),
+        ([0.1, -0.11, 0.12], "undecided", "Not decided"),
+        ([0.01, -0.01, 0.0, 0.005], "equivalent", "equally much"),
+        ([0.1], "one pair", "a single pair"),
+        ([], "no pair", "No answer"),
+    ],
+)
+def test_the_headline_says_what_the_data_allow(values: list[float], kind: str, says: str) -> None:
+    found, sentence = _headline(values)
+    assert found == kind and says in sentence
+    assert number(None) not in sentence and "None" not in sentence
+
+
+def test_the_headline_names_what_is_left_out() -> None:
+    assert "2 pairs left out" in _headline([0.1, 0.11, 0.12], excluded=2)[1]
+    assert "seed 0: level not reached by GRPO" in _headline([], excluded=1)[1]
+
+
+def test_correction_can_take_a_clear_difference_back() -> None:
+    values = [0.1, 0.12, 0.09, 0.11, 0.13, 0.1]
+    assert _headline(values)[0] == "clear" and _headline(values, family=6)[0] == "suggestive"
+
+
+def test_numbers_in_words() -> None:
+    assert number(-0.0001) == "0.000" and number(-0.0001, signed=True) == "+0.000"
+    assert number(-0.25, 2) == "−0.25" and number(None) == "–"

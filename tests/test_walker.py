@@ -1,0 +1,108 @@
+"""The walker against the Hugging Face model it walks over."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from stages.circuits.trace import TraceDict
+from stages.circuits.walker import Walker, Window
+from stages.pipeline.stage import Invalid
+from tests.oracles import (
+    KINDS,
+    float64_softmax,
+    head_outputs,
+    hooked_logits,
+    random_model,
+    random_pairs,
+    walker_of,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_run_equals_hugging_face(kind):
+    model = random_model(kind)
+    walker, ids = walker_of(model), random_pairs().clean_ids
+    run = walker.run(ids)
+    z = torch.stack(head_outputs(model, ids))
+    with float64_softmax():
+        output = model(ids, use_cache=False, output_hidden_states=True)
+    errors = {
+        "logits": run.logits - output.logits[:, -1],
+        "z": run.z.flatten(-2) - z,
+        "residual": run.residual[:-1] - torch.stack(output.hidden_states[:-1]),
+        "whole": torch.stack([walker.attention_output(at, run.z[at]) for at in range(3)])
+        + run.residual[:-1]
+        - run.middle,
+    }
+    worst = {name: float(error.abs().max()) for name, error in errors.items()}
+    print(kind, worst)
+    assert max(worst.values()) <= 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_tail_equals_a_whole_run_with_other_last_tokens(kind):
+    pairs = random_pairs()
+    walker = walker_of(random_model(kind))
+    for start in (0, 4, 10):
+        ids = torch.cat([pairs.clean_ids[:, :start], pairs.corrupt_ids[:, start:]], dim=1)
+        whole, clean = walker.run(ids), walker.run(pairs.clean_ids)
+        residual = torch.stack([clean.residual[0][:, start:], whole.residual[0][:, start:]], dim=1)
+        window = Window.tail(len(ids), start, ids.shape[1], torch.float64)
+        logits = walker.continue_from(clean, window, residual, 0)
+        error = float((logits - torch.stack([clean.logits, whole.logits], dim=1)).abs().max())
+        print(kind, start, error)
+        assert error <= 1e-11
+
+
+@torch.no_grad()
+def test_positions_outside_a_scattered_window_stay_as_they_were():
+    model, pairs = random_model("llama_gqa"), random_pairs()
+    walker = walker_of(model)
+    clean, changed = walker.run(pairs.clean_ids), walker.run(pairs.corrupt_ids)
+    rows = torch.arange(5)
+    early = pairs.positions["earlier"]
+    padded = torch.stack([early, early, early + 3, torch.full((5,), 10)], dim=1)
+    live = torch.tensor([True, False, True, True]).expand(5, 4)
+    residual = clean.residual[0][rows[:, None], padded].clone()
+    residual[:, [0, 2]] = changed.residual[0][rows[:, None], padded[:, [0, 2]]]
+    window = Window.scattered(padded, 11, live, torch.float64)
+    logits = walker.continue_from(clean, window, residual[:, None], 0)[:, 0]
+
+    inside = torch.zeros(5, 11, dtype=torch.bool)
+    inside[rows[:, None], padded] = True
+
+    def restore(output, layer):
+        at = int(layer.split(".")[2])
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = torch.where(inside[..., None], hidden, clean.residual[at + 1])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def embed(output):
+        output = output.clone()
+        output[rows[:, None], padded[:, [0, 2, 3]]] = residual[:, [0, 2, 3]]
+        return output
+
+    names = [f"model.layers.{layer}" for layer in range(3)]
+    with TraceDict(model, names, edit_output=restore):
+        expected = hooked_logits(model, pairs.clean_ids, edits={"model.embed_tokens": embed})
+    error = float((logits - expected).abs().max())
+    print(error, float((expected - clean.logits).abs().max()))
+    assert float((expected - clean.logits).abs().max()) > 1e-2
+    assert error <= 1e-11
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(Invalid, match="model type 'gpt2' is not supported"):
+        Walker(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)))
+
+
+def test_a_model_that_computes_something_else_is_refused():
+    model = random_model("llama")
+    with TraceDict(model, ["model.layers.1.mlp"], edit_output=lambda output: output * 1.5):
+        Walker(model)  # the walker calls the same module, so it sees the edit too
+    block = model.model.layers[1]
+    block.register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(Invalid, match="does not reproduce this model"):
+        walker_of(model)
