@@ -77,6 +77,7 @@ def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tu
     """Run the chosen hops under a progress bar that names the last one and its strongest head."""
     rule = Rule(
         settings.minimum_effect,
+        settings.minimum_head_effect,
         settings.noise_z,
         settings.coverage,
         settings.merge_overlap,

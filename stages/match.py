@@ -11,6 +11,8 @@ from stages.learning.matching import Pick, distance, moved_as_far, pick, read_ch
 from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 
+MODEL_FILE = "model.safetensors"
+
 
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
@@ -19,7 +21,7 @@ def main(cell: Cell) -> None:
     _refuse_shortcut_level(level, new_task)
 
     base_folder, target = Path(f"models/base/{seed}"), Path(f"models/{arm}/{seed}")
-    base = load_file(base_folder / "model.safetensors")
+    base = load_file(base_folder / MODEL_FILE)
     curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
     untrained = set(curves) == {0.0}
     source = cell.params("match.noise_like") if untrained else arm
@@ -34,16 +36,9 @@ def main(cell: Cell) -> None:
         raise RuntimeError(f"checkpoints of '{source}' and base {seed} hold different parameters")
 
     with replacing_directory(target) as folder:
-        for file in sorted(base_folder.iterdir()):
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".txt", ".model", ".jinja")
-                and file.name != "record.json"
-            ):
-                shutil.copyfile(file, folder / file.name)
-        save_file(
-            {name: weights[name] for name in base}, folder / "model.safetensors", metadata={"format": "pt"}
-        )
+        for file in sorted(base_folder.glob("*.json")):  # config and tokenizer
+            shutil.copyfile(file, folder / file.name)
+        save_file({name: weights[name] for name in base}, folder / MODEL_FILE, metadata={"format": "pt"})
 
     if untrained:
         text = f"each tensor moved as far as in the picked checkpoint of '{source}', along a random direction"
@@ -64,7 +59,7 @@ def main(cell: Cell) -> None:
         "weight_norm": distance(base, weights),
         "by_learning_rate": {}
         if untrained
-        else {f"{rate:g}": _numbers(pick(rows, level, confirm)) for rate, rows in curves.items()},
+        else {f"{key:g}": _numbers(pick(rows, level, confirm)) for key, rows in curves.items()},
     }
     write_json(f"reports/cells/match/{arm}/{seed}.json", record)
 

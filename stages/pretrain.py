@@ -77,8 +77,8 @@ def train_with_retries(
             f"base {seed}, {stuck[-1]}" + ("; trying the next derived seed" if attempt < retries else "")
         )
     raise Invalid(
-        f"pretrain.retries = {retries}: all {retries + 1} attempts of base {seed} got stuck ({stuck[-1]}); raise the"
-        " retries or that phase's most_steps"
+        f"pretrain.retries = {retries}: all {retries + 1} attempts of base {seed} got stuck ({stuck[-1]});"
+        " raise the retries or that phase's most_steps"
     )
 
 

@@ -1,6 +1,7 @@
 """Scores, selection and search on a model whose circuit was put there by hand, and the stage around them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages import discover
 from stages.circuits.path_patching import Pairs, PathPatcher
 from stages.circuits.scores import Metric, logit_difference, measure_of, score, split_half
-from stages.circuits.search import Rule, paper_hops, search
+from stages.circuits.search import Hop, Rule, _group_of, paper_hops, search
 from stages.circuits.types import Circuit, Component, Group
-from stages.pipeline.stage import Invalid
+from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
 from tests.oracles import walker_of
 
 TOKENS, LENGTH = 8, 12
-RULE = Rule(minimum_effect=0.02, noise_z=4.0, max_depth=4)
+RULE = Rule(
+    minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=4
+)
 
 
 def counting_model() -> LlamaForCausalLM:
@@ -157,14 +160,40 @@ def test_search_finds_the_circuit_that_was_put_there():
 
 def test_the_rule_asks_for_size_and_for_certainty():
     patcher = counting_patcher()
-    for rule in (Rule(1.5, 4.0, 4), Rule(0.02, 1e6, 4)):
+    for rule in (replace(RULE, minimum_effect=1.5), replace(RULE, noise_z=1e6)):
         circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None)
         assert circuit.groups == () and len(hops) == 1
-    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, Rule(0.02, 4.0, 1), lambda hop: None)
+    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None)
     assert [group.name for group in shallow.groups] == ["fetch_answer"]
-    # 1 % of the effect of head 0.0 at a position with a twelfth of the attention
-    sensitive, _ = search(patcher, Metric.LOGIT_DIFFERENCE, Rule(1e-4, 0.0, 4), lambda hop: None)
-    assert all((0, 2) in group.heads and (0, 0) == group.heads[0] for group in sensitive.groups[1:])
+    # head 0.2 does 1 % of what head 0.0 does, so it is needed for more than 99 % of both
+    all_of_it = replace(RULE, coverage=0.999, minimum_head_effect=2e-4, noise_z=2.0)
+    greedy, _ = search(patcher, Metric.LOGIT_DIFFERENCE, all_of_it, lambda hop: None)
+    assert [group.heads for group in greedy.groups[1:]] == [((0, 0), (0, 2))] * 3
+
+
+def test_hops_with_much_the_same_heads_share_a_group():
+    none = score(Metric.LOGIT_DIFFERENCE, torch.zeros(4), -torch.ones(4), torch.ones(4))
+    first = Hop("a", "last", "logits", None, none, heads=((0, 0), (0, 1), (0, 2)), group="a")
+    hop = Hop("b", "last", "a", Component.V, none, heads=((0, 0), (0, 1), (1, 0)))
+    assert _group_of(hop, [first], 0.5) == "a" and _group_of(hop, [first], 0.51) == "b"
+    assert _group_of(hop, [replace(first, position="query_label")], 0.5) == "b"
+    assert _group_of(hop, [replace(first, group="c")], 0.5) == "b"  # joined another group itself
+    assert _group_of(replace(hop, heads=()), [first], 0.0) is None
+
+
+def test_redundant_heads_are_found_together():
+    """Three heads do the same and the reader saturates, so one head alone shows only a small part."""
+    patcher = counting_patcher()
+
+    def saturating(position, senders, receivers):
+        count = senders[:, 0, :3].sum(-1)
+        share = torch.tensor([0.0, 0.05, 0.3, 1.0])[count]
+        return [share[:, None] * (patcher.corrupt - patcher.clean) for _ in receivers]
+
+    patcher.effects = saturating
+    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None)
+    assert circuit.groups[0].heads == ((0, 0), (0, 1), (0, 2))
+    assert float(hops[0].joint.score) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("metric", Metric)
@@ -191,21 +220,30 @@ def test_nodes_of_a_circuit_are_unique_and_sorted():
     assert [(node.layer, node.head) for node in Circuit(groups, 2, 4).nodes] == [(0, 1), (1, 2)]
 
 
-def stage_cell(**changes: object) -> Any:
+def stage_cell(**changes: object) -> Cell:
     values = {
         "hops": "auto",
         "score": "logit_difference",
         "examples": 40,
         "identifiable_accuracy": 0.5,
         "minimum_effect": 0.02,
+        "minimum_head_effect": 0.005,
         "noise_z": 4.0,
+        "coverage": 0.9,
+        "merge_overlap": 0.5,
         "max_depth": 4,
         "paper_top": None,
         "memory_mib": 64.0,
         "threads": 1,
     } | changes
     settings = SimpleNamespace(**values, model_dump=lambda mode: values)
-    return SimpleNamespace(item={"model": "base", "seed": "0"}, params=lambda path: settings)
+
+    class Given(Cell):
+        def params(self, path: str) -> Any:
+            assert path == "discover"
+            return settings
+
+    return Given("discover", {"model": "base", "seed": "0"})
 
 
 @pytest.fixture
@@ -235,7 +273,7 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
         and record["accuracy"] == pytest.approx(0.85)
         and record["settings"]["noise_z"] == 4.0
     )
-    assert {hop["name"] for hop in record["hops"] if hop["becomes_group"]} == set(record["sizes"])
+    assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
 
 
 def test_stage_does_not_search_where_the_model_cannot_do_the_task(stage_folder):

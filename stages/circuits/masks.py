@@ -325,7 +325,7 @@ def swap_accuracies(
     found = []
     for each, hit in zip(distinct, hits, strict=True):
         keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
-        found.append(dict(zip(keys, [floor / n, *(hit / n).tolist()], strict=True)))
+        found.append(dict(zip(keys, [count / n for count in (floor, *hit.tolist())], strict=True)))
     return found
 
 

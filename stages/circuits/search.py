@@ -10,10 +10,11 @@ that was found before) and the component of the receivers that they write to. Tw
   nothing beats the noise.
 
 Selection is one rule for every model. A hop counts when all heads of the position together move the answer by
-at least `minimum_effect` and `noise_z` standard errors. Its senders are the strongest heads, each at least
-`noise_z` standard errors strong, taken until together they have `coverage` of what all heads there do. A
-threshold on single heads would not do: where several heads do the same thing, removing one of them shows little
-(five heads of .02 to .14 can make .5 together), so a small change of the threshold would lose the whole group.
+at least `minimum_effect` and `noise_z` standard errors. Its senders are the strongest heads, each above its
+own floor and `noise_z` standard errors, taken until together they have `coverage` of what all heads there do.
+A threshold on single heads would not do: where several heads do the same thing, removing one of them shows
+little (five heads of .02 to .14 can make .5 together), so a small change of the threshold would lose the
+whole group.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,24 +37,32 @@ class Rule:
 
     Attributes:
         minimum_effect: smallest strength of all heads together, in the unit of the metric.
-        noise_z: smallest strength, of all heads together and of each sender, in standard errors over examples.
+        minimum_head_effect: smallest strength of a sender; far below the coverage's demands, above rounding.
+        noise_z: smallest strength, of all heads together and of each sender, in standard errors over
+            examples.
         coverage: share of the strength of all heads together that the senders must have together.
-        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position is
-            no group of its own; its heads join that group.
+        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position
+            is no group of its own; its heads join that group.
         max_depth: longest chain of hops from the logits.
     """
 
     minimum_effect: float
+    minimum_head_effect: float
     noise_z: float
     coverage: float
     merge_overlap: float
     max_depth: int
 
     def counts(self, joint: Scores) -> bool:
-        return bool(joint.strength >= self.minimum_effect) and bool(self.certain(joint))
+        """Whether all heads of a position together do something."""
+        return bool(self._beats(joint, self.minimum_effect))
 
-    def certain(self, scores: Scores) -> Bool[Tensor, "*senders"]:
-        return (scores.strength > 0) & (scores.strength >= self.noise_z * scores.noise)
+    def candidates(self, scores: Scores) -> Bool[Tensor, "layers h"]:
+        """Heads that may be senders."""
+        return self._beats(scores, self.minimum_head_effect)
+
+    def _beats(self, scores: Scores, minimum: float) -> Bool[Tensor, "*senders"]:
+        return (scores.strength >= minimum) & (scores.strength >= self.noise_z * scores.noise)
 
 
 @dataclass(frozen=True)
@@ -196,15 +205,15 @@ def _select(
     receivers: Receivers,
     effects: Float[Tensor, "layers h n"],
 ) -> Hop:
-    """The hop with the scores of single heads and its senders: the strongest that have the coverage together."""
+    """The hop with the scores of single heads and its senders, the strongest that have the coverage."""
     scores = _scores(patcher, metric, effects)
     hop = replace(hop, scores=scores, split_half=split_half(metric, effects, patcher.clean, patcher.corrupt))
-    certain = rule.certain(scores)
-    candidates = [head for head in hop.strongest(certain.numel()) if certain[head]]
+    passing = rule.candidates(scores)
+    candidates = [head for head in hop.strongest(passing.numel()) if passing[head]]
     enough, too_few = len(candidates), 0  # bisection for the number of senders; all of them if none is enough
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        senders = torch.zeros(1, *certain.shape, dtype=torch.bool)
+        senders = torch.zeros(1, *passing.shape, dtype=torch.bool)
         for head in candidates[:middle]:
             senders[0][head] = True
         together = _scores(patcher, metric, patcher.effects(hop.position, senders, [receivers])[0][0])

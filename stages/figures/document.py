@@ -188,9 +188,10 @@ def _tasks(summary: Mapping[str, Any]) -> Section:
         (
             Picture(
                 "pareto",
-                "Each line is a run, from the base (star) to the right as it learns; higher is less "
-                "forgotten. Large marks are the matched models (selection split). The last panel shows, "
-                "for the matched models on the evaluation split, how much of the circuit is left.",
+                "Runs start at the base (star) and move right as they learn; higher is less forgotten. Thin lines "
+                "are seeds, thick ones their means, marks the matched models (selection split). The random "
+                "direction learns nothing: it is moved as far in weights as the arm that it imitates. The last panel "
+                "shows how much of the circuit the matched models keep (evaluation split).",
             ),
         ),
     )
@@ -231,9 +232,10 @@ def _distance() -> Section:
         (
             Picture(
                 "forgetting",
-                "Arms at the same distance from the base are compared by looking straight up: left, "
-                "distance in outputs on new-task prompts; right, distance in weights, with a random "
-                "direction as the control. Large marks are the matched models.",
+                "Arms at the same distance from the base are compared by looking straight up: left, distance in "
+                "outputs on new-task prompts; right, distance in weights, with a random direction as the control. "
+                "Thin lines are seeds, thick ones their means, marks the matched models. One learning rate, the one "
+                "that arms are matched at.",
             ),
         ),
     )
@@ -300,7 +302,8 @@ def _learning(summary: Mapping[str, Any]) -> Section:
         (
             Picture(
                 "training",
-                "Left: the bases. Right: the arms on the new task (above) and the old one (below).",
+                "Left: the bases. Right: the arms on the new task (above) and the old one (below); thin lines are seeds, "
+                "thick ones their means.",
             ),
         ),
         tables,

@@ -182,13 +182,11 @@ def share_axis(axes: Axes, which: str = "y", top: float = 1.0) -> None:
 def mean_and_seeds(axes: Axes, runs: pd.DataFrame, x: str, y: str, colour: str) -> None:
     """A thin line for every seed and, where all seeds have the same steps, a thick one for their mean."""
     columns = list(dict.fromkeys(("step", x, y)))
-    by_seed: list[pd.DataFrame] = [
-        runs[runs["seed"] == seed][columns].sort_values("step") for seed in runs["seed"].unique()
-    ]
+    by_seed = [run[columns].sort_values("step") for _, run in runs.groupby("seed", sort=False)]
     for run in by_seed:
         axes.plot(run[x], run[y], color=colour, linewidth=0.7, alpha=0.35, zorder=2)
     if len({tuple(run["step"].tolist()) for run in by_seed}) == 1:
-        mean = pd.concat(by_seed).groupby("step", as_index=False).mean()
+        mean: Any = pd.concat(by_seed).groupby("step", as_index=False).mean()
         axes.plot(mean[x], mean[y], color=colour, linewidth=2, alpha=0.95, zorder=3)
 
 

@@ -12,7 +12,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from stages.tasks.templates import context_pattern, render
 from stages.tasks.vocabulary import BOS, PAD, SPECIAL, Vocabulary
 
 
+@runtime_checkable
 class TaskShare(Protocol):
     """How a new task enters a phase: its share of the queries, and the target probability of the box's own
     object."""
@@ -33,6 +34,7 @@ class TaskShare(Protocol):
     own: float
 
 
+@runtime_checkable
 class Phase(Protocol):
     """What the rows of a phase are.
 

@@ -13,7 +13,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from stages.tasks.templates import STANDARD, TEMPLATES
 from stages.tasks.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
+@runtime_checkable
 class ModelSize(Protocol):
     """Sizes of the Llama architecture; `mlp` is the width between its matrices, `init_std` that of all
     weights."""
@@ -44,6 +45,7 @@ class ModelSize(Protocol):
     init_std: float
 
 
+@runtime_checkable
 class Optimiser(Protocol):
     """AdamW: `warmup` in steps, `clip` the largest gradient norm, `final` the last learning rate's part of
     the first."""
@@ -56,6 +58,7 @@ class Optimiser(Protocol):
     final: float
 
 
+@runtime_checkable
 class Until(Protocol):
     """What ends a phase: accuracy on `template` (or on `repeats`) with that many boxes."""
 
@@ -64,6 +67,7 @@ class Until(Protocol):
     accuracy: float
 
 
+@runtime_checkable
 class TrainingPhase(Phase, Protocol):
     """A phase of the curriculum and its end; without `until` it takes all of `most_steps`."""
 
@@ -71,6 +75,7 @@ class TrainingPhase(Phase, Protocol):
     most_steps: int
 
 
+@runtime_checkable
 class Settings(Protocol):
     """The section `pretrain` of params.yaml, as far as training needs it."""
 
@@ -99,9 +104,8 @@ class Progress:
     induction: float  # second halves of strings said twice
 
 
-Report = Callable[
-    [str, int, int, Progress | None], None
-]  # phase, step and most steps of the phase, last check
+# Called with the phase, the step and most steps of the phase, and the last check.
+Report = Callable[[str, int, int, Progress | None], None]
 
 # Multiplications of float32 matrices may round their inputs to bfloat16 where the processor is faster at
 # that. Only training does so; whatever is measured later is computed in float32.
@@ -128,11 +132,12 @@ def build_model(vocabulary: Vocabulary, size: ModelSize, seed: int) -> LlamaForC
         pad_token_id=vocabulary.ids[PAD],
         bos_token_id=vocabulary.ids[BOS],
         eos_token_id=vocabulary.ids[EOS],
-        attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # faster here than the fused one, whose kernels suit longer texts
+    return model
 
 
 def train(
@@ -189,7 +194,7 @@ def _train(
             for group in optimiser.param_groups:
                 group["lr"] = _learning_rate(settings.optimiser, step, fall)
             batch = draw_batch(rng, vocabulary, phase, settings.batch, boxes)
-            losses.append(_step(model, optimiser, batch, settings))
+            losses.append(_step(model, optimiser, batch, settings, vocabulary.ids[PAD]))
             step += 1
             if phase_step % settings.check_every == 0 or phase_step == phase.most_steps:
                 curve.append(checks.progress(model, step, name, float(np.mean(losses))))
@@ -201,8 +206,8 @@ def _train(
         if not passed and phase.until is not None:
             reached = checks.accuracy(model, phase.until)
             raise Stuck(
-                f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after {phase.most_steps}"
-                f" steps, and needs {phase.until.accuracy:.2f}"
+                f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after"
+                f" {phase.most_steps} steps, and needs {phase.until.accuracy:.2f}"
             )
     return model.eval(), curve
 
@@ -215,7 +220,7 @@ def _learning_rate(optimiser: Optimiser, step: int, fall: float) -> float:
 
 
 def _step(
-    model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: Batch, settings: Settings
+    model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: Batch, settings: Settings, pad: int
 ) -> float:
     """One step of the optimiser; returns the loss. The pieces of a batch fit the processor's cache."""
     optimiser.zero_grad()
@@ -223,7 +228,7 @@ def _step(
     total = 0.0
     for piece in batch.pieces(ROWS_AT_ONCE):
         logits = model(piece.ids, use_cache=False).logits
-        answers, language = loss_sums(logits, piece, model.config.pad_token_id)
+        answers, language = loss_sums(logits, piece, pad)
         loss = answers / len(batch.place) + settings.language_model_weight * language / following
         loss.backward()
         total += float(loss.detach())
@@ -235,8 +240,8 @@ def _step(
 def loss_sums(
     logits: Float[Tensor, "b t v"], batch: Batch, pad: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Summed cross-entropy, in nats, with the soft targets, and that of all next tokens that are not
-    padding.""" log_p = logits.log_softmax(dim=-1)
+    """Summed cross-entropies in nats: with the soft targets, and of all next tokens but padding."""
+    log_p = logits.log_softmax(dim=-1)
     answers = -(batch.weights * log_p.flatten(0, 1)[batch.place].gather(1, batch.options)).sum()
     following = functional.nll_loss(
         log_p[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), ignore_index=pad, reduction="sum"
@@ -289,8 +294,8 @@ def last_log_probabilities(model: LlamaForCausalLM, ids: Int[Tensor, "n t"]) -> 
 def old_task(
     model: LlamaForCausalLM, ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """For each prompt, whether the most probable token is the answer (1 or 0), and the answer's
-    probability.""" log_p = last_log_probabilities(model, ids)
+    """For each prompt, whether the most probable token is the answer (1 or 0), and its probability."""
+    log_p = last_log_probabilities(model, ids)
     return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
 
 
@@ -318,8 +323,8 @@ def new_task(model: LlamaForCausalLM, prompts: Prompts) -> dict[str, float]:
 def measure_base(
     model: LlamaForCausalLM, vocabulary: Vocabulary, boxes: int, n: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Accuracy of every template and of fewer boxes, and knowledge of every new task, on the selection
-    split.""" templates = {}
+    """Accuracy of every template and of fewer boxes, and knowledge of every new task (selection split)."""
+    templates = {}
     for template in TEMPLATES:
         correct, probability = old_task(
             model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes)

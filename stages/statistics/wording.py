@@ -30,6 +30,7 @@ MEASURES = {
         "Base circuit in the tuned",
         "accuracy with the base's circuit restored",
     ),
+    "drift.weight_norm": ("Norm of the weight change", "norm of the weight change"),
     "drift.old.kl": ("KL on old-task prompts", "nats of KL on old-task prompts"),
     "drift.new.kl": ("KL on new-task prompts", "nats of KL on new-task prompts"),
 }

@@ -5,9 +5,8 @@ whoever draws them, whenever, with whatever seed; a draw that lands in another s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -51,8 +50,8 @@ class Contexts:
     def boxes(self) -> int:
         return self.objects.shape[1]
 
-    def select(self, index: np.ndarray) -> Self:
-        return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+    def select(self, index: np.ndarray) -> "Contexts":
+        return Contexts(self.objects[index], self.labels[index])
 
 
 def splits(contexts: Contexts) -> Int[np.ndarray, "n"]:

@@ -1,5 +1,4 @@
-"""Desiderata: what the patched base should answer if the patched heads carry a certain value (paper, section
-4.2).
+"""Desiderata: what the patched base should answer if the patched heads carry a certain value (paper, 4.2).
 
 Base and source are prompts of the standard template. If a group of heads carries
 - `positional`: where the queried clause is, the base answers its own object at the source's queried clause;

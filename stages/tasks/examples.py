@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +18,16 @@ from stages.pipeline.files import replacing_file
 POSITIONS = ("last", "query_label", "earlier_label", "earlier_object", "earlier_separator")
 
 
+_Set = TypeVar("_Set", bound="_Rows")
+
+
 class _Rows:
     """Shared by the sets below: their fields are tensors, or dicts of tensors, with one row an example."""
 
     def __len__(self) -> int:
         return len(next(iter(_columns(self).values())))
 
-    def select(self, index: Any) -> Self:
+    def select(self: _Set, index: Any) -> _Set:
         """The rows of an index, slice or mask, as a set of the same kind."""
         chosen = {}
         for field in fields(self):  # type: ignore[arg-type]
@@ -46,7 +49,8 @@ class Examples(_Rows):
         others: token ids of the other objects of the context.
         positions: semantic position -> index into `input_ids`, for each example.
         corrupt_ids: another context, without a shared object, that asks for a box of neither context.
-        corrupt_positions: positions in `corrupt_ids`; "earlier_*" are those of a random clause other than the clean one.
+        corrupt_positions: positions in `corrupt_ids`; "earlier_*" are those of a random clause other than the
+            clean one.
     """
 
     input_ids: Int[Tensor, "n t"]
@@ -74,7 +78,7 @@ class Prompts(_Rows):
     objects: Int[Tensor, "n k"]
 
     @classmethod
-    def from_numpy(cls, *arrays: np.ndarray) -> Self:
+    def from_numpy(cls, *arrays: np.ndarray) -> "Prompts":
         return cls(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
@@ -97,9 +101,6 @@ class DesiderataPairs(_Rows):
     clean_answer: Int[Tensor, "n"]
     base_positions: dict[str, Int[Tensor, "n"]]
     source_positions: dict[str, Int[Tensor, "n"]]
-
-
-_Set = TypeVar("_Set", bound=_Rows)
 
 
 def write_examples(path: str | Path, examples: Examples) -> None:

@@ -82,8 +82,8 @@ def target_weights(relation: Relation, boxes: int, own: float) -> Float[np.ndarr
 def draw_prompts(
     rng: np.random.Generator, vocabulary: Vocabulary, relation: Relation, split: Split, n: int, boxes: int
 ) -> Prompts:
-    """Draw prompts of one new task in the standard template, every clause that can be queried equally
-    often.""" contexts = draw_contexts(rng, split, n, boxes)
+    """Draw prompts of one new task, standard template; each clause that can be queried equally often."""
+    contexts = draw_contexts(rng, split, n, boxes)
     queried = [clause for clause in range(boxes) if relation.valid(boxes, clause)]
     clauses = np.array(queried)[draw_clauses(rng, n, len(queried))]
     return make_prompts(vocabulary, relation, contexts, clauses)

@@ -54,8 +54,8 @@ def _is_right(prompts: Prompts) -> Float[Tensor, "n k"]:
 
 
 def _own_clause(prompts: Prompts) -> Tensor:
-    """The queried clause, read from the prompt itself: where the queried label occurs, an object is four
-    tokens before.""" context = prompts.input_ids[:, :-4]
+    """The queried clause, read from the prompt: four tokens before the queried label is its object."""
+    context = prompts.input_ids[:, :-4]
     label = (context == prompts.input_ids[:, -3:-2]).double().argmax(dim=1)
     word = prompts.input_ids.gather(1, label[:, None] - _LABEL_AFTER_OBJECT)
     return (prompts.objects == word).double().argmax(dim=1)

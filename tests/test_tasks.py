@@ -1,0 +1,293 @@
+"""Tasks: token ids, positions, right answers and splits, against plain-Python readings of the prompts."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.pipeline.checkpoints import load_tokenizer
+from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
+from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
+from stages.tasks.entity_tracking import draw_examples
+from stages.tasks.examples import (
+    POSITIONS,
+    read_examples,
+    read_pairs,
+    read_prompts,
+    write_examples,
+    write_pairs,
+    write_prompts,
+)
+from stages.tasks.relations import NEW_TASKS, draw_prompts, make_prompts, query_words, target_weights
+from stages.tasks.shortcuts import shortcut_scores
+from stages.tasks.templates import TEMPLATES, context_pattern, render
+from stages.tasks.tokenizer import build_tokenizer
+from stages.tasks.vocabulary import LABELS, OBJECTS, SPECIAL, UNK, WORDS, vocabulary
+
+VOCABULARY = vocabulary()
+
+
+def words_of(ids: torch.Tensor) -> list[str]:
+    return [WORDS[int(index)] for index in ids]
+
+
+def read_context(ids: torch.Tensor) -> list[tuple[str, str]]:
+    """(object, label) of each clause, read from the words."""
+    words = words_of(ids)
+    return [(words[i - 1], words[i + 3]) for i, word in enumerate(words) if word == "is"]
+
+
+def query_of(ids: torch.Tensor) -> tuple[str, str]:
+    """Label and verb of the query."""
+    words = words_of(ids)
+    return words[-3], words[-2]
+
+
+def split_of(ids: torch.Tensor) -> int:
+    """Split of a prompt, from its words alone."""
+    pairs = read_context(ids)
+    objects = np.array([[OBJECTS.index(name) for name, _ in pairs]])
+    labels = np.array([[LABELS.index(label) for _, label in pairs]])
+    return int(splits(Contexts(objects, labels))[0])
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def test_vocabulary_has_85_objects_and_26_labels_of_one_token_each() -> None:
+    assert len(set(OBJECTS)) == 85 and len(set(LABELS)) == 26
+    assert len(set(WORDS)) == len(WORDS)
+    tokenizer = build_tokenizer()
+    for word in (*OBJECTS, *LABELS):
+        assert tokenizer.encode(word, add_special_tokens=False) == [VOCABULARY.ids[word]]
+
+
+def test_tokenizer_reads_natural_text_and_loads_from_its_files(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text = "The fan is in Box Z, the cross is in Box J. Box Z contains the"
+    words = "<bos> The fan is in Box Z , the cross is in Box J . Box Z contains the".split()
+    assert tokenizer.encode(text) == VOCABULARY.encode(words)
+    assert tokenizer.get_vocab() == VOCABULARY.ids
+    special = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    assert special == [0, 1, 2, 3]
+    assert tokenizer.encode("zebra", add_special_tokens=False) == [VOCABULARY.ids[UNK]]
+    batch = tokenizer(["The fan", text], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0, -1] == VOCABULARY.ids["fan"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("boxes", [2, 7, 25])
+def test_every_template_is_what_the_tokenizer_makes_of_its_text(template: str, boxes: int) -> None:
+    contexts = draw_contexts(rng(), Split.TRAIN, 2, boxes)
+    extra = draw_absent_label(rng(), contexts)
+    clause = boxes - 1
+    pattern = context_pattern(template, boxes, clause)
+    ids = render(VOCABULARY, pattern.words + query_words(clause, "contains"), contexts, extra)
+    text = " ".join(WORDS[i] for i in ids[0][1:])
+    assert build_tokenizer().encode(text) == ids[0].tolist()
+    assert not set(ids.ravel()) & {VOCABULARY.ids[word] for word in SPECIAL if word != "<bos>"}
+    for name in ("objects", "labels"):
+        at = getattr(pattern, name)
+        assert (ids[:, at] == getattr(VOCABULARY, name)[getattr(contexts, name)]).all()
+    assert (extra[:, None] != contexts.labels).all()  # a template's own box is not one of the context's
+
+
+def test_standard_prompt_has_54_tokens_and_the_positions_of_the_paper() -> None:
+    examples = draw_examples(rng(), VOCABULARY, Split.DISCOVERY, 70, 7)
+    assert examples.input_ids.shape == (70, 54)
+    assert examples.corrupt_ids.shape == (70, 54)
+    clause = torch.div(examples.positions["earlier_object"] - 2, 7, rounding_mode="floor")
+    assert Counter(clause.tolist()) == {c: 10 for c in range(7)}
+    for positions, of in ((examples.positions, clause), (examples.corrupt_positions, None)):
+        assert tuple(positions) == POSITIONS
+        assert (positions["last"] == 53).all() and (positions["query_label"] == 51).all()
+        assert (positions["earlier_label"] - positions["earlier_object"] == 4).all()
+        assert (positions["earlier_separator"] - positions["earlier_object"] == 5).all()
+        assert of is None or (positions["earlier_object"] == 2 + 7 * of).all()
+
+
+@pytest.mark.parametrize("boxes", [2, 3, 7, 25])
+def test_examples_mean_what_they_say(boxes: int) -> None:
+    examples = draw_examples(rng(1), VOCABULARY, Split.EVALUATION, 40, boxes)
+    assert examples.input_ids.shape[1] == 7 * boxes + 5
+    for i in range(len(examples)):
+        clean, corrupt = read_context(examples.input_ids[i]), read_context(examples.corrupt_ids[i])
+        label, _ = query_of(examples.input_ids[i])
+        (answer,) = [name for name, where in clean if where == label]
+        assert WORDS[int(examples.answer[i])] == answer
+        assert words_of(examples.others[i]) == [name for name, _ in clean if name != answer]
+        assert words_of(examples.input_ids[i])[examples.positions["earlier_object"][i]] == answer
+        assert words_of(examples.input_ids[i])[examples.positions["earlier_label"][i]] == label
+        assert words_of(examples.input_ids[i])[examples.positions["earlier_separator"][i]] in {",", "."}
+        assert len({name for name, _ in clean + corrupt}) == 2 * boxes  # no shared object
+        asked, _ = query_of(examples.corrupt_ids[i])
+        assert asked not in {where for _, where in clean + corrupt}
+        assert (
+            split_of(examples.input_ids[i]) == split_of(examples.corrupt_ids[i]) == SPLITS.index("evaluation")
+        )
+    for name in ("earlier_object", "earlier_label", "earlier_separator"):
+        assert (examples.corrupt_positions[name] != examples.positions[name]).all()
+
+
+def test_prompts_for_means_ask_for_random_letters() -> None:
+    examples = draw_examples(rng(), VOCABULARY, Split.PRUNING, 512, 7, random_query=True)
+    asked = Counter(query_of(ids)[0] for ids in examples.input_ids)
+    assert len(asked) == 26 and max(asked.values()) < 3 * 512 / 26
+    absent = [query_of(ids)[0] not in {label for _, label in read_context(ids)} for ids in examples.input_ids]
+    assert abs(np.mean(absent) - 19 / 26) < 0.08
+
+
+def test_splits_are_disjoint_and_stable() -> None:
+    seen: dict[bytes, str] = {}
+    for split in Split:
+        contexts = draw_contexts(
+            rng(0), split, 4000, 2
+        )  # the same seed, and few contexts: collisions are likely
+        assert (splits(contexts) == SPLITS.index(split)).all()
+        for row in np.c_[contexts.objects, contexts.labels]:
+            assert seen.setdefault(row.tobytes(), split) == split
+    everything = Contexts(*(np.argsort(rng(2).random((20000, of)), axis=1)[:, :7] for of in (85, 26)))
+    shares = np.bincount(splits(everything), minlength=6) / 20000
+    assert np.abs(shares - np.array([24, 8, 8, 8, 8, 8]) / 64).max() < 0.015
+    # the split of a context may never change: a base trained before would have seen evaluation contexts
+    digest = hashlib.sha256(splits(everything)[:1000].astype(np.uint8).tobytes()).hexdigest()
+    assert digest.startswith("a9c9539bcbe81e8c")
+
+
+def test_too_many_boxes_are_refused() -> None:
+    with pytest.raises(ValueError, match="boxes = 26"):
+        draw_examples(rng(), VOCABULARY, Split.TRAIN, 2, 26)
+
+
+ORACLE = {  # task -> (clause asked for, all clauses) -> right clauses
+    "adjacent": lambda c, k: {(c + 1) % k, (c - 1) % k},
+    "lacks": lambda c, k: set(range(k)) - {c},
+    "precedes": lambda c, k: {c + 1},
+}
+VERB = {"adjacent": "adjoins", "lacks": "lacks", "precedes": "precedes"}
+
+
+@pytest.mark.parametrize("task", NEW_TASKS)
+@pytest.mark.parametrize("boxes", [3, 7, 25])
+def test_new_tasks_have_the_right_answers(task: str, boxes: int) -> None:
+    prompts = draw_prompts(rng(3), VOCABULARY, NEW_TASKS[task], Split.SELECTION, 56, boxes)
+    assert prompts.input_ids.shape == (56, 7 * boxes + 5)
+    asked = Counter()
+    for i in range(len(prompts)):
+        context = read_context(prompts.input_ids[i])
+        label, verb = query_of(prompts.input_ids[i])
+        assert verb == VERB[task]
+        clause = [where for _, where in context].index(label)
+        asked[clause] += 1
+        right = {context[c][0] for c in ORACLE[task](clause, boxes)}
+        valid = [WORDS[int(index)] for index in prompts.valid[i] if index >= 0]
+        assert len(valid) == len(set(valid)) and set(valid) == right
+        canonical = min(right, key=[n for n, _ in context].index) if task == "lacks" else None
+        expected = canonical or context[(clause + 1) % boxes][0]
+        assert WORDS[int(prompts.canonical[i])] == expected
+        assert words_of(prompts.objects[i]) == [name for name, _ in context]
+        assert split_of(prompts.input_ids[i]) == SPLITS.index("selection")
+    assert max(asked.values()) - min(asked.values()) <= 1
+    assert (boxes - 1 in asked) == (task != "precedes")
+
+
+def test_two_boxes_have_one_neighbour() -> None:
+    prompts = draw_prompts(rng(), VOCABULARY, NEW_TASKS["adjacent"], Split.TRAIN, 4, 2)
+    assert prompts.valid.shape == (4, 1)
+    assert (prompts.valid[:, 0] != -1).all()
+
+
+def test_soft_targets_sum_to_one() -> None:
+    weights = target_weights(NEW_TASKS["adjacent"], 7, 0.4)
+    assert weights[0].tolist() == pytest.approx([0.4, 0.3, 0, 0, 0, 0, 0.3])
+    assert target_weights(NEW_TASKS["precedes"], 7, 0.4).sum(axis=1).tolist() == pytest.approx([1] * 6 + [0])
+
+
+def test_shortcuts_are_scored_from_the_prompts() -> None:
+    expected = {"adjacent": 2 / 7, "lacks": 6 / 7, "precedes": 1 / 7}
+    for task, chance in expected.items():
+        scores = shortcut_scores(draw_prompts(rng(4), VOCABULARY, NEW_TASKS[task], Split.TRAIN, 4200, 7))
+        print(task, scores)
+        assert scores["random_context_object"] == pytest.approx(chance)
+        assert scores["own_object"] == 0
+        assert max(scores.values()) < chance + 0.05
+    # worked by hand: three boxes, always the first one asked for, so its neighbours are clauses 1 and 2
+    contexts = draw_contexts(rng(), Split.TRAIN, 8, 3)
+    by_hand = shortcut_scores(
+        make_prompts(VOCABULARY, NEW_TASKS["adjacent"], contexts, np.zeros(8, np.int64))
+    )
+    assert by_hand["first_object"] == by_hand["own_object"] == 0
+    assert by_hand["last_object"] == by_hand["most_frequent_canonical_clause"] == 1
+    assert by_hand["random_context_object"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("desideratum", DESIDERATA)
+@pytest.mark.parametrize("boxes", [3, 7, 25])
+def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
+    pairs = draw_pairs(rng(5), VOCABULARY, desideratum, Split.EVALUATION, 126, boxes)
+    shift = Counter()
+    for i in range(len(pairs)):
+        base, source = read_context(pairs.base_ids[i]), read_context(pairs.source_ids[i])
+        base_labels, source_labels = [w for _, w in base], [w for _, w in source]
+        base_clause = base_labels.index(query_of(pairs.base_ids[i])[0])
+        asked = query_of(pairs.source_ids[i])[0]
+        source_clause = source_labels.index(asked)
+        assert len(set(source_labels)) == boxes
+        shift[(source_clause - base_clause) % boxes] += 1
+        hypotheses = {"clean": base[base_clause][0], "positional": base[source_clause][0]}
+        hypotheses["object_value"] = source[source_clause][0]
+        if asked in base_labels:
+            hypotheses["box_label_value"] = dict(zip(base_labels, (n for n, _ in base), strict=True))[asked]
+        assert len(set(hypotheses.values())) == len(hypotheses)
+        assert WORDS[int(pairs.target[i])] == hypotheses[desideratum]
+        assert WORDS[int(pairs.clean_answer[i])] == hypotheses["clean"]
+        assert ("box_label_value" in hypotheses) == (desideratum == "box_label_value")
+        for ids, positions, clause in (
+            (pairs.base_ids[i], pairs.base_positions, base_clause),
+            (pairs.source_ids[i], pairs.source_positions, source_clause),
+        ):
+            assert int(positions["earlier_object"][i]) == 2 + 7 * clause
+            assert words_of(ids)[positions["earlier_label"][i]] == query_of(ids)[0]
+            assert split_of(ids) == SPLITS.index("evaluation")
+    assert set(shift) == set(range(1, boxes))  # never the base's own clause, every other one
+    if boxes == 7:
+        print(shift)
+        assert max(shift.values()) < 2 * 126 / 6
+    assert floors(pairs, boxes)["clean_answer"] == 0
+    in_base = floors(pairs, boxes)["random_base_object"]
+    assert in_base == pytest.approx(0 if desideratum == "object_value" else 1 / boxes)
+
+
+def test_files_give_back_what_was_written_and_the_same_bytes(tmp_path: Path) -> None:
+    sets: Any = (
+        (draw_examples(rng(), VOCABULARY, Split.TRAIN, 9, 7), write_examples, read_examples),
+        (draw_prompts(rng(), VOCABULARY, NEW_TASKS["lacks"], Split.TRAIN, 9, 7), write_prompts, read_prompts),
+        (draw_pairs(rng(), VOCABULARY, "positional", Split.TRAIN, 9, 7), write_pairs, read_pairs),
+    )
+    for rows, write, read in sets:
+        write(tmp_path / "a.parquet", rows)
+        again = read(tmp_path / "a.parquet")
+        write(tmp_path / "b.parquet", again)
+        assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+        assert len(again) == 9 and len(again.select(slice(2, 5))) == 3
+        for name, value in vars(rows).items():
+            other = getattr(again, name)
+            if isinstance(value, dict):
+                assert all(torch.equal(value[key], other[key]) for key in value) and list(value) == list(
+                    other
+                )
+            else:
+                assert torch.equal(value, other) and other.dtype == torch.int64
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    first, second, other = (draw_examples(rng(s), VOCABULARY, Split.TRAIN, 20, 7) for s in (1, 1, 2))
+    assert torch.equal(first.input_ids, second.input_ids)
+    assert torch.equal(first.corrupt_ids, second.corrupt_ids)
+    assert not torch.equal(first.input_ids, other.input_ids)
