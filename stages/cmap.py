@@ -58,9 +58,7 @@ def patch_both_ways(
             clean = runs[receiver]
             unpatched[direction].append(Readout.of(clean.logits[:, None], part.answer, part.others))
             for name, nodes in node_sets.items():
-                logits = transplant(
-                    receiver, clean, runs[donor], part.positions, nodes, memory_mib, random[name][rows]
-                )
+                logits = transplant(receiver, clean, runs[donor], part.positions, nodes, memory_mib, random[name][rows])
                 patched.setdefault((direction, name), []).append(Readout.of(logits, part.answer, part.others))
         advance(len(part))
 
@@ -75,8 +73,7 @@ def patch_both_ways(
         "tuned": tuned_alone,
         **{direction: {name: scores[direction, name][0] for name in node_sets} for direction in directions},
         "random": {
-            direction: {name: _mean(scores[direction, name][1:]) for name in node_sets}
-            for direction in directions
+            direction: {name: _mean(scores[direction, name][1:]) for name in node_sets} for direction in directions
         },
     }
 
@@ -93,9 +90,7 @@ def main(cell: Cell) -> None:
     if circuit.identifiable:
         node_sets |= {group.name: group.nodes for group in circuit.groups}
         node_sets["circuit"] = circuit.nodes
-    examples = in_tail_order(
-        read_examples("data/old/evaluation.parquet"), {node.position for node in circuit.nodes}
-    )
+    examples = in_tail_order(read_examples("data/old/evaluation.parquet"), {node.position for node in circuit.nodes})
     base, tuned = Walker(load_model(f"models/base/{seed}")), Walker(load_model(f"models/{arm}/{seed}"))
     with tqdm(total=len(examples), desc="cmap", unit="example") as bar:
         record = patch_both_ways(

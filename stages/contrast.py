@@ -15,18 +15,14 @@ from stages.statistics.contrasts import Plan, compare
 
 def main(cell: Cell) -> None:
     section = cell.params("contrast")
-    cells = read_cells(
-        Path("reports/cells"), cell.params("seeds"), cell.params("models"), cell.params("arms")
-    )
+    cells = read_cells(Path("reports/cells"), cell.params("seeds"), cell.params("models"), cell.params("arms"))
     frame = long_form(cells)
     undefined = frame["value"].isna()
     full_names = frame["stage"] + "." + frame["measure"]
     known, empty = set(full_names), tuple(set(full_names[undefined] + "."))
     for measure in (section.primary_measure, *section.secondary_measures):
         if measure not in known and not measure.startswith(empty):
-            raise Invalid(
-                f"contrast measure '{measure}': no record has it; reports/cells.csv lists stage and measure"
-            )
+            raise Invalid(f"contrast measure '{measure}': no record has it; reports/cells.csv lists stage and measure")
     plan = Plan(
         primary=section.primary_measure,
         secondary=tuple(section.secondary_measures),

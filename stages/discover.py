@@ -33,9 +33,7 @@ def main(cell: Cell) -> None:
     torch.set_num_threads(settings.threads)
     examples = read_examples("data/old/discovery.parquet")
     if settings.examples > len(examples):
-        raise Invalid(
-            f"discover.examples = {settings.examples}: data/old/discovery.parquet holds {len(examples)}"
-        )
+        raise Invalid(f"discover.examples = {settings.examples}: data/old/discovery.parquet holds {len(examples)}")
     examples = examples.select(slice(0, settings.examples))
 
     metric = Metric(settings.score)

@@ -55,16 +55,12 @@ def evaluate(
     old = in_tail_order(old, {node.position for node in nodes})
     generator = np.random.default_rng([seed, 0])
     shape = (walker.n_layers, walker.n_heads)
-    random = (
-        [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
-    )
+    random = [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
     circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
 
     with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
         means = mean_outputs(walker, prompts_of_means.input_ids, memory)
-        found = evaluate_circuits(
-            walker, means, old, circuits, [group.nodes for group in groups], memory, bar.update
-        )
+        found = evaluate_circuits(walker, means, old, circuits, [group.nodes for group in groups], memory, bar.update)
         if base is walker:
             base_full, base_kept = found.full, found.in_place.means()[0]
         else:

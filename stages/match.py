@@ -80,9 +80,7 @@ def _refuse_shortcut_level(level: float, new_task: str) -> None:
     shortcuts = read_json("data/tasks.json")["new_tasks"][new_task]["shortcuts"]
     name, score = max(shortcuts.items(), key=lambda item: item[1])
     if level <= score:
-        raise Invalid(
-            f"match.level = {level}: must be above {score:.3f}, which '{name}' scores on {new_task}"
-        )
+        raise Invalid(f"match.level = {level}: must be above {score:.3f}, which '{name}' scores on {new_task}")
 
 
 def _selection_accuracies(model_folder: Path, new_task: str) -> tuple[float, float]:

@@ -28,9 +28,7 @@ def main(cell: Cell) -> None:
     tokenizer = load_tokenizer("data/tokenizer")
     words = vocabulary()
     if tokenizer.get_vocab() != words.ids:
-        raise Invalid(
-            "data/tokenizer has another vocabulary than stages/tasks/vocabulary.py; run stage synthesize"
-        )
+        raise Invalid("data/tokenizer has another vocabulary than stages/tasks/vocabulary.py; run stage synthesize")
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True)
 
@@ -73,9 +71,7 @@ def train_with_retries(
                 return model, curve, stuck
             except Stuck as error:
                 stuck.append(f"attempt {attempt}: {error}")
-        tqdm.write(
-            f"base {seed}, {stuck[-1]}" + ("; trying the next derived seed" if attempt < retries else "")
-        )
+        tqdm.write(f"base {seed}, {stuck[-1]}" + ("; trying the next derived seed" if attempt < retries else ""))
     raise Invalid(
         f"pretrain.retries = {retries}: all {retries + 1} attempts of base {seed} got stuck ({stuck[-1]});"
         " raise the retries or that phase's most_steps"

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportReturnType=false
 """Stage `report`: draw the figures and write the report.
 
 reads  reports/cells/** (records and curves, exactly the cells that seeds and arms name),
@@ -78,14 +79,19 @@ def figures(
             drawn["n_heads"],
             _notes(cells, primary, seed),
         ),
-        "nulls": lambda: nulls.draw(frames.circuits_and_nulls(cells)),
+        "nulls": lambda: nulls.draw(_counted(frames.circuits_and_nulls(cells))),
         "forgetting": lambda: forgetting.draw(curves, base_old, rate),
         "transplants": lambda: transplants.draw(
-            frames.transplants(cells), [frames.WHOLE, *groups], counts, n, base_old
+            _counted(frames.transplants(cells)), [frames.WHOLE, *groups], counts, n, base_old
         ),
-        "desiderata": lambda: desiderata.draw(frames.desiderata(cells), groups, counts, n),
+        "desiderata": lambda: desiderata.draw(_counted(frames.desiderata(cells)), groups, counts, n),
         "training": lambda: training.draw(frames.base_curves(CELLS, cells), curves, level, shortcut),
     }
+
+
+def _counted(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of models that are compared: the base, and arms where they reached the matching level."""
+    return frame[frame["reached"].astype(bool)]
 
 
 def _contrast_rows(statistics: dict[str, Any]) -> pd.DataFrame:
@@ -150,9 +156,7 @@ def _refuse_stale(cells: Cells, statistics: dict[str, Any]) -> None:
     keys = ["stage", "model", "seed", "measure"]
     written = pd.read_csv("reports/cells.csv", dtype={"seed": str})[keys]
     if set(statistics["reach"]) != set(cells.arms) or not written.equals(long_form(cells)[keys]):
-        raise Invalid(
-            "reports/statistics.json and cells.csv are not of the cells in reports/cells: run stage contrast"
-        )
+        raise Invalid("reports/statistics.json and cells.csv are not of the cells in reports/cells: run stage contrast")
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def main(cell: Cell) -> None:
     with replacing_directory(DATA / "old") as folder:
         for name, split in OLD_SPLITS.items():
             size = settings.old[name]
-            examples = draw_examples(
-                rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means"
-            )
+            examples = draw_examples(rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means")
             write_examples(folder / f"{name}.parquet", examples)
     scores = {}
     with replacing_directory(DATA / "new") as folder:

@@ -67,8 +67,11 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, dvc: Dvc) -> Path:
         clone_with_preset(clone)
     finally:
         os.chdir(before)
-    # what the clone adds to the last commit is committed there, so that `git status` shows only what the run wrote
-    for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty", "-m", "t"]):
+    # commit what the clone adds to the last commit, so that `git status` shows only what the run wrote
+    for command in (
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty", "-m", "t"],
+    ):
         subprocess.run(["git", *command], cwd=clone, check=True, capture_output=True)
     result = dvc(clone, "repro")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -43,9 +43,7 @@ def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(
-                1 + 0.3 * noise if "norm" in name else noise * (0.5 if parameter.ndim == 1 else 0.2)
-            )
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.5 if parameter.ndim == 1 else 0.2))
     for parent in [model.model, *model.model.layers]:
         for name, child in list(parent.named_children()):
             if name.endswith("norm"):  # Hugging Face's norms round to float32
@@ -103,9 +101,7 @@ def hooked_logits(
     for layer, block in enumerate(model.model.layers):
         if edit_z is not None:
             handles.append(
-                block.self_attn.o_proj.register_forward_pre_hook(
-                    lambda _, args, at=layer: (edit_z(at, args[0]),)
-                )
+                block.self_attn.o_proj.register_forward_pre_hook(lambda _, args, at=layer: (edit_z(at, args[0]),))
             )
     try:
         with torch.no_grad(), float64_softmax():
@@ -148,8 +144,7 @@ def naive_path_patching(
         return hooked_logits(model, pairs.clean_ids, frozen)
 
     names = {
-        (layer, head): f"model.layers.{layer}.self_attn.{receivers.component}_proj"
-        for layer, head in receivers.heads
+        (layer, head): f"model.layers.{layer}.self_attn.{receivers.component}_proj" for layer, head in receivers.heads
     }
     read: dict[str, Tensor] = {}
 

@@ -43,10 +43,7 @@ def random_circuit(n_layers: int, n_heads: int, share: float, seed: int) -> froz
 
 def every_node(n_layers: int, n_heads: int) -> list[Node]:
     return [
-        Node(layer, head, position)
-        for layer in range(n_layers)
-        for head in range(n_heads)
-        for position in POSITIONS
+        Node(layer, head, position) for layer in range(n_layers) for head in range(n_heads) for position in POSITIONS
     ]
 
 
@@ -105,9 +102,7 @@ def outputs_of(
 ) -> dict[Node, Float[Tensor, "n a"]]:
     """Head outputs of nodes in other prompts or another model."""
     z = _heads(model, torch.stack(head_outputs(model, ids)))
-    return {
-        node: z[node.layer, torch.arange(len(ids)), positions[node.position], node.head] for node in nodes
-    }
+    return {node: z[node.layer, torch.arange(len(ids)), positions[node.position], node.head] for node in nodes}
 
 
 def _heads(model: PreTrainedModel, z: Tensor) -> Tensor:

@@ -119,9 +119,7 @@ def _write_base(root: Path, experiment: Experiment, seed: int) -> None:
     curve = {"step": steps, "phase": "main", "loss": 3 * np.exp(-steps / 300), "accuracy": learned}
     curve["induction"] = 0.98 / (1 + np.exp(-(steps - 120) / 30))
     write_csv(root / f"pretrain/{seed}/curve.csv", pd.DataFrame(curve))
-    write_json(
-        root / f"pretrain/{seed}/record.json", {"seed": seed, "accuracy": 0.96, "settings": {"steps": 850}}
-    )
+    write_json(root / f"pretrain/{seed}/record.json", {"seed": seed, "accuracy": 0.96, "settings": {"steps": 850}})
     _write_model(root, experiment, "base", seed, 1.0, 0.96)
 
 
@@ -194,9 +192,7 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
             desideratum: {
                 "selected": [[0, 1]],
                 "size": len(heads),
-                "accuracy": float(
-                    np.clip((0.9 if index == number % 3 else 0.05) * kept + 0.02 * draw.normal(), 0, 1)
-                ),
+                "accuracy": float(np.clip((0.9 if index == number % 3 else 0.05) * kept + 0.02 * draw.normal(), 0, 1)),
                 "floor": 0.02,
                 "all_heads_accuracy": 0.9,
                 "random_accuracy": 0.03,
@@ -234,9 +230,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
                     "step": steps,
                     "gradient_steps": steps,
                     "completions": steps * 64,
-                    "old_accuracy": 0.96
-                    - (1.2 * cost * progress**1.5)
-                    + 0.004 * draw.normal(size=len(steps)),
+                    "old_accuracy": 0.96 - (1.2 * cost * progress**1.5) + 0.004 * draw.normal(size=len(steps)),
                     "old_p_correct": 0.8,
                     "new_accuracy": 0.41 - 0.1 * progress
                     if noise
@@ -281,9 +275,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
     def scored(low: float, high: float) -> dict[str, Any]:
         return {
             name: {
-                "accuracy": float(
-                    high if name == "circuit" else draw.uniform(min(low, high), max(low, high))
-                ),
+                "accuracy": float(high if name == "circuit" else draw.uniform(min(low, high), max(low, high))),
                 "logit_difference": 5.0,
             }
             | {"p_correct": 0.7}
@@ -303,9 +295,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "settings": {"random_draws": 4},
         },
     )
-    moved = [
-        [layer, head, float(draw.uniform(0.02, 0.25))] for layer in range(LAYERS) for head in range(HEADS)
-    ]
+    moved = [[layer, head, float(draw.uniform(0.02, 0.25))] for layer in range(LAYERS) for head in range(HEADS)]
     far = {"kl": 1.4 * (1 - kept), "reverse_kl": 1.2 * (1 - kept), "tv": 0.5 * (1 - kept)}
     write_json(
         root / f"drift/{arm}/{seed}.json",

@@ -56,9 +56,7 @@ def test_circuits_equal_whole_hooked_passes(kind: str) -> None:
     for index, circuit in enumerate(circuits):
         naive = naive_circuit(model, IDS, means, AT, circuit)
         assert largest(ours[:, index], naive, f"{kind}, {len(circuit)} nodes") <= 1e-9
-        alone = circuits_in_place(walker, background, means, AT, [circuit], MEMORY)[
-            :, 0
-        ]  # fewer sites in the window
+        alone = circuits_in_place(walker, background, means, AT, [circuit], MEMORY)[:, 0]  # fewer sites in the window
         assert largest(alone, naive, "alone") <= 1e-9
     effect = largest(ours[:, 1], background.logits, "effect of a circuit (must not be small)")
     assert effect > 1e-2
@@ -105,9 +103,7 @@ def test_heads_are_kept_at_a_position_that_two_names_share() -> None:
     by_label = frozenset({Node(0, 1, "earlier_label"), Node(1, 2, "earlier_separator"), Node(2, 0, "last")})
     both = frozenset({Node(0, 1, "earlier_label"), Node(1, 2, "earlier_label"), Node(2, 0, "last")})
     first, second = circuits_in_place(walker, background, means, AT, [by_label, both], MEMORY).unbind(1)
-    assert torch.allclose(first[0], second[0], atol=1e-12), (
-        "example 0 has label and separator at one position"
-    )
+    assert torch.allclose(first[0], second[0], atol=1e-12), "example 0 has label and separator at one position"
     assert not torch.allclose(first[2], second[2], atol=1e-6)
 
 
@@ -176,9 +172,7 @@ def test_record_of_the_stage() -> None:
     walker = walker_of(random_model("llama"))
     other = walker_of(random_model("llama", seed=1))
     examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), AT, IDS, AT)
-    new = Prompts(
-        IDS, torch.tensor([[0, -1]] * 6), torch.zeros(6, dtype=torch.long), torch.tensor([[7, 8, 9]] * 6)
-    )
+    new = Prompts(IDS, torch.tensor([[0, -1]] * 6), torch.zeros(6, dtype=torch.long), torch.tensor([[7, 8, 9]] * 6))
     groups = (
         Group("fetch", "last", "logits", None, ((2, 0), (1, 3))),
         Group("bind", "earlier_separator", "fetch", Component.V, ((0, 1),)),

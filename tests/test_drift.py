@@ -61,9 +61,7 @@ def test_a_shared_key_counts_for_all_heads_of_its_group() -> None:
     key = dict(tuned.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
     with torch.no_grad():
         key[6:12] += 1.0  # key-value head 1 serves query heads 2 and 3
-    moved = {
-        (layer, head) for layer, head, norm, relative in per_head(base, tuned, 4, 2) if norm > 0 < relative
-    }
+    moved = {(layer, head) for layer, head, norm, relative in per_head(base, tuned, 4, 2) if norm > 0 < relative}
     assert moved == {(0, 2), (0, 3)}
 
 
@@ -78,9 +76,7 @@ def test_heads_matrices_and_the_whole_add_up() -> None:
     assert heads == pytest.approx(attention)
     name = "model.layers.0.mlp.up_proj.weight"
     weights = dict(base.named_parameters())[name], dict(tuned.named_parameters())[name]
-    assert relative[name] == pytest.approx(
-        ((weights[1] - weights[0]).norm() / weights[0].norm()).item(), rel=1e-5
-    )
+    assert relative[name] == pytest.approx(((weights[1] - weights[0]).norm() / weights[0].norm()).item(), rel=1e-5)
     size = math.sqrt(sum(w.double().square().sum().item() for w in base.parameters()))
     assert norm_relative == pytest.approx(norm / size)
 
@@ -97,9 +93,7 @@ def test_scores_of_answers() -> None:
     assert accuracy.correct(logits, answer).tolist() == [True, False]
     assert accuracy.correct_among(logits, valid).tolist() == [True, False]
     assert accuracy.logit_difference(logits, answer, torch.tensor([[1, 2], [0, 1]])).tolist() == [1.5, -1.5]
-    assert accuracy.p_correct(logits, answer)[0].item() == pytest.approx(
-        math.exp(2) / (math.exp(2) + math.e + 1)
-    )
+    assert accuracy.p_correct(logits, answer)[0].item() == pytest.approx(math.exp(2) / (math.exp(2) + math.e + 1))
     mass = accuracy.valid_mass(logits, valid)
     assert mass[0].item() == pytest.approx((math.exp(2) + math.e) / (math.exp(2) + math.e + 1))
     assert mass[1].item() == pytest.approx(math.e / (1 + math.exp(5) + math.e))
@@ -115,9 +109,7 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ids = torch.randint(30, (12, 9), generator=torch.Generator().manual_seed(0))
     column, last = ids[:, 0], {"last": torch.full((12,), 8)}
     write_examples(Path("data/old/evaluation.parquet"), Examples(ids, column, ids[:, 1:3], last, ids, last))
-    write_prompts(
-        Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3])
-    )
+    write_prompts(Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3]))
     for folder, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
         tiny_model(2, seed).save_pretrained(folder)
     params = {"drift.n_examples": 10, "new_task": "adjacent"}
@@ -126,9 +118,7 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     record = json.loads(Path("reports/cells/drift/grpo/0.json").read_text())
     assert set(record["old"]) == set(record["new"]) == {"kl", "reverse_kl", "tv"}
     with torch.no_grad():
-        base, tuned = (
-            tiny_model(2, seed)(ids[:10]).logits[:, -1].double().log_softmax(-1) for seed in (0, 1)
-        )
+        base, tuned = (tiny_model(2, seed)(ids[:10]).logits[:, -1].double().log_softmax(-1) for seed in (0, 1))
     expected = (base.exp() * (base - tuned)).sum(-1).mean().item()
     print(f"maximum error {abs(record['old']['kl'] - expected):.1e}")
     assert record["old"]["kl"] == pytest.approx(expected, rel=1e-5)

@@ -59,9 +59,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 def tiny_model(attention_dropout: float = 0.0) -> LlamaForCausalLM:
@@ -188,9 +186,7 @@ def test_reinforcement_equals_a_plain_loop(baseline: bool) -> None:
     reinforcement.fit(run, validity(run.train.valid), baseline, samples_per_prompt=4, temperature=1.0)
 
     def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(
-            -1, 4
-        )
+        draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(-1, 4)
         reward = (draws[:, :, None] == run.train.valid[rows][:, None, :]).any(-1).float()
         advantage = reward - reward.mean(1, keepdim=True) * baseline
         return -(advantage * logp.gather(1, draws)).mean()
@@ -202,17 +198,13 @@ def test_reinforcement_equals_a_plain_loop(baseline: bool) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_one_pass_trainer_equals_the_plain_trl_trainer_on_the_same_samples(
-    temperature: float, tmp_path: Path
-) -> None:
+def test_one_pass_trainer_equals_the_plain_trl_trainer_on_the_same_samples(temperature: float, tmp_path: Path) -> None:
     run, plain = tiny_run("grpo"), tiny_run("grpo")
     reward = validity(run.train.valid)
     samples: list[dict] = []
     original = reinforcement._roll_out
     try:
-        reinforcement._roll_out = lambda prompts, trainer: (
-            samples.append(original(prompts, trainer)) or samples[-1]
-        )
+        reinforcement._roll_out = lambda prompts, trainer: samples.append(original(prompts, trainer)) or samples[-1]
         reinforcement.fit(run, reward, baseline=True, samples_per_prompt=4, temperature=temperature)
     finally:
         reinforcement._roll_out = original
@@ -242,9 +234,7 @@ def test_self_sft_targets_are_valid_fixed_and_drawn_from_the_base(monkeypatch: p
     assert torch.equal(first, second)
     used = np.unique(run.order)
     assert (first[used, None] == run.train.valid[used]).any(-1).all()
-    assert (
-        len({int(run.train.valid[row].tolist().index(first[row])) for row in used}) == 2
-    )  # both answers occur
+    assert len({int(run.train.valid[row].tolist().index(first[row])) for row in used}) == 2  # both answers occur
 
 
 def test_replay_asks_the_old_question_about_the_same_context() -> None:
@@ -337,9 +327,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jobs_for(
-    workplace: Path, arm: str, section: object, folder: Path, base: str = "models/base/5"
-) -> list[Job]:
+def jobs_for(workplace: Path, arm: str, section: object, folder: Path, base: str = "models/base/5") -> list[Job]:
     folder.mkdir(parents=True, exist_ok=True)
     data = workplace / "data"
     new = data / "new/adjacent"
@@ -374,9 +362,7 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workplace)
-    Path("data/tasks.json").write_text(
-        json.dumps({"new_tasks": {"adjacent": {"shortcuts": {"any_object": 0.286}}}})
-    )
+    Path("data/tasks.json").write_text(json.dumps({"new_tasks": {"adjacent": {"shortcuts": {"any_object": 0.286}}}}))
     for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
         folder = Path(f"models/runs/{arm}/5")
         folder.mkdir(parents=True, exist_ok=True)
@@ -386,9 +372,7 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
             module.train(run)
             save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
             # Skill is invented: the tiny model learns nothing in four steps.
-            lines += [
-                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i}" for i, row in enumerate(run.recorder.rows)
-            ]
+            lines += [f"{arm},5,{rate},{row['step']},1.0,{0.2 * i}" for i, row in enumerate(run.recorder.rows)]
         curve = Path(f"reports/cells/finetune/{arm}/5.csv")
         curve.parent.mkdir(parents=True, exist_ok=True)
         curve.write_text("\n".join(lines) + "\n")

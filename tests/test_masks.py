@@ -97,15 +97,11 @@ def test_gradient_of_the_mask_equals_finite_differences() -> None:
             moved = share.detach().clone()
             moved[index] += step
             shares = dict(zip(nodes, moved.tolist(), strict=True))
-            values.append(
-                naive_exchange(model, data.base_ids, given, data.base_positions, shares)[:, 5].mean()
-            )
+            values.append(naive_exchange(model, data.base_ids, given, data.base_positions, shares)[:, 5].mean())
         slope = float(values[0] - values[1]) / 2e-5
         print(f"head {HEADS[index]}: {float(share.grad[index]):.6f} and {slope:.6f}")
         assert abs(float(share.grad[index]) - slope) <= 1e-6
-        assert abs(slope) > 1e-4 or HEADS[index][0] == 2, (
-            "only the last layer may have no effect at this position"
-        )
+        assert abs(slope) > 1e-4 or HEADS[index][0] == 2, "only the last layer may have no effect at this position"
 
 
 def known(position: str, carriers: list[tuple[int, int]], n: int, seed: int) -> DesiderataPairs:
@@ -133,9 +129,7 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
         for n, seed in ((100, 1), (60, 2), (80, 3))
     ]
     group = Group("g", "last", "logits", None, heads)
-    found = component_masks(
-        walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0)
-    )["g"]
+    found = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))["g"]
     for name, carriers in wanted.items():
         result = found[name]
         print(name, result)
@@ -146,14 +140,10 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
         assert result.random_accuracy < 0.7
         assert result.size == 6
         assert result.n_test == len(splits[2][name])
-    again = component_masks(
-        walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0)
-    )["g"]
+    again = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))["g"]
     assert again == found
     little = replace(SETTINGS, memory_mib=0.05)
-    parts = component_masks(
-        walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0)
-    )["g"]
+    parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0))["g"]
     assert parts == found, "the memory limit changes no result"
 
 
@@ -169,9 +159,7 @@ def test_nothing_is_selected_where_nothing_is_carried() -> None:
         Group("low", "earlier_label", "high", None, ((0, 1), (1, 1))),
         Group("high", "last", "logits", None, HEADS),
     ]
-    found = component_masks(
-        walker, splits[0], splits[1], splits[2], groups, SETTINGS, np.random.default_rng(0)
-    )
+    found = component_masks(walker, splits[0], splits[1], splits[2], groups, SETTINGS, np.random.default_rng(0))
     for name in ("low", "high"):
         result = found[name]["unchanged"]
         assert result.selected == ()

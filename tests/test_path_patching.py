@@ -93,17 +93,13 @@ def test_a_clean_partner_has_no_effect():
 
 def test_heads_at_or_above_the_highest_receiver_have_exactly_no_effect():
     patcher = patcher_of(random_model("llama"), random_pairs())
-    receivers = [
-        Receivers(part, heads) for part in Component for heads in (((1, 0),), ((1, 2), (2, 3)), ((0, 1),))
-    ]
+    receivers = [Receivers(part, heads) for part in Component for heads in (((1, 0),), ((1, 2), (2, 3)), ((0, 1),))]
     for position in ("last", "earlier"):
         for receiver, effects in zip(receivers, patcher.head_effects(position, receivers), strict=True):
             top = max(layer for layer, _ in receiver.heads)
             assert torch.count_nonzero(effects[top:]) == 0
             assert top == 0 or torch.count_nonzero(effects[:top]) > 0
-    assert (
-        torch.count_nonzero(patcher.head_effects("earlier", [Receivers()])[0]) == 0
-    )  # frozen heads carry nothing on
+    assert torch.count_nonzero(patcher.head_effects("earlier", [Receivers()])[0]) == 0  # frozen heads carry nothing on
 
 
 def test_the_corrupt_last_token_with_all_its_heads_is_the_corrupt_run():

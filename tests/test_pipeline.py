@@ -171,9 +171,7 @@ def test_an_axis_value_that_is_not_in_the_params_is_refused() -> None:
 
 
 def test_pins_agree() -> None:
-    pins = dict(
-        line.split("==") for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if "==" in line
-    )
+    pins = dict(line.split("==") for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if "==" in line)
     for line in (REPOSITORY / "requirements-compute.txt").read_text().splitlines():
         if "==" in line:
             name, version = line.split("==")

@@ -79,9 +79,7 @@ def _unknown_numbers(text: str, summary: dict[str, Any]) -> list[str]:
     leaves = [leaf for leaf in _leaves(summary) if leaf is not None and not isinstance(leaf, bool)]
     numbers = np.array([float(leaf) for leaf in leaves if not isinstance(leaf, str)])
     words = " ".join(leaf for leaf in leaves if isinstance(leaf, str))
-    texts = sorted(
-        (leaf for leaf in leaves if isinstance(leaf, str) and len(leaf) > 20), key=len, reverse=True
-    )
+    texts = sorted((leaf for leaf in leaves if isinstance(leaf, str) and len(leaf) > 20), key=len, reverse=True)
     for entry in texts:
         text = text.replace(entry, "")
     unknown = []
@@ -119,9 +117,7 @@ def test_a_foreign_number_is_noticed(written: Path) -> None:
 
 def test_main_numbers_by_hand(written: Path) -> None:
     summary = read_json(written / "summary.json")
-    kept = [
-        read_json(written / f"cells/evaluate/grpo/{seed}.json")["circuit"]["retention"] for seed in (0, 1)
-    ]
+    kept = [read_json(written / f"cells/evaluate/grpo/{seed}.json")["circuit"]["retention"] for seed in (0, 1)]
     assert summary["arms"]["grpo"]["evaluate_circuit_retention"] == pytest.approx(np.mean(kept))
     assert summary["arms"]["grpo"]["evaluate_circuit_retention_sd"] == pytest.approx(np.std(kept, ddof=1))
     assert summary["contrasts"]["H1"]["n"] == 2
@@ -208,9 +204,7 @@ def test_no_circuit_anywhere_still_gives_a_report(tmp_path: Path) -> None:
     assert len(list((tmp_path / "reports/figures").iterdir())) == 8
 
 
-def test_an_unlisted_arm_has_a_look_and_the_words_follow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert style.look("my_arm").label == "my_arm" and style.look("my_arm") == style.look("my_arm")
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "my_arm"), contrasts=(("my_arm", "sft_gold"),))

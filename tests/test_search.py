@@ -20,9 +20,7 @@ from stages.tasks.examples import Examples, write_examples
 from tests.oracles import walker_of
 
 TOKENS, LENGTH = 8, 12
-RULE = Rule(
-    minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=4
-)
+RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=4)
 
 
 def counting_model() -> LlamaForCausalLM:
@@ -84,18 +82,14 @@ def counting_examples(n: int = 40) -> Examples:
 def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE) -> PathPatcher:
     examples = counting_examples()
     pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
-    return PathPatcher(
-        walker_of(counting_model()), pairs, measure_of(metric, examples.answer, examples.others), 64.0
-    )
+    return PathPatcher(walker_of(counting_model()), pairs, measure_of(metric, examples.answer, examples.others), 64.0)
 
 
 def test_scores_by_hand():
     logits = torch.tensor([[1.0, 5.0, 2.0, 4.0], [0.0, 1.0, 3.0, 9.0]])
     answer, others = torch.tensor([1, 3]), torch.tensor([[0, 2], [0, 1]])
     assert torch.equal(logit_difference(logits, answer, others), torch.tensor([5 - 1.5, 9 - 0.5]))
-    probability = measure_of(Metric.RELATIVE_PROBABILITY, answer, others)(
-        logits[:, None], torch.tensor([0, 1])
-    )
+    probability = measure_of(Metric.RELATIVE_PROBABILITY, answer, others)(logits[:, None], torch.tensor([0, 1]))
     assert torch.allclose(probability[:, 0], logits.softmax(-1)[[0, 1], answer])
 
     clean, corrupt = torch.tensor([4.0, 8.0]), torch.tensor([0.0, -4.0])
@@ -103,9 +97,7 @@ def test_scores_by_hand():
     ratio = score(Metric.LOGIT_DIFFERENCE, effects, clean, corrupt)
     assert ratio.score.tolist() == [0.25, -0.25]
     # residuals of the first: (-1 + .25 * 4) / -8 = 0 and (-3 + .25 * 12) / -8 = 0; of the second 1/8, -1/8
-    assert torch.allclose(ratio.noise, torch.tensor([0.0, 0.125])) and torch.equal(
-        ratio.strength, ratio.score
-    )
+    assert torch.allclose(ratio.noise, torch.tensor([0.0, 0.125])) and torch.equal(ratio.strength, ratio.score)
     relative = score(Metric.RELATIVE_PROBABILITY, effects, clean, corrupt)
     assert relative.score.tolist() == [-0.3125, 0.25] and relative.strength.tolist() == [0.3125, -0.25]
 
@@ -114,9 +106,7 @@ def test_noise_is_the_standard_deviation_over_repeated_draws():
     generator = torch.Generator().manual_seed(0)
     clean, effects = torch.randn(2, 400, 200, generator=generator, dtype=torch.float64)
     clean, corrupt = clean + 8, torch.zeros(400, 200, dtype=torch.float64)
-    draws = [
-        score(Metric.LOGIT_DIFFERENCE, e - 1, c, k) for e, c, k in zip(effects, clean, corrupt, strict=True)
-    ]
+    draws = [score(Metric.LOGIT_DIFFERENCE, e - 1, c, k) for e, c, k in zip(effects, clean, corrupt, strict=True)]
     spread = float(torch.stack([draw.score for draw in draws]).std())
     assert float(torch.stack([draw.noise for draw in draws]).mean()) == pytest.approx(spread, rel=0.1)
 
@@ -136,9 +126,7 @@ def test_search_finds_the_circuit_that_was_put_there():
     told = []
     circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append)
     assert told == hops
-    shape = [
-        (group.name, group.position, group.receiver, group.component, group.heads) for group in circuit.groups
-    ]
+    shape = [(group.name, group.position, group.receiver, group.component, group.heads) for group in circuit.groups]
     assert shape == [
         ("fetch_answer", "last", "logits", None, ((1, 0),)),
         ("v_last", "last", "fetch_answer", Component.V, ((0, 0),)),
@@ -147,15 +135,11 @@ def test_search_finds_the_circuit_that_was_put_there():
     ]
     assert len(circuit.nodes) == 4 and Circuit.from_json(json.loads(json.dumps(circuit.to_json()))) == circuit
     fetch = hops[0].scores
-    assert fetch is not None and float(fetch.score[1, 0]) == pytest.approx(
-        1, abs=0.05
-    )  # all of the answer passes it
+    assert fetch is not None and float(fetch.score[1, 0]) == pytest.approx(1, abs=0.05)  # all of the answer passes it
     assert [hop.name for hop in hops] == [
         "fetch_answer", "q_last", "k_last", "v_last", "k_query_label", "v_query_label", "k_label", "v_label",
     ]  # fmt: skip
-    assert all(
-        abs(float(hop.joint.score)) < 1e-6 for hop in hops if hop.component in (Component.Q, Component.K)
-    )
+    assert all(abs(float(hop.joint.score)) < 1e-6 for hop in hops if hop.component in (Component.Q, Component.K))
 
 
 def test_the_rule_asks_for_size_and_for_certainty():
@@ -268,11 +252,7 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
     with np.load(stage_folder / "scores.npz") as arrays:
         assert arrays["fetch_answer.score"].shape == arrays["v_label.noise"].shape == (2, 4)
     record = json.loads(first["record.json"])
-    assert (
-        record["size"] == 4
-        and record["accuracy"] == pytest.approx(0.85)
-        and record["settings"]["noise_z"] == 4.0
-    )
+    assert record["size"] == 4 and record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
     assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
 
 

@@ -50,7 +50,10 @@ def test_a_second_run_does_nothing(smoke_run: Path, dvc: Dvc) -> None:
 
 def test_only_the_report_and_the_lock_show_up_in_git(smoke_run: Path) -> None:
     status = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=all"], cwd=smoke_run, capture_output=True, text=True
+        ["git", "status", "--porcelain", "--untracked-files=all"],
+        cwd=smoke_run,
+        capture_output=True,
+        text=True,
     ).stdout
     changed = {line[3:] for line in status.splitlines()}
     expected = ("dvc.lock", "reports/report.html", "reports/report.md", "reports/summary.json")
@@ -104,11 +107,14 @@ def test_editing_code_makes_its_stage_stale(smoke_run: Path, dvc: Dvc, module: s
     with _edited(smoke_run / module, (smoke_run / module).read_text() + "\n# edited\n"):
         stale = _stale(dvc, smoke_run)
     assert stale
-    assert all(any(name == stage or name.startswith(f"{stage}@") or name.startswith(f"{stage}-") for stage in stages) for name in stale), stale
+    assert all(
+        any(name == stage or name.startswith(f"{stage}@") or name.startswith(f"{stage}-") for stage in stages)
+        for name in stale
+    ), stale
 
 
 def test_reverting_a_param_restores_from_the_run_cache(smoke_run: Path, dvc: Dvc) -> None:
-    """The run cache works for a computing stage: forced out of the lock, its outputs come back without its command."""
+    """A cell that is forced out of the lock comes back from the run cache, without its command."""
     seed = _cells(smoke_run)["seeds"][0]
     lock = smoke_run / "dvc.lock"
     entries = yaml.safe_load(lock.read_text())
@@ -124,7 +130,9 @@ def test_no_unfinished_file_is_left(smoke_run: Path) -> None:
 
 
 def test_weights_are_safetensors_only(smoke_run: Path) -> None:
-    suffixes = {path.suffix for path in (smoke_run / "models").rglob("*") if path.is_file() and path.name != "README.md"}
+    suffixes = {
+        path.suffix for path in (smoke_run / "models").rglob("*") if path.is_file() and path.name != "README.md"
+    }
     assert suffixes <= {".safetensors", ".json", ".jinja", ".csv"}, suffixes
 
 

@@ -104,9 +104,7 @@ def test_power_note() -> None:
     assert "nothing can be tested" in power_note(0, 0.05, 6)
 
 
-PLAN = Plan(
-    "evaluate.circuit.retention", ("drift.old.kl",), (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0
-)
+PLAN = Plan("evaluate.circuit.retention", ("drift.old.kl",), (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0)
 
 
 def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:
@@ -156,9 +154,7 @@ def test_leftovers_are_not_read(tmp_path: Path) -> None:
     cells = read_cells(tmp_path / "reports/cells", (0,), ["base", "grpo"], ["grpo"])
     frame = long_form(cells)
     assert set(frame["seed"]) == {"0"} and set(frame["model"]) == {"base", "grpo"}
-    row = frame[
-        (frame.stage == "evaluate") & (frame.model == "grpo") & (frame.measure == "circuit.retention")
-    ]
+    row = frame[(frame.stage == "evaluate") & (frame.model == "grpo") & (frame.measure == "circuit.retention")]
     assert row["value"].item() == cells.value("evaluate.circuit.retention", "grpo", "0")
 
 
@@ -193,9 +189,7 @@ def _headline(values: list[float], excluded: int = 0, family: int = 1) -> tuple[
         "p_holm": None if p is None else min(1.0, family * p),
         "p_equivalent": equivalence_p(values, 0.05),
         "smallest_possible_p": smallest_sign_flip_p(len(values)),
-        "excluded": [
-            {"seed": str(s), "reason": "level not reached by", "models": ["grpo"]} for s in range(excluded)
-        ],
+        "excluded": [{"seed": str(s), "reason": "level not reached by", "models": ["grpo"]} for s in range(excluded)],
     }
     plan = {"primary": PLAN.primary, "alpha": 0.05, "confidence": 0.95, "equivalence_margin": 0.05}
     return verdict(entry, 0.05), headline(entry, {"grpo": "GRPO", "sft_gold": "SFT"}, plan, 0.9)

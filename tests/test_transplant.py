@@ -41,9 +41,7 @@ def test_transplants_equal_whole_hooked_passes(kind: str) -> None:
         ours, theirs = walker_of(receiver), walker_of(donor)
         clean, given = ours.run(IDS), theirs.run(IDS)
         for nodes in (random_circuit(3, 4, 0.3, 0), frozenset({Node(1, 3, "last"), Node(2, 0, "last")})):
-            naive = naive_exchange(
-                receiver, IDS, outputs_of(donor, IDS, AT, nodes), AT, dict.fromkeys(nodes, 1.0)
-            )
+            naive = naive_exchange(receiver, IDS, outputs_of(donor, IDS, AT, nodes), AT, dict.fromkeys(nodes, 1.0))
             patched = transplant(ours, clean, given, AT, nodes, MEMORY)[:, 0]
             error, effect = (
                 float((patched - naive).abs().max()),
@@ -65,9 +63,7 @@ def test_random_controls_equal_whole_hooked_passes() -> None:
     for row in range(6):
         one = {name: position[row : row + 1] for name, position in AT.items()}
         for draw in range(2):
-            drawn = [
-                Node(layer, head, names[site]) for layer, site, head in random[row, draw].nonzero().tolist()
-            ]
+            drawn = [Node(layer, head, names[site]) for layer, site, head in random[row, draw].nonzero().tolist()]
             assert len(drawn) == len(nodes)
             given_one = outputs_of(tuned, IDS[row : row + 1], one, drawn)
             naive = naive_exchange(base, IDS[row : row + 1], given_one, one, dict.fromkeys(drawn, 1.0))
@@ -98,9 +94,7 @@ def test_both_ways() -> None:
         for name in sets:
             for key, value in found[direction][name].items():
                 assert value == pytest.approx(small[direction][name][key], abs=1e-12)
-            assert found["random"][direction][name] == pytest.approx(
-                small["random"][direction][name], abs=1e-12
-            )
+            assert found["random"][direction][name] == pytest.approx(small["random"][direction][name], abs=1e-12)
     itself = patch_both_ways(walkers[0], walkers[0], examples, sets, 1, MEMORY, np.random.default_rng(0))
     for direction in ("tuned_to_base", "base_to_tuned"):
         for entry in [*itself[direction].values(), *itself["random"][direction].values()]:

@@ -36,9 +36,7 @@ LAST = "last"  # the position that is read out; it is always computed
 
 
 @torch.no_grad()
-def mean_outputs(
-    walker: Walker, input_ids: Int[Tensor, "n t"], memory_mib: float
-) -> Float[Tensor, "layers t h a"]:
+def mean_outputs(walker: Walker, input_ids: Int[Tensor, "n t"], memory_mib: float) -> Float[Tensor, "layers t h a"]:
     """Mean head outputs z over prompts, accumulated in float64."""
     n, length = input_ids.shape
     total = torch.zeros(walker.n_layers, length, walker.n_heads, walker.head_dim, dtype=torch.float64)

@@ -75,9 +75,7 @@ def node_weights(
     return weights
 
 
-def random_nodes(
-    nodes: Iterable[Node], n_layers: int, n_heads: int, generator: np.random.Generator
-) -> frozenset[Node]:
+def random_nodes(nodes: Iterable[Node], n_layers: int, n_heads: int, generator: np.random.Generator) -> frozenset[Node]:
     """As many nodes per position as given, drawn without replacement from all heads of that position."""
     counts: dict[str, int] = {}
     for node in set(nodes):
@@ -100,9 +98,7 @@ def random_weights(
     return weights.unflatten(-1, (n_layers, n_heads)).transpose(1, 2)[:, None]
 
 
-def outputs_at(
-    z: Float[Tensor, "layers n t h a"], positions: Int[Tensor, "n p"]
-) -> Float[Tensor, "layers n p h a"]:
+def outputs_at(z: Float[Tensor, "layers n t h a"], positions: Int[Tensor, "n p"]) -> Float[Tensor, "layers n p h a"]:
     """Head outputs at chosen positions of each example."""
     return z[:, torch.arange(len(positions))[:, None], positions]
 

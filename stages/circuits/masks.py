@@ -147,9 +147,7 @@ class PairTable:
 
     @staticmethod
     def of(pairs: Sequence[Desideratum], sites: Sequence[str]) -> "PairTable":
-        earliest = torch.cat(
-            [torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs]
-        )
+        earliest = torch.cat([torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs])
         order = earliest.argsort(stable=True)
         index = torch.cat([torch.full_like(entry.target, number) for number, entry in enumerate(pairs)])
         return PairTable(
@@ -217,9 +215,7 @@ def component_masks(
         found = swap_accuracies(walker, selection[name], groups, nested, settings.memory_mib)
         chosen = []
         for sets, accuracy in zip(nested, found, strict=True):
-            chosen.append(
-                sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)]
-            )
+            chosen.append(sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)])
         final = [[heads, group.heads] for heads, group in zip(chosen, groups, strict=True)]
         found = swap_accuracies(walker, test[name], groups, final, settings.memory_mib, generator)
         for group, heads, accuracy in zip(groups, chosen, found, strict=True):

@@ -117,9 +117,7 @@ class PathPatcher:
             self.corrupt[batch.index] = measure(batch.corrupt_logits[:, None], batch.index)[:, 0]
             self.clean_logits[batch.index] = batch.clean.logits
 
-    def head_effects(
-        self, position: str, receivers: Sequence[Receivers]
-    ) -> list[Float[Tensor, "layers h n"]]:
+    def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """Effect of every single head at `position` on each of the receivers, per example.
 
         Returns:
@@ -228,9 +226,7 @@ class PathPatcher:
 
     def _layers(self, receiver: Receivers) -> list[int]:
         """Layers at whose entry the receivers read; the logits read what leaves the last layer."""
-        return (
-            [self.walker.n_layers] if receiver.component is None else sorted({at for at, _ in receiver.heads})
-        )
+        return [self.walker.n_layers] if receiver.component is None else sorted({at for at, _ in receiver.heads})
 
     def _top(self, receiver: Receivers) -> int:
         return self._layers(receiver)[-1]
@@ -276,9 +272,7 @@ class PathPatcher:
     def _bytes_per_token(self) -> int:
         """Rough working set of one layer for one token of one variant."""
         config = self.walker.model.config
-        numbers = (
-            6 * self.walker.width + 3 * config.intermediate_size + 3 * self.walker.n_heads * self._length
-        )
+        numbers = 6 * self.walker.width + 3 * config.intermediate_size + 3 * self.walker.n_heads * self._length
         return numbers * self.walker.dtype.itemsize
 
 
@@ -293,9 +287,7 @@ def _write(receiver: Receivers, slices: dict[int, tuple[list[int], Tensor]]) -> 
 
     def edit(layer: int, site: str, x: Tensor, first: int) -> Tensor:
         if site != receiver.component or layer not in slices or first > 0:
-            return (
-                x  # first > 0: queries of the last layer at any but the last token are not used by anything
-            )
+            return x  # first > 0: queries of the last layer at any but the last token are not used by anything
         heads, values = slices[layer]
         x = x.clone()
         x[:, :, 0, heads] = values

@@ -105,7 +105,5 @@ def split_half(
     live = effects.abs().sum(-1) > 0
     if int(live.sum()) < 3:
         return None
-    halves = [
-        score(metric, effects[live][:, half::2], clean[half::2], corrupt[half::2]).score for half in (0, 1)
-    ]
+    halves = [score(metric, effects[live][:, half::2], clean[half::2], corrupt[half::2]).score for half in (0, 1)]
     return float(torch.corrcoef(torch.stack(halves).double())[0, 1])

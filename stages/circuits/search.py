@@ -129,9 +129,7 @@ def search(patcher: PathPatcher, metric: Metric, rule: Rule, report: Report) -> 
                 continue  # no head writes into the first layer
             for position in _up_to(patcher, upper.position):
                 components = list(Component) if position == upper.position else [Component.K, Component.V]
-                targets = [
-                    (_name(part, position, upper.name), upper.name, part, upper.heads) for part in components
-                ]
+                targets = [(_name(part, position, upper.name), upper.name, part, upper.heads) for part in components]
                 found += _try(patcher, metric, rule, position, targets, [*hops, *found], report)
         hops += found
         frontier = found
@@ -183,9 +181,7 @@ def _try(
     receivers = [Receivers(component, heads) for _, _, component, heads in targets]
     joints = [_scores(patcher, metric, effect) for effect in patcher.joint_effects(position, receivers)]
     counting = [number for number, joint in enumerate(joints) if rule.counts(joint)]
-    effects = dict(
-        zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True)
-    )
+    effects = dict(zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True))
     hops: list[Hop] = []
     for number, (name, receiver, component, _) in enumerate(targets):
         hop = Hop(name, position, receiver, component, joints[number])

@@ -87,7 +87,10 @@ class Window:
 
     @staticmethod
     def scattered(
-        positions: Int[Tensor, "n s"], length: int, live: Bool[Tensor, "n s"] | None = None, dtype: torch.dtype = torch.float32
+        positions: Int[Tensor, "n s"],
+        length: int,
+        live: Bool[Tensor, "n s"] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> "Window":
         """Any positions, increasing along s; every other position of the prompt is background.
 

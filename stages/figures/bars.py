@@ -12,9 +12,7 @@ from stages.figures.style import INK, SOFT, look, share_axis
 WIDTH = 0.82  # of all bars of a group
 
 
-def grouped_bars(
-    axes: Axes, frame: pd.DataFrame, groups: Sequence[str], models: Sequence[str], floor: str
-) -> None:
+def grouped_bars(axes: Axes, frame: pd.DataFrame, groups: Sequence[str], models: Sequence[str], floor: str) -> None:
     """Bars of mean `accuracy` by group and model, dots for seeds, a tick at the mean of column `floor`,
     diamonds at `random`.
 
@@ -33,9 +31,7 @@ def grouped_bars(
             if part.empty:
                 continue
             x = place - WIDTH / 2 + (index + 0.5) * step
-            axes.bar(
-                x, part["accuracy"].mean(), 0.88 * step, color=style.colour, alpha=0.55, linewidth=0, zorder=2
-            )
+            axes.bar(x, part["accuracy"].mean(), 0.88 * step, color=style.colour, alpha=0.55, linewidth=0, zorder=2)
             spread = np.linspace(-0.22, 0.22, len(part)) * step if len(part) > 1 else np.zeros(1)
             axes.plot(x + spread, part["accuracy"], "o", color=style.colour, markersize=2.6, zorder=4)
             axes.plot(

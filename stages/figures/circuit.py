@@ -128,9 +128,7 @@ def _base(
     times_drawn: dict[Point, int] = {}
     for group in groups:
         members = heads[heads["group"] == group]
-        points = [
-            places[key] for key in members[["position", "layer", "head"]].itertuples(index=False, name=None)
-        ]
+        points = [places[key] for key in members[["position", "layer", "head"]].itertuples(index=False, name=None)]
         strength = members["score"].abs().to_numpy() / strongest
         x, y = np.average(np.array(points), axis=0, weights=strength + 1e-9)
         centres[group] = (float(x), float(y))
@@ -159,9 +157,7 @@ def _base(
         )
         for group, count in heads.groupby("group", sort=False).size().items()
     ]
-    axes.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="group (heads)", title_fontsize=9
-    )
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="group (heads)", title_fontsize=9)
     _arrows(axes, paths, centres, colours)
 
 
@@ -170,9 +166,7 @@ def _arrows(axes: Axes, paths: pd.DataFrame, centres: dict[str, Point], colours:
     fed: dict[tuple[str, str], list[str]] = {}
     for group, receiver, component in paths.itertuples(index=False):
         fed.setdefault((group, receiver), []).extend([] if pd.isna(component) else [str(component)])
-    axes.figure.get_figure(
-        root=True
-    ).draw_without_rendering()  # fixes the layout, so that points on the page are known
+    axes.figure.get_figure(root=True).draw_without_rendering()  # fixes the layout, so that points on the page are known
     to_page = axes.transData
     for (group, receiver), components in fed.items():
         if group not in centres or receiver not in centres:
@@ -224,8 +218,7 @@ def _arm(
 ) -> None:
     _frame(axes, positions, n_layers, 0.6)
     change = {
-        (layer, head): value
-        for layer, head, value in changes[["layer", "head", "change"]].itertuples(index=False)
+        (layer, head): value for layer, head, value in changes[["layer", "head", "change"]].itertuples(index=False)
     }
     nodes: dict[tuple[str, int, int], float] = {}  # a head of several groups has its largest score
     for _, position, layer, head, score in heads.itertuples(index=False, name=None):

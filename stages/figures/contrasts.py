@@ -42,9 +42,7 @@ def draw(
         return figure
 
 
-def _levels(
-    axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | None, floor: float | None
-) -> None:
+def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | None, floor: float | None) -> None:
     arms = list(dict.fromkeys(levels["model"]))
     for row, arm in enumerate(arms):
         part = levels[levels["model"] == arm].dropna(subset=["value"])
@@ -67,9 +65,7 @@ def _levels(
             axes.plot([mean, mean], [row - 0.3, row + 0.3], color=style.colour, linewidth=3, zorder=2)
         else:
             text = "level not reached" if len(part) else "not identifiable"
-            axes.annotate(
-                text, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT
-            )
+            axes.annotate(text, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT)
     axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.75)
     axes.set_xlabel(axis_label)
@@ -116,20 +112,13 @@ def _contrasts(axes: Axes, contrasts: pd.DataFrame, margin: float, confidence: f
             continue
         if pd.notna(entry["low"]):
             axes.plot([entry["low"], entry["high"]], [row, row], color=colour, linewidth=2, zorder=2)
-        axes.plot(
-            entry["difference"], row, "s", color=colour, markersize=8, markeredgecolor="white", zorder=4
-        )
+        axes.plot(entry["difference"], row, "s", color=colour, markersize=8, markeredgecolor="white", zorder=4)
         values = np.asarray(entry["values"])
-        axes.plot(
-            values, np.full(len(values), row + 0.26), "o", color=colour, markersize=4, alpha=0.7, zorder=3
-        )
+        axes.plot(values, np.full(len(values), row + 0.26), "o", color=colour, markersize=4, alpha=0.7, zorder=3)
         notes[-1] += f"\np = {entry['p']:.3f}"
     axes.set_yticks(
         range(len(contrasts)),
-        [
-            f"{e['name']}  {label(e['arm'])}\nminus {label(e['reference'])}"
-            for e in contrasts.to_dict("records")
-        ],
+        [f"{e['name']}  {label(e['arm'])}\nminus {label(e['reference'])}" for e in contrasts.to_dict("records")],
     )
     axes.set_ylim(len(contrasts) - 0.4, -0.75)
     axes.set_xlabel(f"Difference, {100 * confidence:g} % interval; small dots are seeds")
@@ -159,9 +148,5 @@ def _contrasts(axes: Axes, contrasts: pd.DataFrame, margin: float, confidence: f
     twin.set_yticks(range(len(contrasts)), notes, fontsize=8, color=SOFT)
     twin.tick_params(length=0)
     twin.spines[:].set_visible(False)
-    axes.annotate(
-        "reference\nkeeps more", (0.01, 1), xycoords="axes fraction", va="top", fontsize=8, color=SOFT
-    )
-    axes.annotate(
-        "arm\nkeeps more", (0.99, 1), xycoords="axes fraction", va="top", ha="right", fontsize=8, color=SOFT
-    )
+    axes.annotate("reference\nkeeps more", (0.01, 1), xycoords="axes fraction", va="top", fontsize=8, color=SOFT)
+    axes.annotate("arm\nkeeps more", (0.99, 1), xycoords="axes fraction", va="top", ha="right", fontsize=8, color=SOFT)

@@ -25,7 +25,7 @@ def draw(frame: pd.DataFrame, groups: list[str], counts: dict[str, int], n_seeds
     with styled():
         if frame.empty:
             figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
-            empty(axes, "No circuit was identifiable in the base, so no group could be masked.")
+            empty(axes, "Nothing to show: no circuit was identifiable in a base.")
             return figure
         found = list(dict.fromkeys(frame["desideratum"]))
         names = [name for name in TITLES if name in found]

@@ -85,9 +85,9 @@ def document(summary: Mapping[str, Any]) -> Document:
             "Every seed gives one base model that solves the old task; all arms start from that base and "
             "are compared at the same accuracy in the new task. Warm colours are SFT, blue is RL, purple "
             f"and grey are controls; {label('base')} is black. A dot is a seed; filled means compared, "
-            "hollow means that the arm never reached the matching level. Retention is the share of what "
-            "the base's circuit did alone in the base that it still does alone in the tuned model "
-            "(everything else mean-ablated): 1 is untouched."
+            "hollow means that the arm never reached the matching level; bars and means leave such models "
+            "out. Retention is the share of what the base's circuit did alone in the base that it still "
+            "does alone in the tuned model (everything else mean-ablated): 1 is untouched."
         ),
         sections=(
             _answer(summary),
@@ -174,11 +174,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
 
 
 def _tasks(summary: Mapping[str, Any]) -> Section:
-    level = (
-        ""
-        if summary["level"] is None
-        else f" They are compared where they reach {number(summary['level'], 2)}."
-    )
+    level = "" if summary["level"] is None else f" They are compared where they reach {number(summary['level'], 2)}."
     shortcut, name = "", summary["shortcut_name"]
     if name is not None:
         shortcut = f" The best answer without the skill ({name}) scores {number(summary['shortcut'])}."
@@ -188,10 +184,11 @@ def _tasks(summary: Mapping[str, Any]) -> Section:
         (
             Picture(
                 "pareto",
-                "Runs start at the base (star) and move right as they learn; higher is less forgotten. Thin lines "
-                "are seeds, thick ones their means, marks the matched models (selection split). The random "
-                "direction learns nothing: it is moved as far in weights as the arm that it imitates. The last panel "
-                "shows how much of the circuit the matched models keep (evaluation split).",
+                "Runs start at the base (star) and move right as they learn; higher is less forgotten. "
+                "Thin lines are seeds, thick ones their means, marks the matched models (selection split). "
+                "The random direction learns nothing: it is moved as far in weights as the arm that it "
+                "imitates. The last panel shows how much of the circuit the matched models keep "
+                "(evaluation split).",
             ),
         ),
     )
@@ -232,10 +229,10 @@ def _distance() -> Section:
         (
             Picture(
                 "forgetting",
-                "Arms at the same distance from the base are compared by looking straight up: left, distance in "
-                "outputs on new-task prompts; right, distance in weights, with a random direction as the control. "
-                "Thin lines are seeds, thick ones their means, marks the matched models. One learning rate, the one "
-                "that arms are matched at.",
+                "Arms at the same distance from the base are compared by looking straight up: left, "
+                "distance in outputs on new-task prompts; right, distance in weights, with a random "
+                "direction as the control. Thin lines are seeds, thick ones their means, marks the matched "
+                "models. One learning rate, the one that arms are matched at.",
             ),
         ),
     )
@@ -302,8 +299,8 @@ def _learning(summary: Mapping[str, Any]) -> Section:
         (
             Picture(
                 "training",
-                "Left: the bases. Right: the arms on the new task (above) and the old one (below); thin lines are seeds, "
-                "thick ones their means.",
+                "Left: the bases. Right: the arms on the new task (above) and the old one (below); thin "
+                "lines are seeds, thick ones their means.",
             ),
         ),
         tables,
@@ -349,8 +346,7 @@ def _tables(summary: Mapping[str, Any]) -> Section:
         (),
         (
             Table(
-                "Means over the seeds at which the arm reached the level, ± standard deviation between "
-                "seeds.",
+                "Means over the seeds at which the arm reached the level, ± standard deviation between seeds.",
                 ("Model", "Reached", *names),
                 models,
                 1,
@@ -373,15 +369,12 @@ def _left_out(summary: Mapping[str, Any]) -> Section:
     for entry in summary["table_contrasts"]:
         if entry["measure"] == plan["primary"] and entry["excluded"]:
             lines.append(
-                f"{entry['name']}: {count(len(entry['excluded']), 'pair')} left out "
-                f"({reasons(entry, names)})."
+                f"{entry['name']}: {count(len(entry['excluded']), 'pair')} left out ({reasons(entry, names)})."
             )
     if not lines:
         lines.append("No pair of the primary contrasts was left out.")
     unreached = _cell_list(summary["unreached"])
-    lines.append(
-        f"Matching level not reached: {unreached}." if unreached else "Every run reached the matching level."
-    )
+    lines.append(f"Matching level not reached: {unreached}." if unreached else "Every run reached the matching level.")
     hidden = _cell_list(summary["not_identifiable"])
     lines.append(
         f"Circuit not identifiable, because the model is too close to chance in the old task: {hidden}."
@@ -431,9 +424,7 @@ def _cell_list(entries: Sequence[Mapping[str, str]]) -> str:
 
 
 def _check(check: Mapping[str, Any]) -> str:
-    texts = [
-        str(value) if isinstance(value, int) else number(value, signed=True) for value in check["numbers"]
-    ]
+    texts = [str(value) if isinstance(value, int) else number(value, signed=True) for value in check["numbers"]]
     return check["text"].format(*texts)
 
 
@@ -443,9 +434,7 @@ def _reach(summary: Mapping[str, Any], model: str) -> str:
 
 
 def _mean_sd(entry: Mapping[str, Any]) -> str:
-    return (
-        number(entry["mean"]) if entry["sd"] is None else f"{number(entry['mean'])} ± {number(entry['sd'])}"
-    )
+    return number(entry["mean"]) if entry["sd"] is None else f"{number(entry['mean'])} ± {number(entry['sd'])}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:
@@ -459,9 +448,7 @@ def to_html(report: Document, images: Mapping[str, bytes]) -> str:
         report: what to say.
         images: figure name -> PNG.
     """
-    inlined = {
-        name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()
-    }
+    inlined = {name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()}
     return _render("report.html.jinja", report, inlined, escape=True)
 
 

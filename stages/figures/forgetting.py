@@ -21,9 +21,7 @@ def draw(curves: pd.DataFrame, base_old: float | None, rate: float) -> Figure:
     """
     with styled():
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-        shown = curves[
-            (curves["learning_rate"].sub(rate).abs() < 1e-6 * rate) | curves["learning_rate"].eq(0)
-        ]
+        shown = curves[(curves["learning_rate"].sub(rate).abs() < 1e-6 * rate) | curves["learning_rate"].eq(0)]
         arms = list(dict.fromkeys(shown["arm"]))
         for axes, (column, title) in zip(panels, _DISTANCES, strict=True):
             for arm, runs in shown.groupby("arm", sort=False):
@@ -44,9 +42,7 @@ def draw(curves: pd.DataFrame, base_old: float | None, rate: float) -> Figure:
             axes.grid()
             trained = shown[shown["learning_rate"] > 0]
             furthest = float((trained if len(trained) else shown)[column].max())
-            axes.set_xlim(
-                -0.02 * furthest, 1.05 * furthest
-            )  # a random direction may be followed much further
+            axes.set_xlim(-0.02 * furthest, 1.05 * furthest)  # a random direction may be followed much further
             axes.set_xlabel(title)
             if base_old is not None:
                 reference_line(axes, base_old, "base")

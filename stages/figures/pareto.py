@@ -47,9 +47,7 @@ def draw(
             1, len(rates) + 1, figsize=(3.75 * (len(rates) + 1), 4.6), squeeze=False, layout="constrained"
         )
         figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
-        across = zoomed(
-            [*trained["new_accuracy"], *matched["new_accuracy"], *endpoints["new_accuracy"]], [shortcut]
-        )
+        across = zoomed([*trained["new_accuracy"], *matched["new_accuracy"], *endpoints["new_accuracy"]], [shortcut])
         up = zoomed([*trained["old_accuracy"], *matched["old_accuracy"]], [base_old])
         for axes, rate in zip(panels[0], rates, strict=False):
             for arm, runs in trained[trained["learning_rate"] == rate].groupby("arm", sort=False):

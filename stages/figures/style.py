@@ -190,9 +190,7 @@ def mean_and_seeds(axes: Axes, runs: pd.DataFrame, x: str, y: str, colour: str) 
         axes.plot(mean[x], mean[y], color=colour, linewidth=2, alpha=0.95, zorder=3)
 
 
-def zoomed(
-    values: Sequence[float], always: Sequence[float | None] = (), step: float = 0.1
-) -> tuple[float, float]:
+def zoomed(values: Sequence[float], always: Sequence[float | None] = (), step: float = 0.1) -> tuple[float, float]:
     """Axis limits for marks that need no zero: all finite values, out to whole steps, with a little air."""
     finite = [v for v in (*values, *always) if v is not None and math.isfinite(v)] or [0.0, 1.0]
     low, high = math.floor(min(finite) / step + 1e-9) * step, math.ceil(max(finite) / step - 1e-9) * step

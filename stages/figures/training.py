@@ -50,9 +50,7 @@ def draw(base: pd.DataFrame, arms: pd.DataFrame, level: float | None, shortcut: 
                 else:
                     axes.set_xlabel("Gradient step (log)")
         names = list(dict.fromkeys(trained["arm"]))
-        handles = [
-            Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in names
-        ]
+        handles = [Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in names]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
         return figure
 
@@ -64,9 +62,7 @@ def _base(axes: Axes, base: pd.DataFrame) -> None:
             continue
         for number, (_, run) in enumerate(base.groupby("seed", sort=False)):
             run = run.dropna(subset=[column]).sort_values("step")
-            axes.plot(
-                run["step"], run[column], dash, color=colour, linewidth=1.3, label=None if number else name
-            )
+            axes.plot(run["step"], run[column], dash, color=colour, linewidth=1.3, label=None if number else name)
     share_axis(axes)
     axes.set_title("Base")
     axes.set_xlabel("Training step")

@@ -27,7 +27,10 @@ def draw(
     with styled():
         if frame.empty:
             figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
-            empty(axes, "No circuit was identifiable in the base, so there was nothing to transplant.")
+            empty(
+                axes,
+                "Nothing to show: no circuit was identifiable in a base, or no arm reached the matching level.",
+            )
             return figure
         figure, panels = plt.subplots(2, 1, figsize=(11, 7.6), sharex=True, sharey=True, layout="constrained")
         models = list(dict.fromkeys(frame["model"]))
@@ -39,8 +42,6 @@ def draw(
             if base_old is not None:
                 reference_line(axes, base_old, "base")
         panels[1].set_xticks(range(len(groups)), group_labels(groups, counts, n_seeds))
-        handles = model_handles(models, "s") + bar_handles(
-            "receiving model alone", bool(frame["random"].notna().any())
-        )
+        handles = model_handles(models, "s") + bar_handles("receiving model alone", bool(frame["random"].notna().any()))
         figure.legend(handles=handles, loc="outside lower center", ncols=5)
         return figure

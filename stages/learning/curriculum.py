@@ -95,9 +95,7 @@ REPEAT_LENGTHS = (
 )  # of the string that is said twice; shorter than a context, long enough to rule out guessing
 
 
-def draw_batch(
-    rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, rows: int, most_boxes: int
-) -> Batch:
+def draw_batch(rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, rows: int, most_boxes: int) -> Batch:
     """Draw one training batch of the train split.
 
     Args:
@@ -112,11 +110,7 @@ def draw_batch(
     names = list(phase.templates)
     shares = np.array([phase.templates[name] for name in names])
     fewest, most = (min(limit, most_boxes) for limit in phase.boxes)
-    kinds = (
-        rng.choice(len(names), size=rows - repeats, p=shares / shares.sum())
-        if rows > repeats
-        else np.empty(0)
-    )
+    kinds = rng.choice(len(names), size=rows - repeats, p=shares / shares.sum()) if rows > repeats else np.empty(0)
     sizes = rng.integers(fewest, most + 1, size=rows - repeats)
     sizes[rng.random(rows - repeats) < phase.most_boxes_share] = most
     for boxes in np.unique(sizes):
@@ -146,9 +140,7 @@ def _repeat(rng: np.random.Generator, vocabulary: Vocabulary) -> _Part:
     return _Part(ids, np.zeros_like(column), column, options, np.ones_like(options, dtype=np.float64))
 
 
-def draw_repeats(
-    rng: np.random.Generator, vocabulary: Vocabulary, rows: int, length: int
-) -> Int[np.ndarray, "rows t"]:
+def draw_repeats(rng: np.random.Generator, vocabulary: Vocabulary, rows: int, length: int) -> Int[np.ndarray, "rows t"]:
     """`<bos>` and a random string of words, said twice."""
     string = rng.integers(len(SPECIAL), len(vocabulary), size=(rows, length))
     return np.concatenate([np.full((rows, 1), vocabulary.ids[BOS]), string, string], axis=1)

@@ -60,11 +60,7 @@ def read_checkpoint(path: Path, step: int) -> Weights:
     """Weights of one checkpoint from a run's `lr<k>.safetensors`, by parameter name."""
     prefix = f"{step:06d}/"
     with safe_open(path, framework="np") as file:
-        return {
-            name.removeprefix(prefix): file.get_tensor(name)
-            for name in file.keys()
-            if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
 
 
 def moved_as_far(base: Weights, direction: Weights, reference: Weights) -> Weights:

@@ -237,9 +237,7 @@ def _step(
     return total
 
 
-def loss_sums(
-    logits: Float[Tensor, "b t v"], batch: Batch, pad: int
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def loss_sums(logits: Float[Tensor, "b t v"], batch: Batch, pad: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Summed cross-entropies in nats: with the soft targets, and of all next tokens but padding."""
     log_p = logits.log_softmax(dim=-1)
     answers = -(batch.weights * log_p.flatten(0, 1)[batch.place].gather(1, batch.options)).sum()
@@ -268,9 +266,7 @@ class _Checks:
 
     def progress(self, model: LlamaForCausalLM, step: int, phase: str, loss: float) -> Progress:
         correct, probability = old_task(model, *self.prompts[STANDARD, self.boxes])
-        return Progress(
-            step, phase, loss, float(correct.mean()), float(probability.mean()), self._induction(model)
-        )
+        return Progress(step, phase, loss, float(correct.mean()), float(probability.mean()), self._induction(model))
 
     def accuracy(self, model: LlamaForCausalLM, until: Until) -> float:
         if until.template == REPEATS:
@@ -326,9 +322,7 @@ def measure_base(
     """Accuracy of every template and of fewer boxes, and knowledge of every new task (selection split)."""
     templates = {}
     for template in TEMPLATES:
-        correct, probability = old_task(
-            model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes)
-        )
+        correct, probability = old_task(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
         templates[template] = {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
     fewer = {}
     for size in range(2, boxes):

@@ -14,13 +14,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def last_logits(
-    model: "PreTrainedModel", input_ids: Int[Tensor, "n t"], batch: int = 32
-) -> Float[Tensor, "n vocab"]:
+def last_logits(model: "PreTrainedModel", input_ids: Int[Tensor, "n t"], batch: int = 32) -> Float[Tensor, "n vocab"]:
     """Logits at the last position of equal-length prompts; small batches stay in the cache."""
-    return torch.cat(
-        [model(input_ids=rows, logits_to_keep=1).logits[:, -1] for rows in input_ids.split(batch)]
-    )
+    return torch.cat([model(input_ids=rows, logits_to_keep=1).logits[:, -1] for rows in input_ids.split(batch)])
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,7 @@ class Probe:
         old = last_logits(model, self.old.input_ids)
         new = last_logits(model, self.new.input_ids).double().log_softmax(-1)
         model.train(was_training)
-        change = [
-            (w.detach() - self.base_weights[n]).double().square().sum() for n, w in model.named_parameters()
-        ]
+        change = [(w.detach() - self.base_weights[n]).double().square().sum() for n, w in model.named_parameters()]
         kl = (self.base_log_probs.exp() * (self.base_log_probs - new)).sum(-1)
         return {
             "old_accuracy": (old.argmax(-1) == self.old.answer).double().mean().item(),

@@ -74,9 +74,7 @@ class OneTokenTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor, None]:
         prompts, inverse = input_ids[:, :-1].unique(dim=0, return_inverse=True)
         kept, log_probs = self._pass, None
-        if (
-            kept is not None and torch.is_grad_enabled()
-        ):  # without gradients it is a reference model that is asked
+        if kept is not None and torch.is_grad_enabled():  # without gradients it is a reference model that is asked
             self._pass = None  # it serves one loss only: its graph goes with the backward pass
             sampled_prompts, log_probs = kept
             if not torch.equal(sampled_prompts, prompts):
@@ -109,9 +107,7 @@ def _roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     }
 
 
-def grpo_arguments(
-    samples_per_prompt: int, prompts_per_step: int, temperature: float, beta: float
-) -> dict[str, Any]:
+def grpo_arguments(samples_per_prompt: int, prompts_per_step: int, temperature: float, beta: float) -> dict[str, Any]:
     """Arguments of GRPOConfig for the policy gradient without any of its later additions (see `fit`)."""
     return {
         "per_device_train_batch_size": samples_per_prompt * prompts_per_step,  # TRL counts completions

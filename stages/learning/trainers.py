@@ -52,9 +52,7 @@ def refuse_dropout(model: PreTrainedModel) -> None:
     """
     for key, value in model.config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and value:
-            raise Invalid(
-                f"{key} = {value} in the config of the base: must be 0, arms are compared without dropout"
-            )
+            raise Invalid(f"{key} = {value} in the config of the base: must be 0, arms are compared without dropout")
 
 
 def train_quietly(trainer: Trainer) -> None:
@@ -69,7 +67,5 @@ class KeepCheckpoints(TrainerCallback):
     def __init__(self, recorder: Recorder, completions_per_step: int) -> None:
         self._recorder, self._completions_per_step = recorder, completions_per_step
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._recorder.after(state.global_step, state.global_step * self._completions_per_step)

@@ -11,9 +11,7 @@ def kl(p_logits: Float[Tensor, "n vocab"], q_logits: Float[Tensor, "n vocab"]) -
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def total_variation(
-    p_logits: Float[Tensor, "n vocab"], q_logits: Float[Tensor, "n vocab"]
-) -> Float[Tensor, "n"]:
+def total_variation(p_logits: Float[Tensor, "n vocab"], q_logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
     """Total variation distance, half the summed absolute difference: 0 (equal) to 1 (disjoint)."""
     return (p_logits.double().softmax(-1) - q_logits.double().softmax(-1)).abs().sum(-1) / 2
 

@@ -37,9 +37,7 @@ class Readout:
     p_correct: Float[Tensor, "n e"]
 
     @staticmethod
-    def of(
-        logits: Float[Tensor, "n e vocab"], answer: Int[Tensor, " n"], others: Int[Tensor, "n k"]
-    ) -> "Readout":
+    def of(logits: Float[Tensor, "n e vocab"], answer: Int[Tensor, " n"], others: Int[Tensor, "n k"]) -> "Readout":
         """Read the logits out, in float64."""
         logits = logits.double()
         right = logits.gather(-1, answer[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
@@ -151,7 +149,5 @@ def circuit_record(
         "faithfulness": ratio(kept["accuracy"], full["accuracy"]),
         "faithfulness_ld": ratio(kept["logit_difference"], full["logit_difference"]),
         "retention": None if reference is None else ratio(kept["accuracy"], reference["accuracy"]),
-        "retention_ld": None
-        if reference is None
-        else ratio(kept["logit_difference"], reference["logit_difference"]),
+        "retention_ld": None if reference is None else ratio(kept["logit_difference"], reference["logit_difference"]),
     }

@@ -13,9 +13,7 @@ Norms = dict[str, float]
 def changes(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
     """Tuned minus base for every parameter, in float64."""
     before = dict(base.named_parameters())
-    return {
-        name: w.detach().double() - before[name].detach().double() for name, w in tuned.named_parameters()
-    }
+    return {name: w.detach().double() - before[name].detach().double() for name, w in tuned.named_parameters()}
 
 
 def per_matrix(base: nn.Module, tuned: nn.Module) -> tuple[Norms, Norms]:
@@ -29,9 +27,7 @@ def per_matrix(base: nn.Module, tuned: nn.Module) -> tuple[Norms, Norms]:
 def whole(base: nn.Module, tuned: nn.Module) -> tuple[float, float]:
     """Euclidean norm of the whole change, and the same divided by the norm of all base weights."""
     change = math.sqrt(sum(delta.square().sum().item() for delta in changes(base, tuned).values()))
-    return change, change / math.sqrt(
-        sum(w.detach().double().square().sum().item() for w in base.parameters())
-    )
+    return change, change / math.sqrt(sum(w.detach().double().square().sum().item() for w in base.parameters()))
 
 
 def per_head(
@@ -53,9 +49,7 @@ def per_head(
     before, change = dict(base.named_parameters()), changes(base, tuned)
     queries = [name for name in change if name.endswith("self_attn.q_proj.weight")]
     if not queries:
-        raise Invalid(
-            f"{type(base).__name__} has no self_attn.q_proj weights; only Llama-like attention is supported"
-        )
+        raise Invalid(f"{type(base).__name__} has no self_attn.q_proj weights; only Llama-like attention is supported")
     rows = []
     for layer, query in enumerate(queries):  # parameters are named in the order of the layers
         stem = query.removesuffix("q_proj.weight")

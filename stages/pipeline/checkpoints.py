@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from stages.pipeline.files import replacing_directory, write_text

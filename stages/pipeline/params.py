@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from stages.pipeline.stage import Invalid
 
@@ -34,7 +42,10 @@ def _as_tuple(value: Any) -> Any:
 
 
 Interval = Annotated[tuple[Count, Count], BeforeValidator(_as_tuple)]
-Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+    BeforeValidator(_as_tuple),
+]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 NEW_TASKS = ("adjacent", "lacks", "precedes")
@@ -57,13 +68,19 @@ class Synthesize(Section):
     def _leave_words_over(cls, boxes: int) -> int:
         # a corrupt partner uses other objects, and its query a letter of neither context
         if boxes > MOST_BOXES:
-            raise ValueError(f"boxes = {boxes}: must be at most {MOST_BOXES}, so that a corrupt partner has words of its own")
+            raise ValueError(
+                f"boxes = {boxes}: must be at most {MOST_BOXES}, so that a corrupt partner has words of its own"
+            )
         return boxes
 
     @field_validator("old", "new", "desiderata")
     @classmethod
     def _know_the_sets(cls, sizes: dict[str, int], info: ValidationInfo) -> dict[str, int]:
-        wanted = {"old": OLD_SETS, "new": ("train", "selection", "evaluation"), "desiderata": ("train", "selection", "test")}
+        wanted = {
+            "old": OLD_SETS,
+            "new": ("train", "selection", "evaluation"),
+            "desiderata": ("train", "selection", "test"),
+        }
         names = wanted[str(info.field_name)]
         if set(sizes) != set(names):
             raise ValueError(f"names the sets {', '.join(sizes)}: must name exactly {', '.join(names)}")
@@ -210,7 +227,10 @@ class Discover(Section):
     score: Literal["logit_difference", "relative_probability"]
     examples: Count
     minimum_effect: Fraction
+    minimum_head_effect: Fraction
     noise_z: NotNegative
+    coverage: Fraction
+    merge_overlap: Fraction
     max_depth: Count
     identifiable_accuracy: Fraction
     paper_top: PaperTop | None
@@ -315,7 +335,9 @@ def _check_axes(params: Params) -> None:
         if arm not in arms:
             raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
     if params.models != ["base", *params.arms]:
-        raise Invalid(f"params.yaml: models = {params.models}: must be base and then the arms, {['base', *params.arms]}")
+        raise Invalid(
+            f"params.yaml: models = {params.models}: must be base and then the arms, {['base', *params.arms]}"
+        )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
@@ -372,7 +394,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"params.yaml: {where} is not a known parameter"
     if first["type"] == "value_error":
-        return f"params.yaml: {where or 'params'}: {first['ctx']['error']}"
+        return f"params.yaml: {where or 'params'}: {first.get('ctx', {}).get('error', first['msg'])}"
     value = repr(first["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
     message = first["msg"].removeprefix("Input should be ").removeprefix("a ")

@@ -21,7 +21,10 @@ def clone_with_preset(destination: Path, preset: Path = PRESET) -> None:
     source = Path.cwd()
     subprocess.run(["git", "clone", "--quiet", str(source), str(destination)], check=True)
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], check=True, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     for name in filter(None, listed.split("\0")):
         if (source / name).is_file():

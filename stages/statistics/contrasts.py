@@ -67,8 +67,7 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
         "plan": asdict(plan)
         | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
         "measures": {
-            measure: {model: describe(cells, plan, measure, model) for model in cells.models}
-            for measure in measures
+            measure: {model: describe(cells, plan, measure, model) for model in cells.models} for measure in measures
         },
         "contrasts": contrasts,
         "reach": {

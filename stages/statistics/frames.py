@@ -163,9 +163,7 @@ def circuit_heads(cells: Cells, seed: str) -> pd.DataFrame:
     rows = [
         {"group": group["name"], "position": group["position"], "layer": layer, "head": head, "score": score}
         for group in _groups(cells, seed)
-        for (layer, head), score in zip(
-            group["heads"], group["scores"] or [1.0] * len(group["heads"]), strict=True
-        )
+        for (layer, head), score in zip(group["heads"], group["scores"] or [1.0] * len(group["heads"]), strict=True)
     ]
     return pd.DataFrame(rows, columns=["group", "position", "layer", "head", "score"])
 

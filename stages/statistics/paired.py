@@ -34,9 +34,7 @@ def t_interval(values: Values, confidence: float) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def bootstrap_interval(
-    values: Values, confidence: float, resamples: int, seed: int
-) -> tuple[float, float] | None:
+def bootstrap_interval(values: Values, confidence: float, resamples: int, seed: int) -> tuple[float, float] | None:
     """Percentile bootstrap interval for the mean; None below two values."""
     if len(values) < 2:
         return None

@@ -31,19 +31,13 @@ def provenance(cells: Cells, root: Path, params: Mapping[str, Any]) -> dict[str,
         root: folder of the records.
         params: params that the report itself reads, by name.
     """
-    files = [
-        {"file": file, "md5": hashlib.md5((root / file).read_bytes()).hexdigest()}
-        for file in sorted(cells.files)
-    ]
+    files = [{"file": file, "md5": hashlib.md5((root / file).read_bytes()).hexdigest()} for file in sorted(cells.files)]
     return {
         "versions": [{"package": "python", "version": platform.python_version()}]
         + [{"package": name, "version": _version(name)} for name in PACKAGES],
-        "settings": [{"name": name, "value": _text(value)} for name, value in params.items()]
-        + _settings(cells),
+        "settings": [{"name": name, "value": _text(value)} for name, value in params.items()] + _settings(cells),
         "files": files,
-        "stages": [
-            _of_stage(stage, files) for stage in dict.fromkeys(entry["file"].split("/")[0] for entry in files)
-        ],
+        "stages": [_of_stage(stage, files) for stage in dict.fromkeys(entry["file"].split("/")[0] for entry in files)],
     }
 
 
@@ -57,11 +51,7 @@ def _settings(cells: Cells) -> list[dict[str, str]]:
     """Settings that stages wrote into their records; values that differ between cells are joined by "or"."""
     found: dict[str, list[str]] = {}
     for (stage, _, _), record in cells.records.items():
-        stated = (
-            {k: record[k] for k in ("rule", "level", "learning_rate") if k in record}
-            if stage == "match"
-            else {}
-        )
+        stated = {k: record[k] for k in ("rule", "level", "learning_rate") if k in record} if stage == "match" else {}
         settings = record.get("settings")
         stated |= settings if isinstance(settings, dict) else {}
         stated |= {k: record[k] for k in ("tracer", "backend") if k in record}
@@ -78,9 +68,7 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_text(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(
-            f"[{_text(part)}]" if isinstance(part, list | tuple) else _text(part) for part in value
-        )
+        return ", ".join(f"[{_text(part)}]" if isinstance(part, list | tuple) else _text(part) for part in value)
     return "none" if value is None else str(value)
 
 

@@ -47,9 +47,7 @@ def summarise(
     first = primary[0] if primary else None
     return {
         "headline": {
-            "sentence": headline(first, names, statistics["plan"], level)
-            if first
-            else "No contrast was planned.",
+            "sentence": headline(first, names, statistics["plan"], level) if first else "No contrast was planned.",
             "verdict": verdict(first, plan.alpha) if first else "no contrast",
         },
         "new_task": statistics["new_task"],
@@ -119,10 +117,7 @@ def summarise(
             if not cells.record("circuit", model, seed)["identifiable"]
         ],
         "unreached": [
-            {"model": arm, "seed": seed}
-            for arm in cells.arms
-            for seed in cells.seeds
-            if not cells.reached(arm, seed)
+            {"model": arm, "seed": seed} for arm in cells.arms for seed in cells.seeds if not cells.reached(arm, seed)
         ],
         "checks": checks(cells, primary, names),
     }

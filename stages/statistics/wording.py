@@ -102,9 +102,7 @@ def headline(
     difference = contrast["difference"]
     better, worse = (arm, reference) if difference > 0 else (reference, arm)
     kept, what = (
-        ("kept", "the old task's circuit")
-        if "retention" in plan["primary"]
-        else ("had", short_name(plan["primary"]))
+        ("kept", "the old task's circuit") if "retention" in plan["primary"] else ("had", short_name(plan["primary"]))
     )
     levels = (
         f"at the same skill in the new task{'' if level is None else f' (accuracy {number(level, 2)})'}, "
@@ -122,8 +120,7 @@ def headline(
     facts = f"{levels}, a difference of {number(difference, signed=True)} ({interval}; {counted})"
     p = number(contrast["p"], 4)
     limit = (
-        f"and {count(contrast['n'], 'pair')} cannot give less than "
-        f"{number(contrast['smallest_possible_p'], 4)}"
+        f"and {count(contrast['n'], 'pair')} cannot give less than {number(contrast['smallest_possible_p'], 4)}"
         if contrast["smallest_possible_p"] >= plan["alpha"]
         else f"Holm-adjusted {number(contrast['p_holm'], 4)}"
     )

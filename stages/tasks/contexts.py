@@ -97,9 +97,7 @@ def draw_contexts(
     used = 0 if without_objects is None else without_objects.shape[1]
     unused = 0 if without_labels is None else without_labels.shape[1]
     if boxes + used > len(OBJECTS) or boxes + unused > len(LABELS):
-        raise ValueError(
-            f"boxes = {boxes}: {len(OBJECTS) - used} objects and {len(LABELS) - unused} labels are left"
-        )
+        raise ValueError(f"boxes = {boxes}: {len(OBJECTS) - used} objects and {len(LABELS) - unused} labels are left")
     objects, labels = np.empty((n, boxes), np.int64), np.empty((n, boxes), np.int64)
     todo = np.arange(n)
     while len(todo):
@@ -124,9 +122,7 @@ def draw_clauses(rng: np.random.Generator, n: int, clauses: int) -> Int[np.ndarr
     return rng.permutation(np.arange(n) % clauses)
 
 
-def draw_other_clauses(
-    rng: np.random.Generator, boxes: int, *taken: Int[np.ndarray, "n"]
-) -> Int[np.ndarray, "n"]:
+def draw_other_clauses(rng: np.random.Generator, boxes: int, *taken: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """A clause index per row that differs from all taken ones, uniform over the rest."""
     keys = rng.random((len(taken[0]), boxes))
     for clause in taken:

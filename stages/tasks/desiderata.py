@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import (
     Contexts,
     Split,
@@ -43,7 +44,12 @@ def draw_pairs(
         split: the split that base and source contexts belong to.
         n: number of pairs.
         boxes: number of clauses, at least LEAST_BOXES.
+
+    Raises:
+        Invalid: fewer boxes.
     """
+    if boxes < LEAST_BOXES:
+        raise Invalid(f"synthesize.boxes = {boxes}: must be at least {LEAST_BOXES}, so that desiderata differ")
     rows = np.arange(n)
     base = draw_contexts(rng, split, n, boxes)
     base_clause = draw_clauses(rng, n, boxes)

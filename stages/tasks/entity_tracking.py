@@ -76,8 +76,6 @@ def positions(boxes: int, clauses: Int[np.ndarray, "n"]) -> dict[str, Int[Tensor
     return {name: torch.from_numpy(index) for name, index in zip(POSITIONS, indices, strict=True)}
 
 
-def standard_prompts(
-    vocabulary: Vocabulary, contexts: Contexts, clauses: Int[np.ndarray, "n"]
-) -> Int[Tensor, "n t"]:
+def standard_prompts(vocabulary: Vocabulary, contexts: Contexts, clauses: Int[np.ndarray, "n"]) -> Int[Tensor, "n t"]:
     """Prompts in the standard template that query these clauses."""
     return torch.from_numpy(render_queries(vocabulary, STANDARD, contexts, clauses, CONTAINS.verb))

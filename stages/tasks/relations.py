@@ -48,9 +48,7 @@ CONTAINS = Relation("contains", lambda boxes, clause: (clause,))
 NEW_TASKS = {
     "adjacent": Relation("adjoins", _neighbours),  # either neighbour, in a circle: 2 right answers of 7
     "lacks": Relation("lacks", _others),  # any other object: 6 of 7, so naming any object scores .857
-    "precedes": Relation(
-        "precedes", _next
-    ),  # the next clause's object: 1 of 7; the last clause is not queried
+    "precedes": Relation("precedes", _next),  # the next clause's object: 1 of 7; the last clause is not queried
 }
 
 
