@@ -28,6 +28,7 @@ def main(cell: Cell) -> None:
         steps=section.steps,
         batch=section.batch,
         learning_rate=section.learning_rate,
+        start=section.start,
         sparsity=section.sparsity,
         objective=section.objective,
         tolerance=section.tolerance,

@@ -16,7 +16,8 @@ MODEL_FILE = "model.safetensors"
 
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
-    level, rate, confirm = (cell.params(f"match.{key}") for key in ("level", "learning_rate", "confirm"))
+    settings = cell.params("match")
+    level, rate, confirm = settings.level, settings.learning_rate, settings.confirm
     new_task = cell.params("new_task")
     _refuse_shortcut_level(level, new_task)
 
@@ -24,7 +25,7 @@ def main(cell: Cell) -> None:
     base = load_file(base_folder / MODEL_FILE)
     curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
     untrained = set(curves) == {0.0}
-    source = cell.params("match.noise_like") if untrained else arm
+    source = settings.noise_like if untrained else arm
     source_curves = read_curve(Path(f"reports/cells/finetune/{source}/{seed}.csv"))
     index, picked = _at_rate(source_curves, rate, level, confirm)
     weights = read_checkpoint(Path(f"models/runs/{source}/{seed}/lr{index}.safetensors"), picked.step)

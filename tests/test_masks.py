@@ -24,6 +24,7 @@ SETTINGS = MaskSettings(
     steps=40,
     batch=32,
     learning_rate=0.1,
+    start=0.5,
     sparsity=0.02,
     objective="log_probability",
     tolerance=0.0,
@@ -184,7 +185,7 @@ def test_the_raw_logit_is_the_objective_of_the_paper() -> None:
     group = Group("g", "last", "logits", None, HEADS)
     table = PairTable.of([known("last", [(2, 3)], 40, 1)], ["last"])
     batch = [table.run(walker, slice(0, len(table.target)))]
-    settings = replace(SETTINGS, objective="logit", steps=1)
+    settings = replace(SETTINGS, objective="logit", steps=1, start=1.0)
     mask, _ = train_masks(walker, batch, group, 1, settings)
     logit, _ = train_masks(walker, batch, group, 1, replace(settings, sparsity=1e6))
     assert float(mask.min()) < 1, "some head raises the target's logit"

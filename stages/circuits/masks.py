@@ -5,8 +5,10 @@ Source: Davies et al., "Discovering variable binding circuitry with desiderata" 
 desired information, then writing its outputs from the source prompt into the base prompt must make the model
 answer the target.
 
-1. Every head of the group gets a mask value w in [0, 1], at first 1. In the base prompt its output becomes
-   w z + (1 - w) z_source at the group's position; z_source comes from the source's own such position.
+1. Every head of the group gets a mask value w in [0, 1]. In the base prompt its output becomes
+   w z + (1 - w) z_source at the group's position; z_source comes from the source's own such position. (The
+   paper starts from w = 1. There a head that has to be swapped whole before the answer moves gets hardly any
+   gradient, and training can end in a bad optimum; from `start=0.5` it found the same heads each time.)
 2. The loss, minus the log-probability of the target plus sparsity * sum(1 - w), is minimised by Adam with w
    clamped after each step. (The paper maximises the raw logit of the target, which can be had as
    `objective="logit"`. A logit also grows without bound after the answer is won, so heads that no longer
@@ -71,6 +73,7 @@ class MaskSettings:
         steps: steps of Adam.
         batch: pairs per step of all desiderata together.
         learning_rate: of Adam.
+        start: mask value that training starts from, the same for all heads.
         sparsity: price of swapping one head, in the unit of the objective.
         objective: "log_probability" of the target, or its raw "logit".
         tolerance: how much accuracy on the selection pairs a smaller set of heads may give away.
@@ -80,6 +83,7 @@ class MaskSettings:
     steps: int
     batch: int
     learning_rate: float
+    start: float
     sparsity: float
     objective: str
     tolerance: float
@@ -201,8 +205,11 @@ def component_masks(
     names = list(train)
     sites = sorted({group.position for group in groups})
     table = PairTable.of([train[name] for name in names], sites)
-    n_batches = max(1, len(table.target) // settings.batch)
-    batches = [table.run(walker, torch.arange(k, len(table.target), n_batches)) for k in range(n_batches)]
+    stride = max(1, len(table.target) // settings.batch)  # so every batch has early and late sites
+    batches = [
+        table.run(walker, torch.arange(first, len(table.target), stride))
+        for first in range(min(stride, settings.steps))
+    ]
     orders = []
     for group in groups:
         orders.append(nested_order(*train_masks(walker, batches, group, len(names), settings)))
@@ -245,7 +252,7 @@ def train_masks(
             parts.append((*batch.at(group.position, part), batch.target[part], batch.desideratum[part]))
         counts = torch.bincount(batch.desideratum, minlength=n_desiderata)
         prepared.append((parts, counts.clamp(min=1).to(walker.dtype)))
-    mask = torch.ones(n_desiderata, len(heads), dtype=walker.dtype, requires_grad=True)
+    mask = torch.full((n_desiderata, len(heads)), settings.start, dtype=walker.dtype, requires_grad=True)
     mean = torch.zeros_like(mask)
     optimizer = torch.optim.Adam([mask], lr=settings.learning_rate)
     for step in range(settings.steps):

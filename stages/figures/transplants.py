@@ -29,7 +29,7 @@ def draw(
             figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
             empty(
                 axes,
-                "Nothing to show: no circuit was identifiable in a base, or no arm reached the matching level.",
+                "Nothing to show: no identifiable circuit, or no arm reached the matching level.",
             )
             return figure
         figure, panels = plt.subplots(2, 1, figsize=(11, 7.6), sharex=True, sharey=True, layout="constrained")

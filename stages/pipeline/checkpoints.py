@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from stages.pipeline.files import replacing_directory, write_text
 from stages.pipeline.stage import Invalid
@@ -22,6 +23,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     folder = Path(folder)
     if not list(folder.glob("*.safetensors")):
         raise Invalid(f"model folder '{folder}' holds no .safetensors file; only safetensors weights are loaded")
+    logging.disable_progress_bar()  # the terminal belongs to the stages' own progress bars
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="float32",

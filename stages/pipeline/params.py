@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from stages.pipeline.stage import Invalid
 
@@ -41,15 +33,24 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _names(*names: str) -> AfterValidator:
+    """A mapping that names exactly these."""
+
+    def check(sizes: dict[str, int]) -> dict[str, int]:
+        if set(sizes) != set(names):
+            raise ValueError(f"names {', '.join(sizes)}: must name exactly {', '.join(names)}")
+        return sizes
+
+    return AfterValidator(check)
+
+
 Interval = Annotated[tuple[Count, Count], BeforeValidator(_as_tuple)]
 Betas = Annotated[
-    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-    BeforeValidator(_as_tuple),
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_as_tuple)
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 NEW_TASKS = ("adjacent", "lacks", "precedes")
-OLD_SETS = ("selection", "discovery", "pruning", "evaluation", "relearning", "means")
 OBJECTS, LABELS = 85, 26  # numbers of words in stages/tasks/vocabulary.py; a test compares
 MOST_BOXES = LABELS - 1
 
@@ -59,9 +60,9 @@ class Synthesize(Section):
 
     seed: Seed
     boxes: Annotated[int, Field(ge=2, le=LABELS)]
-    old: dict[str, Count]
-    new: dict[str, Count]
-    desiderata: dict[str, Count]
+    old: Annotated[dict[str, Count], _names("selection", "discovery", "pruning", "evaluation", "relearning", "means")]
+    new: Annotated[dict[str, Count], _names("train", "selection", "evaluation")]
+    desiderata: Annotated[dict[str, Count], _names("train", "selection", "test")]
 
     @field_validator("boxes")
     @classmethod
@@ -72,19 +73,6 @@ class Synthesize(Section):
                 f"boxes = {boxes}: must be at most {MOST_BOXES}, so that a corrupt partner has words of its own"
             )
         return boxes
-
-    @field_validator("old", "new", "desiderata")
-    @classmethod
-    def _know_the_sets(cls, sizes: dict[str, int], info: ValidationInfo) -> dict[str, int]:
-        wanted = {
-            "old": OLD_SETS,
-            "new": ("train", "selection", "evaluation"),
-            "desiderata": ("train", "selection", "test"),
-        }
-        names = wanted[str(info.field_name)]
-        if set(sizes) != set(names):
-            raise ValueError(f"names the sets {', '.join(sizes)}: must name exactly {', '.join(names)}")
-        return sizes
 
 
 class ModelSize(Section):
@@ -246,14 +234,15 @@ class Dcm(Section):
     steps: Count
     batch: Count
     learning_rate: Positive
+    start: Fraction
     sparsity: NotNegative
-    objective: str
+    objective: Literal["log_probability", "logit"]
     tolerance: NotNegative
     memory_mib: Positive
 
 
 class Cmap(Section):
-    random_draws: Annotated[int, Field(ge=5)]
+    random_draws: Count
     memory_mib: Positive
 
 

@@ -70,6 +70,8 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
     except Invalid as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 _cache: dict[str, Any] = {}
