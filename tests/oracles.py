@@ -121,14 +121,24 @@ def head_outputs(model: PreTrainedModel, ids: Int[Tensor, "n t"]) -> list[Float[
 
 
 def naive_path_patching(
-    model: PreTrainedModel, pairs: Pairs, position: str, senders: list[tuple[int, int]], receivers: Receivers
+    model: PreTrainedModel,
+    pairs: Pairs,
+    position: str,
+    senders: list[tuple[int, int]],
+    receivers: Receivers,
+    clean: list[Tensor],
+    corrupt: list[Tensor],
 ) -> Float[Tensor, "n vocab"]:
-    """Logits after path patching one set of senders: two whole forward passes with hooks on every layer."""
+    """Logits after path patching one set of senders: two whole forward passes with hooks on every layer.
+
+    Args:
+        clean: `head_outputs` of the clean prompts; they do not depend on the senders.
+        corrupt: those of the corrupt prompts.
+    """
     n = len(pairs.clean_ids)
     width = model.config.hidden_size // model.config.num_attention_heads
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     at, corrupt_at, rows = pairs.positions[position], pairs.corrupt_positions[position], range(n)
-    clean, corrupt = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
 
     def frozen(layer: int, _: Tensor) -> Tensor:
         z = clean[layer].clone()

@@ -7,7 +7,7 @@ import torch
 
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
 from stages.circuits.types import Component
-from tests.oracles import KINDS, naive_path_patching, random_model, random_pairs, walker_of
+from tests.oracles import KINDS, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
 
 RECEIVERS = {
     "logits": Receivers(),
@@ -30,12 +30,13 @@ def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
 def test_every_head_equals_the_naive_version(kind, position):
     model, pairs = random_model(kind), random_pairs()
     patcher = patcher_of(model, pairs)
+    outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
     together = patcher.head_effects(position, list(RECEIVERS.values()))
     for (name, receivers), effects in zip(RECEIVERS.items(), together, strict=True):
         error = largest = 0.0
         for layer in range(3):
             for head in range(4):
-                naive = naive_path_patching(model, pairs, position, [(layer, head)], receivers)
+                naive = naive_path_patching(model, pairs, position, [(layer, head)], receivers, *outputs)
                 expected = difference(naive, None) - patcher.clean
                 error = max(error, float((effects[layer, head] - expected).abs().max()))
                 largest = max(largest, float(expected.abs().max()))
@@ -48,6 +49,7 @@ def test_every_head_equals_the_naive_version(kind, position):
 def test_sets_of_senders_equal_the_naive_version(name):
     model, pairs = random_model("llama_gqa", seed=1), random_pairs(1)
     patcher = patcher_of(model, pairs)
+    outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
     sets = [
         [(1, 2), (0, 1), (0, 3)],
         [],
@@ -60,7 +62,7 @@ def test_sets_of_senders_equal_the_naive_version(name):
             senders[row][head] = True
     for position in ("last", "earlier"):
         effects = patcher.effects(position, senders, [RECEIVERS[name]])[0]
-        naive = [naive_path_patching(model, pairs, position, heads, RECEIVERS[name]) for heads in sets]
+        naive = [naive_path_patching(model, pairs, position, heads, RECEIVERS[name], *outputs) for heads in sets]
         expected = torch.stack([difference(logits, None) - patcher.clean for logits in naive])
         error = float((effects - expected).abs().max())
         print(f"{position} -> {name}: max error {error:.1e}, effects {expected.abs().amax(1).tolist()}")

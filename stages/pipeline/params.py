@@ -59,7 +59,7 @@ class Synthesize(Section):
     """Data sets."""
 
     seed: Seed
-    boxes: Annotated[int, Field(ge=2, le=LABELS)]
+    boxes: Annotated[int, Field(ge=3, le=LABELS)]
     old: Annotated[dict[str, Count], _names("selection", "discovery", "pruning", "evaluation", "relearning", "means")]
     new: Annotated[dict[str, Count], _names("train", "selection", "evaluation")]
     desiderata: Annotated[dict[str, Count], _names("train", "selection", "test")]
