@@ -376,12 +376,13 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         curve = Path(f"reports/cells/finetune/{arm}/5.csv")
         curve.parent.mkdir(parents=True, exist_ok=True)
         curve.write_text("\n".join(lines) + "\n")
-    params = {
-        "match.level": 0.35, "match.learning_rate": 3e-3, "match.confirm": 1, "match.noise_like": "sft_gold",
-        "new_task": "adjacent",
-    }  # fmt: skip
+
+    def params(**changed: float) -> dict[str, object]:
+        settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"} | changed
+        return {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
+
     for arm in ("sft_gold", "noise"):
-        match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params))
+        match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params()))
     record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
     assert (record["reached"], record["step"], record["learning_rate"]) == (True, 2, 3e-3)
     assert set(record["by_learning_rate"]) == {"0.001", "0.003"}
@@ -398,6 +399,6 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     assert list(read_curve(Path("reports/cells/finetune/noise/5.csv"))) == [0.0]
 
     with pytest.raises(Invalid, match="match.level = 0.2"):
-        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params | {"match.level": 0.2}))
+        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(level=0.2)))
     with pytest.raises(Invalid, match="match.learning_rate = 0.5"):
-        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params | {"match.learning_rate": 0.5}))
+        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(learning_rate=0.5)))
