@@ -122,6 +122,8 @@ BAD = [
     ("models", ["base"], "models"),
     ("new_task", "juggling", "juggling"),
     ("synthesize.boxes", 27, "synthesize.boxes"),
+    ("synthesize.boxes", 26, "synthesize.boxes"),
+    ("synthesize.boxes", 2, "synthesize.boxes"),
     ("match.level", 1.2, "match.level"),
     ("match.level", 0.1, "match.level"),
     ("match.learning_rate", 0.77, "match.learning_rate"),
@@ -138,6 +140,20 @@ def test_bad_params_end_in_one_clear_sentence(tmp_path: Path, path: str, value: 
     message = str(caught.value)
     assert named in message and "\n" not in message
     assert len(message) < 300
+
+
+def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
+    """params.py knows nothing of the task modules, so that refusing a value is quick; here they are compared."""
+    from stages.pipeline import params
+    from stages.tasks.desiderata import LEAST_BOXES
+    from stages.tasks.relations import NEW_TASKS
+    from stages.tasks.vocabulary import LABELS, OBJECTS
+
+    assert set(params.NEW_TASKS) == set(NEW_TASKS)
+    assert params.MOST_BOXES == len(LABELS) - 1 and 2 * params.MOST_BOXES <= len(OBJECTS)
+    with pytest.raises(ValueError, match="greater than or equal to 3"):
+        params.Synthesize.model_validate(PARAMS["synthesize"] | {"boxes": LEAST_BOXES - 1})
+    params.Synthesize.model_validate(PARAMS["synthesize"] | {"boxes": LEAST_BOXES})
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
