@@ -215,11 +215,13 @@ class Discover(Section):
 
 
 class Evaluate(Section):
+    processes: Count
     random_circuits: Annotated[int, Field(ge=20)]
     memory_mib: Positive
 
 
 class Dcm(Section):
+    processes: Count
     steps: Count
     batch: Count
     learning_rate: Positive
@@ -231,6 +233,7 @@ class Dcm(Section):
 
 
 class Cmap(Section):
+    processes: Count
     random_draws: Count
     memory_mib: Positive
 
