@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
 from stages.circuits.trace import TraceDict
 from stages.circuits.walker import Walker, Window
@@ -31,9 +31,10 @@ def test_run_equals_hugging_face(kind):
         "logits": run.logits - output.logits[:, -1],
         "z": run.z.flatten(-2) - z,
         "residual": run.residual[:-1] - torch.stack(output.hidden_states[:-1]),
-        "whole": torch.stack([walker.attention_output(at, run.z[at]) for at in range(3)])
-        + run.residual[:-1]
-        - run.middle,
+        "layers": torch.stack(
+            [walker.after_attention(at, run.residual[at], walker.attention_output(at, run.z[at])) for at in range(3)]
+        )
+        - run.residual[1:],
     }
     worst = {name: float(error.abs().max()) for name, error in errors.items()}
     print(kind, worst)
@@ -94,8 +95,9 @@ def test_positions_outside_a_scattered_window_stay_as_they_were():
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(Invalid, match="model type 'gpt2' is not supported"):
-        Walker(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)))
+    config = OPTConfig(vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(Invalid, match="model type 'opt' is not supported: must be one of llama, .*, gpt2"):
+        Walker(OPTForCausalLM(config))
 
 
 def test_a_model_that_computes_something_else_is_refused():

@@ -29,10 +29,8 @@ from stages.circuits.exchange import (
     slices,
     stack_positions,
 )
-from stages.circuits.types import Node
+from stages.circuits.types import LAST, Node
 from stages.circuits.walker import Run, Walker
-
-LAST = "last"  # the position that is read out; it is always computed
 
 
 @torch.no_grad()
