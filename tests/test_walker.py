@@ -8,7 +8,7 @@ from stages.circuits.trace import TraceDict
 from stages.circuits.walker import Walker, Window
 from stages.pipeline.stage import Invalid
 from tests.oracles import (
-    KINDS,
+    FAMILIES,
     float64_softmax,
     head_outputs,
     hooked_logits,
@@ -18,7 +18,7 @@ from tests.oracles import (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_run_equals_hugging_face(kind):
     model = random_model(kind)
@@ -41,7 +41,7 @@ def test_run_equals_hugging_face(kind):
     assert max(worst.values()) <= 1e-11
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_tail_equals_a_whole_run_with_other_last_tokens(kind):
     pairs = random_pairs()

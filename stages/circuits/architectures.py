@@ -103,6 +103,10 @@ class Architecture(ABC):
     def output_projection(self, layer: int) -> Any:
         """The module that turns the head outputs of a layer, side by side, into what attention gives."""
 
+    def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
+        """What that module gives, with its bias."""
+        return self.output_projection(layer)(z.flatten(-2))
+
     def output_weight(self, layer: int) -> Float[Tensor, "d outputs"]:
         """Its matrix."""
         return self.output_projection(layer).weight
@@ -285,6 +289,9 @@ class Gpt2(Architecture):
 
     def output_projection(self, layer: int) -> Any:
         return self.layers[layer].attn.c_proj
+
+    def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
+        return self.output_projection(layer)(z.flatten(-2).contiguous())  # Conv1D takes a view of its input
 
     def output_weight(self, layer: int) -> Float[Tensor, "d outputs"]:
         return self.output_projection(layer).weight.T

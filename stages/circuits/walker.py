@@ -205,7 +205,7 @@ class Walker:
 
     def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
         """The output projection of head outputs, with its bias."""
-        return self.architecture.output_projection(layer)(z.flatten(-2))
+        return self.architecture.attention_output(layer, z)
 
     def head_writes(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows h d"]:
         """Each head's part of `attention_output` (its bias left out)."""
