@@ -125,7 +125,7 @@ def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel
 class _Norm(nn.Module):
     """An RMS norm that keeps float64."""
 
-    def __init__(self, norm: nn.Module, eps: float, offset: float) -> None:
+    def __init__(self, norm: Any, eps: float, offset: float) -> None:
         super().__init__()
         self.weight, self.eps, self.offset = norm.weight, eps, offset
 

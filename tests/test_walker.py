@@ -9,6 +9,7 @@ from stages.circuits.walker import Walker, Window
 from stages.pipeline.stage import Invalid
 from tests.oracles import (
     FAMILIES,
+    blocks,
     float64_softmax,
     head_outputs,
     hooked_logits,
@@ -57,9 +58,10 @@ def test_tail_equals_a_whole_run_with_other_last_tokens(kind):
         assert error <= 1e-11
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
-def test_positions_outside_a_scattered_window_stay_as_they_were():
-    model, pairs = random_model("llama_gqa"), random_pairs()
+def test_positions_outside_a_scattered_window_stay_as_they_were(kind):
+    model, pairs = random_model(kind), random_pairs()
     walker = walker_of(model)
     clean, changed = walker.run(pairs.clean_ids), walker.run(pairs.corrupt_ids)
     rows = torch.arange(5)
@@ -75,7 +77,7 @@ def test_positions_outside_a_scattered_window_stay_as_they_were():
     inside[rows[:, None], padded] = True
 
     def restore(output, layer):
-        at = int(layer.split(".")[2])
+        at = names.index(layer)
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = torch.where(inside[..., None], hidden, clean.residual[at + 1])
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -85,11 +87,14 @@ def test_positions_outside_a_scattered_window_stay_as_they_were():
         output[rows[:, None], padded[:, [0, 2, 3]]] = residual[:, [0, 2, 3]]
         return output
 
-    names = [f"model.layers.{layer}" for layer in range(3)]
+    names = blocks(model)
+    entry = {"gpt_neox": "gpt_neox.emb_dropout", "gpt2": "transformer.drop"}.get(
+        model.config.model_type, "model.embed_tokens"
+    )
     with TraceDict(model, names, edit_output=restore):
-        expected = hooked_logits(model, pairs.clean_ids, edits={"model.embed_tokens": embed})
+        expected = hooked_logits(model, pairs.clean_ids, edits={entry: embed})
     error = float((logits - expected).abs().max())
-    print(error, float((expected - clean.logits).abs().max()))
+    print(kind, error, float((expected - clean.logits).abs().max()))
     assert float((expected - clean.logits).abs().max()) > 1e-2
     assert error <= 1e-11
 

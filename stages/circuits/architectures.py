@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.lora import adapter_layers
 from stages.pipeline.stage import Invalid
@@ -332,8 +333,9 @@ def architecture_of(model: nn.Module) -> Architecture:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise Invalid(f"model type '{kind}' is not supported: must be one of {', '.join(FAMILIES)}")
-    hf: Any = model
-    if hf.get_output_embeddings() is None:
+    if not isinstance(model, PreTrainedModel):
+        raise Invalid(f"a {type(model).__name__} is not a Hugging Face model itself: unwrap it first")
+    if model.get_output_embeddings() is None:
         raise Invalid(f"{type(model).__name__} has no language-model head: must be a causal language model")
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in model.modules()):
         raise Invalid("the model is in training mode with dropout: call model.eval() first")

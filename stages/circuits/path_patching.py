@@ -69,10 +69,11 @@ class Pairs:
             raise Invalid(
                 f"clean_ids has shape {shape}, corrupt_ids {corrupt}: must be the same two, prompts by tokens"
             )
-        check_positions(self.positions, *shape)
-        check_positions(self.corrupt_positions, *shape, "corrupt_positions")
-        for name in self.positions:
-            check_name(name, self.corrupt_positions)
+        check_positions(self.positions, shape[0], shape[1])
+        check_positions(self.corrupt_positions, shape[0], shape[1], "corrupt_positions")
+        if set(self.positions) - set(self.corrupt_positions):
+            missing = ", ".join(sorted(set(self.positions) - set(self.corrupt_positions)))
+            raise Invalid(f"corrupt_positions lacks {missing}: must name every position that positions names")
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,8 @@ class PathPatcher:
             ids = getattr(self.pairs, what)
             check_tokens(ids, self.walker.vocab_size, longest, what)
             check_padding(ids, config.pad_token_id, (config.bos_token_id, config.eos_token_id), what)
+        one = torch.zeros(1, 1, self.walker.vocab_size, dtype=self.walker.logits_dtype)
+        self.measure(one, torch.tensor([len(self.pairs.clean_ids) - 1]))  # a measure that cannot work fails here
 
     def _check_paths(self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]) -> None:
         check_name(position, self.pairs.positions)
