@@ -30,11 +30,9 @@ from stages.circuits.exchange import (
     slices,
     stack_positions,
 )
-from stages.circuits.types import Node
+from stages.circuits.types import LAST, Node
 from stages.circuits.walker import Run, Walker
 from stages.pipeline.processes import in_processes
-
-LAST = "last"  # the position that is read out; it is always computed
 
 
 def mean_outputs(
