@@ -9,60 +9,22 @@ that was found before) and the component of the receivers that they write to. Tw
   whether anything at a position feeds a component; where it does, single heads are scored. It ends where
   nothing beats the noise.
 
-Selection is one rule for every model. A hop counts when all heads of the position together move the answer by
-at least `minimum_effect` and `noise_z` standard errors. Its senders are the strongest heads, each above its
-own floor and `noise_z` standard errors, taken until together they have `coverage` of what all heads there do.
-A threshold on single heads would not do: where several heads do the same thing, removing one of them shows
-little (five heads of .02 to .14 can make .5 together), so a small change of the threshold would lose the
-whole group.
+Which heads of a position are the senders of a hop is decided in `selection.py`, by one rule for every model.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, score, split_half
+from stages.circuits.selection import Head, Rule, select_heads, strongest
 from stages.circuits.types import LOGITS, Circuit, Component, Group
 
 ROOT = "fetch_answer"  # the group that writes the answer into the logits
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When a hop counts, and which heads are its senders.
-
-    Attributes:
-        minimum_effect: smallest strength of all heads together, in the unit of the metric.
-        minimum_head_effect: smallest strength of a sender; far below the coverage's demands, above rounding.
-        noise_z: smallest strength, of all heads together and of each sender, in standard errors over
-            examples.
-        coverage: share of the strength of all heads together that the senders must have together.
-        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position
-            is no group of its own; its heads join that group.
-        max_depth: longest chain of hops from the logits.
-    """
-
-    minimum_effect: float
-    minimum_head_effect: float
-    noise_z: float
-    coverage: float
-    merge_overlap: float
-    max_depth: int
-
-    def counts(self, joint: Scores) -> bool:
-        """Whether all heads of a position together do something."""
-        return bool(self._beats(joint, self.minimum_effect))
-
-    def candidates(self, scores: Scores) -> Bool[Tensor, "layers h"]:
-        """Heads that may be senders."""
-        return self._beats(scores, self.minimum_head_effect)
-
-    def _beats(self, scores: Scores, minimum: float) -> Bool[Tensor, "*senders"]:
-        return (scores.strength >= minimum) & (scores.strength >= self.noise_z * scores.noise)
 
 
 @dataclass(frozen=True)
@@ -75,7 +37,7 @@ class Hop:
         receiver: name of the receiving group, or "logits".
         component: which input of the receivers; None for the logits.
         joint: score of all heads at the position together, with its noise.
-        scores: score of each head, [layers h]; None where the joint effect did not pass.
+        scores: score of each head alone, [layers h]; None where the joint effect did not pass.
         split_half: correlation of scores between two halves of the examples.
         heads: selected (layer, head) pairs, strongest first.
         group: name of the group that these heads form or join; None without heads.
@@ -88,19 +50,16 @@ class Hop:
     joint: Scores
     scores: Scores | None = None
     split_half: float | None = None
-    heads: tuple[tuple[int, int], ...] = ()
+    heads: tuple[Head, ...] = ()
     group: str | None = None
 
     @property
     def forms_group(self) -> bool:
         return self.group == self.name
 
-    def strongest(self, k: int) -> tuple[tuple[int, int], ...]:
-        """The k heads of greatest strength, strongest first."""
-        assert self.scores is not None
-        n_heads = self.scores.strength.shape[1]
-        order = torch.argsort(self.scores.strength.flatten(), descending=True, stable=True)
-        return tuple((int(at) // n_heads, int(at) % n_heads) for at in order[:k])
+    def strongest(self, k: int) -> tuple[Head, ...]:
+        """The k heads that do most alone, strongest first."""
+        return () if self.scores is None else tuple(strongest(self.scores)[:k])
 
 
 # name of the hop and its group, sender position, receiver, component
@@ -152,17 +111,11 @@ def paper_hops(
         heads: how many of a hop's strongest heads form its group, one number a hop; None: those of the rule.
     """
     hops: list[Hop] = []
-    feeding: dict[str, tuple[tuple[int, int], ...]] = {LOGITS: ()}
+    feeding: dict[str, tuple[Head, ...]] = {LOGITS: ()}
     for number, (name, position, receiver, component) in enumerate(PAPER_HOPS):
-        if component is not None and not feeding[receiver]:
-            break
         target = Receivers(component, feeding[receiver])
-        joint = _scores(patcher, metric, patcher.joint_effects(position, [target])[0])
-        effects = patcher.head_effects(position, [target])[0]
-        hop = _select(patcher, metric, rule, Hop(name, position, receiver, component, joint), target, effects)
-        feeding[name] = hop.heads if receivers is None else hop.strongest(receivers[number])
-        if heads is not None:
-            hop = replace(hop, heads=hop.strongest(heads[number]))
+        together = patcher.joint_effects(position, [target])
+        hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
         hops.append(replace(hop, group=name if hop.heads else None))
         report(hops[-1])
     return _circuit(patcher, hops), hops
@@ -179,45 +132,27 @@ def _try(
 ) -> list[Hop]:
     """One hop for each target (name, receiver, component, receiving heads): all heads first, then each."""
     receivers = [Receivers(component, heads) for _, _, component, heads in targets]
-    joints = [_scores(patcher, metric, effect) for effect in patcher.joint_effects(position, receivers)]
+    together = patcher.joint_effects(position, receivers)
+    joints = [_scores(patcher, metric, effect) for effect in together]
     counting = [number for number, joint in enumerate(joints) if rule.counts(joint)]
     effects = dict(zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True))
     hops: list[Hop] = []
     for number, (name, receiver, component, _) in enumerate(targets):
         hop = Hop(name, position, receiver, component, joints[number])
         if number in effects:
-            hop = _select(patcher, metric, rule, hop, receivers[number], effects[number])
+            alone = effects[number]
+            heads = select_heads(patcher, metric, rule, position, receivers[number], together[number], alone)
+            hop = _scored(patcher, metric, replace(hop, heads=heads), alone)
             hop = replace(hop, group=_group_of(hop, [*earlier, *hops], rule.merge_overlap))
         report(hop)
         hops.append(hop)
     return hops
 
 
-def _select(
-    patcher: PathPatcher,
-    metric: Metric,
-    rule: Rule,
-    hop: Hop,
-    receivers: Receivers,
-    effects: Float[Tensor, "layers h n"],
-) -> Hop:
-    """The hop with the scores of single heads and its senders, the strongest that have the coverage."""
-    scores = _scores(patcher, metric, effects)
-    hop = replace(hop, scores=scores, split_half=split_half(metric, effects, patcher.clean, patcher.corrupt))
-    passing = rule.candidates(scores)
-    candidates = [head for head in hop.strongest(passing.numel()) if passing[head]]
-    enough, too_few = len(candidates), 0  # bisection for the number of senders; all of them if none is enough
-    while enough - too_few > 1:
-        middle = (enough + too_few) // 2
-        senders = torch.zeros(1, *passing.shape, dtype=torch.bool)
-        for head in candidates[:middle]:
-            senders[0][head] = True
-        together = _scores(patcher, metric, patcher.effects(hop.position, senders, [receivers])[0][0])
-        if float(together.strength) >= rule.coverage * float(hop.joint.strength):
-            enough = middle
-        else:
-            too_few = middle
-    return replace(hop, heads=tuple(candidates[:enough]))
+def _scored(patcher: PathPatcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
+    """The hop with the scores of single heads."""
+    halves = split_half(metric, alone, patcher.clean, patcher.corrupt)
+    return replace(hop, scores=_scores(patcher, metric, alone), split_half=halves)
 
 
 def _group_of(hop: Hop, earlier: Sequence[Hop], merge_overlap: float) -> str | None:
