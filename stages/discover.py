@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from stages.circuits.path_patching import Pairs, PathPatcher
 from stages.circuits.scores import Metric, measure_of
-from stages.circuits.search import Hop, Rule, paper_hops, search
+from stages.circuits.search import Hop, paper_hops, search
+from stages.circuits.selection import Rule
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model

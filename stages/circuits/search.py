@@ -23,6 +23,7 @@ from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, score, split_half
 from stages.circuits.selection import Head, Rule, select_heads, strongest
 from stages.circuits.types import LOGITS, Circuit, Component, Group
+from stages.pipeline.stage import Invalid
 
 ROOT = "fetch_answer"  # the group that writes the answer into the logits
 
@@ -80,15 +81,21 @@ def search(patcher: PathPatcher, metric: Metric, rule: Rule, report: Report) -> 
         the circuit, and every hop that was tried, in order.
     """
     hops = _try(patcher, metric, rule, "last", [(ROOT, LOGITS, None, ())], [], report)
+    asked: dict[str, set[Head]] = {}  # group -> its heads whose inputs were searched
     frontier = hops
     for _ in range(1, rule.max_depth):
         found: list[Hop] = []
-        for upper in (hop for hop in frontier if hop.forms_group):
-            if all(layer == 0 for layer, _ in upper.heads):
+        for upper in frontier:
+            if upper.group is None:
+                continue
+            # of a hop that joined a group only the heads that are new there
+            heads = tuple(head for head in upper.heads if head not in asked.setdefault(upper.group, set()))
+            asked[upper.group].update(heads)
+            if all(layer == 0 for layer, _ in heads):
                 continue  # no head writes into the first layer
             for position in _up_to(patcher, upper.position):
                 components = list(Component) if position == upper.position else [Component.K, Component.V]
-                targets = [(_name(part, position, upper.name), upper.name, part, upper.heads) for part in components]
+                targets = [(_name(part, position, upper.name), upper.group, part, heads) for part in components]
                 found += _try(patcher, metric, rule, position, targets, [*hops, *found], report)
         hops += found
         frontier = found
@@ -103,22 +110,55 @@ def paper_hops(
     heads: Sequence[int] | None,
     report: Report,
 ) -> tuple[Circuit, list[Hop]]:
-    """The four hops of Prakash et al. 2024.
+    """The four hops of Prakash et al. 2024, section 3 and appendix.
+
+    Each hop feeds heads of the hop before it: the strongest ones alone, without regard to which of them end up in a
+    group. A head that two hops find at the same position belongs to the later one (there: a value fetcher that is a
+    position transmitter, too, is a position transmitter).
 
     Args:
         receivers: how many of a hop's strongest heads the next hop feeds, one number a hop; None: those of
             the rule.
         heads: how many of a hop's strongest heads form its group, one number a hop; None: those of the rule.
+
+    Returns:
+        the circuit, and all four hops. One whose receivers are no heads has a joint score of 0 and no scores.
+
+    Raises:
+        Invalid: the prompts have no query label or no earlier label.
     """
+    for _, position, _, _ in PAPER_HOPS:
+        if position not in patcher.pairs.positions:
+            known = ", ".join(sorted(patcher.pairs.positions))
+            raise Invalid(f"the paper's hops need the position '{position}': the prompts have {known}")
     hops: list[Hop] = []
     feeding: dict[str, tuple[Head, ...]] = {LOGITS: ()}
     for number, (name, position, receiver, component) in enumerate(PAPER_HOPS):
         target = Receivers(component, feeding[receiver])
-        together = patcher.joint_effects(position, [target])
-        hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
-        hops.append(replace(hop, group=name if hop.heads else None))
+        if component is not None and not target.heads:
+            nothing = torch.zeros_like(patcher.clean)
+            hop = Hop(name, position, receiver, component, _scores(patcher, metric, nothing))
+        else:
+            together = patcher.joint_effects(position, [target])[0]
+            alone = patcher.head_effects(position, [target])[0]
+            hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
+            hop = _scored(patcher, metric, hop, alone)
+            if receivers is None or heads is None:
+                selected = select_heads(patcher, metric, rule, position, target, together, alone)
+                hop = replace(hop, heads=selected)
+        feeding[name] = hop.heads if receivers is None else hop.strongest(receivers[number])
+        chosen = hop.heads if heads is None else hop.strongest(heads[number])
+        hops.append(replace(hop, heads=chosen, group=name if chosen else None))
         report(hops[-1])
+    hops = [_less_later(hop, hops[number + 1 :]) for number, hop in enumerate(hops)]
     return _circuit(patcher, hops), hops
+
+
+def _less_later(hop: Hop, later: Sequence[Hop]) -> Hop:
+    """The hop without the heads that a later one has at the same position."""
+    taken = {head for other in later if other.position == hop.position for head in other.heads}
+    heads = tuple(head for head in hop.heads if head not in taken)
+    return replace(hop, heads=heads, group=hop.group if heads else None)
 
 
 def _try(
@@ -126,7 +166,7 @@ def _try(
     metric: Metric,
     rule: Rule,
     position: str,
-    targets: Sequence[tuple[str, str, Component | None, tuple[tuple[int, int], ...]]],
+    targets: Sequence[tuple[str, str, Component | None, tuple[Head, ...]]],
     earlier: Sequence[Hop],
     report: Report,
 ) -> list[Hop]:
