@@ -76,7 +76,9 @@ class Published(PathPatcher):
         return [scores[:, None] * uneven * self.clean]
 
 
-@pytest.mark.parametrize(("number", "upper", "lowest_zero", "zeros"), [(1, 0, 30, 64), (2, 1, 19, 416), (3, 2, 13, 608)])
+@pytest.mark.parametrize(
+    ("number", "upper", "lowest_zero", "zeros"), [(1, 0, 30, 64), (2, 1, 19, 416), (3, 2, 13, 608)]
+)
 def test_receivers_explain_the_exact_zeros(number, upper, lowest_zero, zeros):
     """Senders at or above the highest receiver do nothing, and the receivers are our k strongest heads."""
     receivers = published_hop(upper).strongest(RECEIVERS[upper])

@@ -251,6 +251,11 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
     record = json.loads(first["record.json"])
     assert record["size"] == 4 and record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
     assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
+    # all heads spread their attention evenly: over the tokens up to the label, the earlier the more on each of them
+    reads = {hop["name"]: hop["reads"] for hop in record["hops"]}
+    assert reads["q_last"] is None and set(reads["fetch_answer"]) == {"position", "share"}
+    assert reads["fetch_answer"]["share"] == pytest.approx(1 / LENGTH, abs=1e-5)
+    assert reads["v_query_label"]["share"] == pytest.approx(1 / (LENGTH - 2), abs=1e-5)
 
 
 def test_stage_does_not_search_where_the_model_cannot_do_the_task(stage_folder):

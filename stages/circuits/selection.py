@@ -21,9 +21,9 @@ Algorithm, for one position and one kind of receivers:
 5. for each K of the last test that fails, steps 2 to 4 run again with K patched throughout and the heads outside of C
    as A. What they find joins C, and is tested like the other senders.
 
-E is remembered, so nothing is patched twice. With a heads of which s are senders, the cost is a joint patches for step 1
-and about 2 log2 a + 3 s for the others. Where senders do nothing alone step 1 puts them anywhere in the order, and the
-run of step 2 is long: about 2 a more.
+E is remembered, so nothing is patched twice. With a heads of which s are senders, the cost is a joint patches for
+step 1 and about 2 log2 a + 3 s for the rest. Where senders do nothing alone step 1 puts them anywhere in the order, and
+the run of step 2 is long: about 2 a more.
 """
 
 from collections.abc import Callable, Iterable, Sequence
