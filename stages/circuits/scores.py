@@ -22,6 +22,11 @@ class Metric(StrEnum):
     """Mean of (p_patched - p_clean) / p_clean, p = probability of the right object (Prakash et al. 2024);
     more negative = more important. It vanishes where the model is nearly certain."""
 
+    @property
+    def towards_corrupt(self) -> int:
+        """Sign of a score that means towards the corrupt run."""
+        return 1 if self == Metric.LOGIT_DIFFERENCE else -1
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -36,6 +41,11 @@ class Scores:
     score: Float[Tensor, "*senders"]
     noise: Float[Tensor, "*senders"]
     strength: Float[Tensor, "*senders"]
+
+    @staticmethod
+    def of(metric: Metric, value: Float[Tensor, "*senders"], noise: Float[Tensor, "*senders"]) -> "Scores":
+        """Scores and their noise as they stand, in the unit of a metric."""
+        return Scores(value, noise, metric.towards_corrupt * value)
 
 
 def logit_difference(
@@ -113,17 +123,15 @@ def score(
             raise Invalid("clean and corrupt runs have the same mean logit difference: scores are shares of the change")
         value = effects.mean(-1) / full.mean()
         deviation = (effects - value[..., None] * full) / full.mean()
-        sign = 1
     else:
         relative = effects / clean.clamp_min(torch.finfo(clean.dtype).tiny)
         value = relative.mean(-1)
         deviation = relative - value[..., None]
-        sign = -1
     if not bool(torch.isfinite(value).all()):
         which = ".".join(map(str, (~torch.isfinite(value)).nonzero()[0].tolist()))
         raise Invalid(f"the {metric} score{f' of sender {which}' if which else ''} is not a finite number")
     noise = deviation.square().sum(-1).div(n * (n - 1)).sqrt()
-    return Scores(value, noise, sign * value)
+    return Scores.of(metric, value, noise)
 
 
 def split_half(
