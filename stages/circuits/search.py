@@ -134,11 +134,11 @@ def paper_hops(
     hops: list[Hop] = []
     feeding: dict[str, tuple[Head, ...]] = {LOGITS: ()}
     for number, (name, position, receiver, component) in enumerate(PAPER_HOPS):
-        target = Receivers(component, feeding[receiver])
-        if component is not None and not target.heads:
+        if component is not None and not feeding[receiver]:
             nothing = torch.zeros_like(patcher.clean)
             hop = Hop(name, position, receiver, component, _scores(patcher, metric, nothing))
         else:
+            target = Receivers(component, feeding[receiver])
             together = patcher.joint_effects(position, [target])[0]
             alone = patcher.head_effects(position, [target])[0]
             hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
