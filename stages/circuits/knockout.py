@@ -72,13 +72,13 @@ def knocked_out(
         raise Invalid(f"knockout of layer {beyond[0]}: the model has layers 0 to {walker.n_layers - 1}")
     blocked = torch.tensor([[layer in window for layer in range(walker.n_layers)] for window in windows])
     logits = clean.logits.new_empty(len(query), len(windows), clean.logits.shape[-1])
-    for rows in slices(len(query), rows_that_fit(walker, length, length, memory_mib)):
+    # a pass holds one slot for each position from the earliest query on, the twin, and perhaps a copy
+    fit = rows_that_fit(walker, length - int(query.min()) + 2, length, memory_mib)
+    for rows in slices(len(query), fit):
+        part, n = clean.select(rows), rows.stop - rows.start
         for last in (False, True):
-            chosen = (blocked[:, -1] == last).nonzero()[:, 0]
-            part = clean.select(rows)
-            here = slice(rows.start, rows.stop)
-            for some in chosen.split(max(1, rows_that_fit(walker, length, length, memory_mib) // len(query[rows]))):
-                logits[here, some] = _pass(walker, part, query[rows], keys[rows], blocked[some], last)
+            for some in (blocked[:, -1] == last).nonzero()[:, 0].split(max(1, fit // n)):
+                logits[rows, some] = _pass(walker, part, query[rows], keys[rows], blocked[some], last)
     return logits
 
 
