@@ -8,6 +8,15 @@ from matplotlib.lines import Line2D
 from stages.figures.style import SOFT, empty, look, mean_and_seeds, plt, share_axis, styled
 
 MOST_COLUMNS = 4
+# positions in the order of the panels; those of the queried clause have no other name here
+NAMES = {
+    "last": "last token",
+    "query_label": "query label",
+    "earlier_label": "label in the clause",
+    "earlier_object": "object",
+    "earlier_separator": "separator",
+    "another_clause": "another clause",
+}
 
 
 def draw(frame: pd.DataFrame, window: int) -> Figure:
@@ -19,12 +28,12 @@ def draw(frame: pd.DataFrame, window: int) -> Figure:
     """
     with styled():
         paths = _paths(frame)
-        columns = min(MOST_COLUMNS, len(paths))
-        rows = -(-len(paths) // MOST_COLUMNS)
         if not paths:
             figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
             empty(axes, "No attention was knocked out.")
             return figure
+        rows = -(-len(paths) // MOST_COLUMNS)
+        columns = -(-len(paths) // rows)
         figure, panels = plt.subplots(
             rows, columns, figsize=(11, 0.7 + 2.5 * rows), layout="constrained", sharey=True, squeeze=False
         )
@@ -33,7 +42,7 @@ def draw(frame: pd.DataFrame, window: int) -> Figure:
             _panel(panel, part)
             seeds, of = part["seed"].nunique(), frame["seed"].nunique()
             fewer = f" ({seeds} of {of} bases)" if seeds < of else ""
-            panel.set_title(f"{_words(query)} ↛ {_words(key)}{fewer}", fontsize=9)
+            panel.set_title(f"{NAMES[query]} ↛ {NAMES[key]}{fewer}", fontsize=9)
         for panel in panels.flat[len(paths) :]:
             panel.set_axis_off()
         for row in panels:
@@ -65,10 +74,7 @@ def _panel(axes: Axes, part: pd.DataFrame) -> None:
 
 
 def _paths(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """In the order of the records, paths from the last token first and the control at the end."""
-    paths = list(dict.fromkeys(zip(frame["query"], frame["key"], strict=True)))
-    return sorted(paths, key=lambda path: (path[1] == "another_clause", path[0] != "last"))
-
-
-def _words(position: str) -> str:
-    return position.removeprefix("earlier_").replace("_", " ")
+    """Paths from the last token first, and the control at the end."""
+    paths = dict.fromkeys(zip(frame["query"], frame["key"], strict=True))
+    places = list(NAMES)
+    return sorted(paths, key=lambda path: (path[1] == "another_clause", *map(places.index, path)))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from stages.figures.style import empty, look, mean_and_seeds, plt, reference_line, styled
+from stages.figures.style import SOFT, empty, look, mean_and_seeds, plt, reference_line, styled
 
 
 def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
@@ -40,10 +40,10 @@ def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
             axes.set_ylim(min(-0.03, float(frame[column].min()) - 0.03), max(1.1, float(frame[column].max()) + 0.06))
             axes.set_title(title)
             reference_line(axes, 1.0, "the whole model", side="left")
-            for number, size in enumerate(sorted(set(circuit_sizes))):
-                text = "the base's circuit" if number == 0 else ""
-                reference_line(axes, size, text, horizontal=False, style=":")
+            for size in sorted(set(circuit_sizes)):
+                axes.axvline(size, color=SOFT, linestyle=":", linewidth=1.2, zorder=1)
         both[0].set_ylabel("Share of the model's own score\n(no node = 0)")
         handles = [Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in models]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
+        handles.append(Line2D([], [], color=SOFT, linestyle=":", label="size of a base's circuit"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
         return figure
