@@ -2,7 +2,8 @@
 
 The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
 the model's own circuit, random circuits of the same shape, the circuit without each of its groups, and the
-model without each group.
+model without each group. `inspection` is a closer look at that circuit on the pruning split: complete, minimal,
+faithful at which size, and fed by which layers.
 """
 
 from pathlib import Path
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from stages.circuits.ablation import mean_outputs
 from stages.circuits.exchange import random_nodes
-from stages.circuits.types import Circuit
+from stages.circuits.scores import Metric
+from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, in_tail_order, ratio
+from stages.measures.inspection import inspect
+from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.stage import Cell, run
@@ -120,6 +124,39 @@ def _random_record(kept: list[dict[str, float]], full: dict[str, float]) -> dict
     }
 
 
+def closer_look(walker: Walker, folder: Path, settings: Any, seed: int) -> dict[str, Any]:
+    """Entry `inspection` of the record.
+
+    Args:
+        walker: the model.
+        folder: what stage `discover` wrote for its base.
+        settings: section `evaluate` of params.yaml.
+        seed: of the random sets of heads.
+    """
+    circuit = Circuit.from_json(read_json(folder / "circuit.json"))
+    examples = read_examples("data/old/pruning.parquet")
+    means = mean_outputs(
+        walker, read_examples("data/old/means.parquet").input_ids, settings.memory_mib, settings.processes
+    )
+    groups = circuit.groups if circuit.identifiable else ()
+    ranking = _ranking(folder, circuit, examples) if groups else []
+    return inspect(walker, means, examples, groups, ranking, settings, np.random.default_rng([seed, 1]))
+
+
+def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
+    """Every node by the largest score that the base's head had in any hop from its position."""
+    record = read_json(folder / "record.json")
+    sign = -1.0 if record["settings"]["score"] == Metric.RELATIVE_PROBABILITY else 1.0
+    shape = (circuit.n_layers, circuit.n_heads)
+    strengths = {position: np.full(shape, -np.inf) for position in examples.positions}
+    with np.load(folder / "scores.npz") as scores:
+        for hop in record["hops"]:
+            name, position = f"{hop['name']}.score", hop["position"]
+            if name in scores:  # a hop with nothing above the noise has no scores
+                strengths[position] = np.maximum(strengths[position], sign * scores[name])
+    return ranked_nodes(strengths)
+
+
 def main(cell: Cell) -> None:
     model, seed = cell.item["model"], cell.item["seed"]
     walker = Walker(load_model(f"models/{model}/{seed}"))
@@ -138,6 +175,7 @@ def main(cell: Cell) -> None:
         settings,
         int(seed),
     )
+    record["inspection"] = closer_look(walker, circuits / "base" / seed, settings, int(seed))
     record |= {"model": model, "seed": int(seed), "settings": {"random_circuits": settings.random_circuits}}
     write_json(f"reports/cells/evaluate/{model}/{seed}.json", record)
 

@@ -17,7 +17,18 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stages.figures import circuit, contrasts, desiderata, forgetting, nulls, pareto, training, transplants
+from stages.figures import (
+    circuit,
+    contrasts,
+    desiderata,
+    forgetting,
+    knockout,
+    nulls,
+    pareto,
+    sizes,
+    training,
+    transplants,
+)
 from stages.figures.document import document, to_html, to_markdown
 from stages.figures.style import label, png
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
@@ -79,6 +90,8 @@ def figures(
             drawn["n_heads"],
             _notes(cells, primary, seed),
         ),
+        "sizes": lambda: sizes.draw(_counted(frames.size_curves(cells)), _circuit_sizes(cells)),
+        "knockout": lambda: knockout.draw(_counted(frames.knockout_curves(cells)), _window(cells)),
         "nulls": lambda: nulls.draw(_counted(frames.circuits_and_nulls(cells))),
         "forgetting": lambda: forgetting.draw(curves, base_old, rate),
         "transplants": lambda: transplants.draw(
@@ -87,6 +100,17 @@ def figures(
         "desiderata": lambda: desiderata.draw(_counted(frames.desiderata(cells)), groups, counts, n),
         "training": lambda: training.draw(frames.base_curves(CELLS, cells), curves, level, shortcut),
     }
+
+
+def _circuit_sizes(cells: Cells) -> list[float]:
+    """Number of nodes of every base's circuit."""
+    sizes = [cells.value("evaluate.inspection.size_curve.circuit_size", BASE, seed) for seed in cells.seeds]
+    return [size for size in sizes if size is not None]
+
+
+def _window(cells: Cells) -> int:
+    """Layers of a knockout window."""
+    return int(cells.value("evaluate.inspection.knockout.window", BASE, cells.seeds[0]) or 1)
 
 
 def _counted(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
-"""Slow and obvious mean ablation and exchange of head outputs: one whole hooked pass per node set."""
+"""Slow and obvious ablation, exchange of head outputs and attention knockout: one whole hooked pass per variant."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -92,6 +93,32 @@ def naive_exchange(
         return out.flatten(-2)
 
     return hooked_logits(model, ids, edit)
+
+
+def naive_knockout(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "n t"],
+    query: Int[Tensor, "n"],
+    keys: Int[Tensor, "n k"],
+    layers: Collection[int],
+) -> Float[Tensor, "n vocab"]:
+    """The attention mask of these layers gets -inf from the query to each key, in every head."""
+
+    def blind(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs["attention_mask"].expand(len(ids), -1, -1, -1).clone()
+        for row in range(len(ids)):
+            for key in keys[row]:
+                mask[row, :, query[row], key] = float("-inf")
+        return args, kwargs | {"attention_mask": mask}
+
+    handles = [
+        model.model.layers[layer].self_attn.register_forward_pre_hook(blind, with_kwargs=True) for layer in layers
+    ]
+    try:
+        return hooked_logits(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def outputs_of(

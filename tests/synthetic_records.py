@@ -183,6 +183,7 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
             "faithfulness": random,
         }
         | {"faithfulness_ld": random},
+        "inspection": _inspection(groups, kept, draw),
         "settings": {"random_circuits": 20},
     }
     write_json(root / f"evaluate/{model}/{seed}.json", evaluated)
@@ -206,6 +207,41 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         root / f"dcm/{model}/{seed}.json",
         {"model": model, "seed": seed, "groups": masked, "settings": {"steps": 60}},
     )
+
+
+def _inspection(groups: tuple[Any, ...], kept: float, draw: np.random.Generator) -> dict[str, Any]:
+    """The closer look at the circuit; without groups only what needs no circuit."""
+    sizes = [*range(0, 12), 16, 24, 40, 64, 120, 240]
+    shares = [kept / (1 + float(np.exp(6 - size))) for size in sizes]
+    paths = {}
+    for path, layer in (("last>query_label", 0), ("last>earlier_label", 4), ("last>another_clause", None)):
+        curve = [kept * (0.2 if at == layer else 0.98) + 0.01 * float(draw.normal()) for at in range(LAYERS)]
+        paths[path] = {"accuracy": curve, "logit_difference": [6 * value for value in curve]}
+        paths[path] |= {"everywhere": min(curve), "everywhere_ld": 6 * min(curve)}
+    names = [*(name for name, *_ in groups), "random_1", "random_2", "worst_found"]
+    gaps = {name: {"size": 3, "gap": float(draw.uniform(0, 0.5)), "gap_ld": 0.1} for name in names}
+    return {
+        "n": 240,
+        "knockout": {"window": 1, "paths": paths},
+        "completeness": {"nothing": {"gap": 0.03, "faithfulness": 0.97 * kept, "faithfulness_ld": kept}} | gaps
+        if groups
+        else None,
+        "minimality": {"size": 18, "core": 14, "stand_ins": 3, "idle": 1, "core_share": 0.99, "threshold": 0.01}
+        if groups
+        else None,
+        "size_curve": {
+            "sizes": sizes,
+            "circuit_size": 18,
+            "nodes": 240,
+            "share": shares,
+            "share_ld": [1.1 * share for share in shares],
+            "cpr": 0.9 * kept,
+            "cmd": 1 - 0.9 * kept,
+            "enough": 9,
+        }
+        if groups
+        else None,
+    }
 
 
 def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:

@@ -124,6 +124,19 @@ def test_main_numbers_by_hand(written: Path) -> None:
     assert summary["shortcut"] == max(SHORTCUTS.values())
 
 
+def test_circuit_tests_by_hand(written: Path) -> None:
+    """The table leaves out seeds that the arm did not reach, and seeds without a circuit add nothing."""
+    rows = {row["model"]: row for row in read_json(written / "summary.json")["table_circuits"]}
+    records = [read_json(written / f"cells/evaluate/grpo/{seed}.json")["inspection"] for seed in (0, 1)]
+    assert rows["grpo"]["seeds"] == 3 and rows["base"]["seeds"] == 4
+    assert rows["grpo"]["cpr"] == pytest.approx(np.mean([record["size_curve"]["cpr"] for record in records]))
+    random = [record["completeness"][f"random_{k}"]["gap"] for record in records for k in (1, 2)]
+    assert rows["grpo"]["random_gap"] == pytest.approx(np.mean(random))
+    whole = ("nothing", "random_1", "random_2", "worst_found")
+    groups = [e["gap"] for r in records for name, e in r["completeness"].items() if name not in whole]
+    assert rows["grpo"]["group_gap"] == pytest.approx(np.mean(groups))
+
+
 def test_html_is_one_file(written: Path) -> None:
     text = (written / "report.html").read_text()
     for word in ("http:", "https:", "<script", "<link", "@import", "url("):
@@ -201,7 +214,7 @@ def test_no_circuit_anywhere_still_gives_a_report(tmp_path: Path) -> None:
     _run(tmp_path, experiment)
     text = (tmp_path / "reports/report.md").read_text()
     assert "No answer" in text and not re.search(r"\bnan\b", text)
-    assert len(list((tmp_path / "reports/figures").iterdir())) == 8
+    assert len(list((tmp_path / "reports/figures").iterdir())) == 10
 
 
 def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +232,8 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
         "contrasts",
         "pareto",
         "circuit",
+        "sizes",
+        "knockout",
         "nulls",
         "forgetting",
         "transplants",

@@ -218,7 +218,61 @@ def _circuit(summary: Mapping[str, Any]) -> Section:
                 "that model. Hollow: the circuit found anew in that model. Dashes: random circuits of the "
                 "same shape.",
             ),
+            Picture(
+                "sizes",
+                "How many heads are enough? The (head, position) nodes of the base are put back one after another, "
+                "strongest path-patching score first, everything else being mean-ablated: a curve that rises early "
+                "and stays at 1 is a small circuit that does the task alone. Dotted: the size of the base's circuit. "
+                "Tuned models get the same nodes in the same order; a lower curve is what tuning took from them.",
+            ),
+            Picture(
+                "knockout",
+                "Which layers carry the answer, and from where? One position is kept from seeing another in "
+                "one window of layers; where accuracy falls, that path is in use there. Squares at the right: not "
+                "seen in any layer. The last panel is the control, a clause that was not asked for. Where a tuned "
+                "model falls with the base, it still uses the same path.",
+            ),
         ),
+        (_circuit_tests(summary),),
+    )
+
+
+def _circuit_tests(summary: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            label(e["model"]),
+            number(e["size"], 1),
+            f"{number(e['core'], 1)} / {number(e['stand_ins'], 1)} / {number(e['idle'], 1)}",
+            *(number(e[key], 2) for key in ("core_share", "faithfulness", "faithfulness_ld")),
+            *(number(e[key], 2) for key in ("group_gap", "random_gap", "worst_gap", "cpr", "cmd")),
+            number(e["enough"], 1),
+        )
+        for e in summary["table_circuits"]
+    ]
+    return Table(
+        "Is the base's circuit minimal and complete? Pruning split, means over the seeds that count. Minimal: "
+        "heads that are missed (core), heads that could replace one of them (stand-ins) and heads that are "
+        "not missed (idle), with the share of the circuit's accuracy that the core keeps. Complete: how far "
+        "apart the accuracies of circuit and model are when the same heads are taken out of both, on average "
+        "over groups and over random sets, and for the worst set that was found; 0 is complete. CPR and CMD "
+        "are the areas under the size curve and between it and 1, in accuracy; enough is the number of nodes "
+        "from which on circuits keep nine tenths.",
+        (
+            "Model",
+            "Nodes",
+            "Core / stand-ins / idle",
+            "Core's share",
+            "Faithfulness",
+            "in logit difference",
+            "Gap, groups",
+            "random",
+            "worst",
+            "CPR",
+            "CMD",
+            "Enough",
+        ),
+        rows,
+        1,
     )
 
 

@@ -217,6 +217,11 @@ class Discover(Section):
 class Evaluate(Section):
     processes: Count
     random_circuits: Annotated[int, Field(ge=20)]
+    prune_threshold: Positive
+    random_subsets: Count
+    greedy_steps: Count
+    greedy_examples: Count
+    knockout_window: Count
     memory_mib: Positive
 
 

@@ -158,6 +158,48 @@ def circuits_and_nulls(cells: Cells) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"faithfulness": "float64"})
 
 
+def size_curves(cells: Cells) -> pd.DataFrame:
+    """Share of the model's score that the k strongest nodes of the base keep, by accuracy and by logit difference:
+    model, seed, reached, size, share, share_ld; one row for each size, and none where there is no circuit."""
+    rows = []
+    for model in cells.models:
+        for seed in cells.seeds:
+            curve = _inspection(cells, model, seed, "size_curve")
+            shares = [curve.get(key) or [None] * len(curve.get("sizes") or ()) for key in ("share", "share_ld")]
+            rows += [
+                {"model": model, "seed": seed, "reached": _counts(cells, model, seed), "size": size}
+                | {"share": share, "share_ld": share_ld}
+                for size, share, share_ld in zip(curve.get("sizes") or (), *shares, strict=True)
+            ]
+    columns = ["model", "seed", "reached", "size", "share", "share_ld"]
+    return pd.DataFrame(rows, columns=columns).astype({"share": "float64", "share_ld": "float64"})
+
+
+def knockout_curves(cells: Cells) -> pd.DataFrame:
+    """Accuracy by central layer when `query` cannot see `key`: model, seed, reached, query, key, layer, accuracy, and
+    `everywhere`, the accuracy when it cannot in any layer."""
+    rows = []
+    for model in cells.models:
+        for seed in cells.seeds:
+            for path, found in (_inspection(cells, model, seed, "knockout").get("paths") or {}).items():
+                query, key = path.split(">")
+                rows += [
+                    {"model": model, "seed": seed, "reached": _counts(cells, model, seed), "query": query, "key": key}
+                    | {"layer": layer, "accuracy": accuracy, "everywhere": found["everywhere"]}
+                    for layer, accuracy in enumerate(found["accuracy"])
+                ]
+    columns = ["model", "seed", "reached", "query", "key", "layer", "accuracy", "everywhere"]
+    return pd.DataFrame(rows, columns=columns).astype({"accuracy": "float64", "everywhere": "float64"})
+
+
+def _inspection(cells: Cells, model: str, seed: str, part: str) -> dict[str, Any]:
+    return (cells.record("evaluate", model, seed).get("inspection") or {}).get(part) or {}
+
+
+def _counts(cells: Cells, model: str, seed: str) -> bool:
+    return model == BASE or cells.reached(model, seed)
+
+
 def circuit_heads(cells: Cells, seed: str) -> pd.DataFrame:
     """The heads of the base's circuit, one row per group membership: group, position, layer, head, score."""
     rows = [

@@ -99,6 +99,7 @@ def summarise(
             for model in cells.models
             for seed in cells.seeds
         ],
+        "table_circuits": [_circuit_tests(cells, model) for model in cells.models],
         "table_learning_rates": [
             {
                 "arm": arm,
@@ -141,6 +142,41 @@ def _base(cells: Cells) -> dict[str, float | None]:
     found["random_faithfulness_max"] = max(null, default=None)
     found["seeds"] = len(cells.seeds)
     return found
+
+
+_INSPECTED = {
+    "faithfulness": "completeness.nothing.faithfulness",
+    "faithfulness_ld": "completeness.nothing.faithfulness_ld",
+    "size": "minimality.size",
+    "core": "minimality.core",
+    "stand_ins": "minimality.stand_ins",
+    "idle": "minimality.idle",
+    "core_share": "minimality.core_share",
+    "worst_gap": "completeness.worst_found.gap",
+    "cpr": "size_curve.cpr",
+    "cmd": "size_curve.cmd",
+    "enough": "size_curve.enough",
+}
+
+
+def _circuit_tests(cells: Cells, model: str) -> dict[str, Any]:
+    """Is the base's circuit minimal, complete and of the right size in this model? Means over the seeds that count."""
+    seeds = [seed for seed in cells.seeds if model == BASE or cells.reached(model, seed)]
+    found: dict[str, Any] = {"model": model, "seeds": len(seeds)}
+    for name, path in _INSPECTED.items():
+        found[name] = _mean([cells.value(f"evaluate.inspection.{path}", model, seed) for seed in seeds])
+    gaps = [_gaps(cells, model, seed) for seed in seeds]
+    found["group_gap"] = _mean([gap for entry in gaps for gap in entry["group"]])
+    found["random_gap"] = _mean([gap for entry in gaps for gap in entry["random"]])
+    return found
+
+
+def _gaps(cells: Cells, model: str, seed: str) -> dict[str, list[float]]:
+    """Gaps between circuit and model without a set of heads, for groups and for random sets."""
+    record = (cells.record("evaluate", model, seed).get("inspection") or {}).get("completeness") or {}
+    random = [entry["gap"] for name, entry in record.items() if name.startswith("random_")]
+    others = [e["gap"] for name, e in record.items() if not name.startswith(("random_", "worst_", "nothing"))]
+    return {"group": others, "random": random}
 
 
 def random_floor(cells: Cells, measure: str) -> float | None:
