@@ -25,8 +25,11 @@ def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
     return PathPatcher(walker_of(model), pairs, difference, memory_mib)
 
 
-@pytest.mark.parametrize("position", ["last", "query_label", "earlier"])
-@pytest.mark.parametrize("kind", FAMILIES)
+CASES = [(kind, position) for kind in FAMILIES for position in ("last", "earlier")]
+CASES += [(kind, "query_label") for kind in ("llama_gqa", "gemma2", "gpt_neox")]
+
+
+@pytest.mark.parametrize(("kind", "position"), CASES)
 def test_every_head_equals_the_naive_version(kind, position):
     model, pairs = random_model(kind), random_pairs()
     patcher = patcher_of(model, pairs)
