@@ -160,7 +160,7 @@ def test_lora_is_refused_unmerged_and_exact_merged() -> None:
         inner: Any = adapted.get_base_model()
         expected = hooked_logits(inner, IDS)
         for unmerged in (adapted, inner):
-            with pytest.raises(Invalid, match="merge them first, with circuits.lora.merged"):
+            with pytest.raises(Invalid, match="merge them first, with stages.circuits.lora.merged"):
                 Walker(unmerged)
         model = merged(adapted)
         error = float((hooked_logits(model, IDS) - expected).abs().max())

@@ -1,6 +1,7 @@
 """Bad input of the causal engine: one sentence each, before any work."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from jaxtyping import config
 
 from stages.circuits.ablation import circuits_in_place, nodes_removed
 from stages.circuits.exchange import Sites
+from stages.circuits.masks import PairTable
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
 from stages.circuits.scores import Metric, measure_of, score, split_half
+from stages.circuits.transplant import transplant
 from stages.circuits.types import Component, Node
 from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
@@ -154,6 +157,31 @@ def test_scores_that_are_not_finite() -> None:
         with pytest.raises(Invalid, match="scores of 1 example: must be at least 2"):
             score(metric, effects[..., :1], clean[:1], corrupt[:1])
     assert split_half(Metric.LOGIT_DIFFERENCE, torch.ones(2, 3, 2), clean, corrupt) is None
+
+
+def test_transplants_and_masks(walker: Walker) -> None:
+    clean, other = walker.run(PAIRS.clean_ids), walker_of(random_model("llama", n_layers=2)).run(PAIRS.clean_ids)
+    with pytest.raises(
+        Invalid, match=r"shape \[2, 5, 11, 4, 8\], of the receiver \[3, 5, 11, 4, 8\]: must be two models"
+    ):
+        transplant(walker, clean, other, PAIRS.positions, [Node(0, 0, "last")], 64.0)
+
+    def table(site: str, **change: Any) -> PairTable:
+        pairs: Any = SimpleNamespace(
+            base_ids=PAIRS.clean_ids,
+            source_ids=PAIRS.corrupt_ids,
+            target=torch.arange(5),
+            base_positions=PAIRS.positions,
+            source_positions=PAIRS.corrupt_positions,
+        )
+        vars(pairs).update(change)
+        return PairTable.of([pairs], [site])
+
+    assert len(table("earlier").target) == 5
+    with pytest.raises(Invalid, match="position 'box': must be one of earlier, last, query_label"):
+        table("box")
+    with pytest.raises(Invalid, match=r"source_positions\['earlier'\] of example 2 = 11: must be from 0 to 10"):
+        table("earlier", source_positions=moved("earlier", 2, 11))
 
 
 def test_sites_and_nodes(walker: Walker) -> None:

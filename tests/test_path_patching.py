@@ -25,9 +25,12 @@ def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
     return PathPatcher(walker_of(model), pairs, difference, memory_mib)
 
 
-@pytest.mark.parametrize("position", ["last", "query_label", "earlier"])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_every_head_equals_the_naive_version(kind, position):
+CASES = [(kind, position) for kind in FAMILIES for position in ("last", "earlier")]
+CASES += [(kind, "query_label") for kind in ("llama_gqa", "gemma2", "gpt_neox")]
+
+
+@pytest.mark.parametrize(("kind", "position"), CASES)
+def test_single_heads_equal_the_naive_version(kind, position):
     model, pairs = random_model(kind), random_pairs()
     patcher = patcher_of(model, pairs)
     outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
@@ -35,7 +38,7 @@ def test_every_head_equals_the_naive_version(kind, position):
     for (name, receivers), effects in zip(RECEIVERS.items(), together, strict=True):
         error = largest = 0.0
         for layer in range(3):
-            for head in range(4):
+            for head in range(4) if position == "last" else (0, 3):
                 naive = naive_path_patching(model, pairs, position, [(layer, head)], receivers, *outputs)
                 expected = difference(naive, None) - patcher.clean
                 error = max(error, float((effects[layer, head] - expected).abs().max()))

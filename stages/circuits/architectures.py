@@ -329,7 +329,9 @@ def architecture_of(model: nn.Module) -> Architecture:
     """
     adapted = adapter_layers(model)
     if adapted:
-        raise Invalid(f"the model has adapter layers ('{adapted[0]}'): merge them first, with circuits.lora.merged")
+        raise Invalid(
+            f"the model has adapter layers ('{adapted[0]}'): merge them first, with stages.circuits.lora.merged"
+        )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise Invalid(f"model type '{kind}' is not supported: must be one of {', '.join(FAMILIES)}")

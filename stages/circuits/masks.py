@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.circuits.checks import check_name, check_positions, check_tokens
 from stages.circuits.exchange import (
     Sites,
     exchange,
@@ -153,6 +154,17 @@ class PairTable:
 
     @staticmethod
     def of(pairs: Sequence[Desideratum], sites: Sequence[str]) -> "PairTable":
+        """The table of all pairs.
+
+        Raises:
+            Invalid: pairs lack one of the sites, or have it outside a prompt.
+        """
+        for entry in pairs:
+            for what in ("base", "source"):
+                ids, at = getattr(entry, f"{what}_ids"), getattr(entry, f"{what}_positions")
+                for name in sites:
+                    check_name(name, at)
+                check_positions({name: at[name] for name in sites}, len(ids), ids.shape[1], f"{what}_positions")
         earliest = torch.cat([torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs])
         order = earliest.argsort(stable=True)
         index = torch.cat([torch.full_like(entry.target, number) for number, entry in enumerate(pairs)])
@@ -204,7 +216,13 @@ def component_masks(
         generator: draws the random heads of the control.
         advance: called with what was finished, once a group and once a desideratum.
         processes: how many to spread the groups, then the pairs over.
+
+    Raises:
+        Invalid: a target is not a token of the model, or a position does not exist.
     """
+    for pairs in (train, selection, test):
+        for name, entry in pairs.items():
+            check_tokens(entry.target[:, None], walker.vocab_size, None, f"the target of '{name}'")
     walker.model.requires_grad_(False)
     names = list(train)
     sites = sorted({group.position for group in groups})

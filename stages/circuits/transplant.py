@@ -23,6 +23,7 @@ from stages.circuits.exchange import (
 )
 from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker
+from stages.pipeline.stage import Invalid
 
 
 @torch.no_grad()
@@ -45,7 +46,15 @@ def transplant(
         nodes: nodes to patch.
         memory_mib: how much memory a pass may take, roughly.
         random: for each prompt, other nodes at the same (sorted) positions; see `random_like`.
+
+    Raises:
+        Invalid: the models differ in their heads, the runs in their prompts, or a node or position does not exist.
     """
+    if donor.z.shape != clean.z.shape:
+        raise Invalid(
+            f"head outputs of the donor have shape {list(donor.z.shape)}, of the receiver {list(clean.z.shape)}: must "
+            "be two models of one architecture on the same prompts"
+        )
     names = sorted({node.position for node in nodes})
     at = stack_positions(positions, names)
     sites = Sites.tail(at, clean.keys.shape[-2], receiver.dtype)

@@ -9,7 +9,8 @@ values can be taken from a run that was made before. So a forward pass here has 
 3. an *edit*: a function that may replace q, k, v or z of any layer on the way.
 
 `Walker.run` is the same pass with every position in the window and no background, so there is one code path to trust,
-and it is checked against the Hugging Face model when a walker is made.
+and it is checked against the Hugging Face model when a walker is made. What differs between families of decoders is in
+`architectures`.
 
 Shapes: n examples, e variants, s window slots, t positions, d residual width, h query heads, g key-value heads, a head
 width. Window slots are in increasing position order.
