@@ -19,7 +19,7 @@ Algorithm, for one position and one kind of receivers:
    weaker and then the stronger half of them, and so on down to single heads;
 4. a head stays if it changes E(C) or E(A - C) by the rule's smallest effect of a head and by enough standard errors;
 5. for each K of the last test that fails, steps 2 to 4 run again with K patched throughout and the heads outside of C
-   as A. What they find joins C, and is tested like the other senders.
+   as A (what may be missing stays the same). What they find joins C, and is tested like the other senders.
 
 E is remembered, so nothing is patched twice. With a heads of which s are senders, the cost is a joint patches for
 step 1 and about 2 log2 a + 3 s for the rest. Where senders do nothing alone step 1 puts them anywhere in the order, and
@@ -112,14 +112,14 @@ def select_heads(
     effect.known |= {frozenset({head}): alone[head] for head in order} | {everything: together}
     if not order or not rule.counts(scored(together)):
         return ()
-    found = _needed(effect, scored, rule, frozenset(), order)
     tolerated = (1 - rule.coverage) * float(scored(together).strength)
+    found = _needed(effect, scored, rule, tolerated, frozenset(), order)
     for sender in found:  # which grows
         for patched in ({sender}, set(found) - {sender}):
             gap = scored(effect.of(everything - (set(found) - patched)) - effect.of(patched))
             if rule.counts(gap) and float(gap.strength) > tolerated:
                 outside = [head for head in order if head not in found]
-                found += _needed(effect, scored, rule, frozenset(patched), outside)
+                found += _needed(effect, scored, rule, tolerated, frozenset(patched), outside)
     return tuple(found)
 
 
@@ -156,12 +156,14 @@ def _needed(
     effect: _JointEffects,
     scored: Callable[[Tensor], Scores],
     rule: Rule,
+    tolerated: float,
     patched: Heads,
     order: Sequence[Head],
 ) -> list[Head]:
     """Steps 2 to 4: which of the heads in `order`, strongest first, account for what all of them do.
 
     Args:
+        tolerated: strength that need not be accounted for.
         patched: heads that are patched throughout.
     """
 
@@ -175,7 +177,7 @@ def _needed(
     def pass_both(candidates: Sequence[Sequence[Head]]) -> list[bool]:
         pairs = [pair(senders) for senders in candidates]
         strength = scored(change([heads for both in pairs for heads in both])).strength
-        return ((strength[::2] >= rule.coverage * whole) & (strength[1::2] <= (1 - rule.coverage) * whole)).tolist()
+        return ((strength[::2] >= whole - tolerated) & (strength[1::2] <= tolerated)).tolist()
 
     whole = scored(change([pair(order)[0]])[0]).strength
     enough, too_few = len(order), 0
