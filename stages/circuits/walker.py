@@ -31,6 +31,22 @@ SUPPORTED = ("llama", "mistral", "qwen2")
 # [n e s' heads a], and covers the window slots from `first` on. Returns the replacement, same shape.
 Edit = Callable[[int, str, Tensor, int], Tensor]
 
+# join(layer, x): x is what enters the layer, [n e s d]. Returns it with the variants that begin there appended.
+Join = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The part of a background that a window sees.
+
+    Attributes:
+        keys: keys after the rotary embedding.
+        values: values.
+    """
+
+    keys: Float[Tensor, "layers n g b a"]
+    values: Float[Tensor, "layers n g b a"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -79,11 +95,17 @@ class Window:
     sees_window: Float[Tensor, "n s s"]
 
     @staticmethod
-    def tail(n: int, start: int, length: int, dtype: torch.dtype = torch.float32) -> "Window":
+    def tail(
+        n: int,
+        start: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> "Window":
         """All positions from `start` to the last; the background is the prefix before `start`."""
-        slots = torch.arange(start, length).expand(n, length - start)
+        slots = torch.arange(start, length, device=device).expand(n, length - start)
         causal = _mask(slots[:, None, :] <= slots[:, :, None], dtype)
-        return Window(slots, torch.zeros(n, length - start, start, dtype=dtype), causal)
+        return Window(slots, torch.zeros(n, length - start, start, dtype=dtype, device=device), causal)
 
     @staticmethod
     def scattered(
@@ -99,16 +121,16 @@ class Window:
             length: number of positions t of the prompt.
             live: slots that count; a slot that is not live (padding) is computed, but nothing attends to it.
         """
-        n, s = positions.shape
-        live = torch.ones(n, s, dtype=torch.bool) if live is None else live
-        in_window = torch.zeros(n, length, dtype=torch.bool)
-        rows = torch.arange(n)[:, None].expand(n, s)
+        (n, s), device = positions.shape, positions.device
+        live = torch.ones(n, s, dtype=torch.bool, device=device) if live is None else live
+        in_window = torch.zeros(n, length, dtype=torch.bool, device=device)
+        rows = torch.arange(n, device=device)[:, None].expand(n, s)
         in_window[rows[live], positions[live]] = True
-        everywhere = torch.arange(length)
+        everywhere = torch.arange(length, device=device)
         earlier = everywhere[None, None, :] <= positions[:, :, None]
         background = _mask(earlier & ~in_window[:, None, :], dtype)
         visible = (positions[:, None, :] <= positions[:, :, None]) & live[:, None, :]
-        visible |= torch.eye(s, dtype=torch.bool)  # a padding slot sees itself, so that its softmax is defined
+        visible |= torch.eye(s, dtype=torch.bool, device=device)  # a padding slot sees itself, so that its softmax is defined
         return Window(positions, background, _mask(visible, dtype))
 
 
@@ -131,6 +153,7 @@ class Walker:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.width = config.hidden_size
         self.dtype = next(model.parameters()).dtype
+        self.device = next(model.parameters()).device
         self._check()
 
     def kv_head(self, head: int) -> int:
@@ -140,34 +163,42 @@ class Walker:
     def run(self, input_ids: Int[Tensor, "n t"], edit: Edit | None = None) -> Run:
         """A full forward pass over prompts of equal length."""
         n, length = input_ids.shape
-        empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype)
+        empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
         record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "middle", "z", "keys", "values")}
         x = self.model.model.embed_tokens(input_ids)[:, None]
-        logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype), empty, empty, edit, record)
+        logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype, self.device), empty, empty, edit, record)
         stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
         return Run(logits=logits[:, 0], **stacked)
 
     def continue_from(
         self,
-        background: Run,
+        background: Run | Prefix,
         window: Window,
         residual: Float[Tensor, "n e s d"],
         layer: int,
         edit: Edit | None = None,
-    ) -> Float[Tensor, "n e vocab"]:
+        join: Join | None = None,
+        tokens: Int[Tensor, "n k"] | None = None,
+    ) -> Float[Tensor, "n f logits"]:
         """Logits at the last position when the window's residual stream enters `layer` as given.
 
         Positions outside the window keep the keys and values of `background`. The last window slot must be the last
         position of the prompt. In the last layer only that slot is computed, so `edit` is called there with q and z
-        of one slot.
+        of one slot. With `join`, further variants may begin at `layer` or above it. With `tokens`, logits are of those
+        tokens of each example only.
         """
         reach = window.sees_background.shape[-1]
         keys, values = background.keys[..., :reach, :], background.values[..., :reach, :]
-        return self._pass(residual, layer, window, keys, values, edit, None)
+        return self._pass(residual, layer, window, keys, values, edit, None, join, tokens)
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        """Final norm and language-model head."""
-        return self.model.lm_head(self.model.model.norm(residual))
+    def logits(
+        self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
+    ) -> Float[Tensor, "n *rows logits"]:
+        """Final norm and language-model head, for all tokens or for k tokens of each example."""
+        normed = self.model.model.norm(residual)
+        if tokens is None:
+            return self.model.lm_head(normed)
+        return torch.einsum("n...d,nkd->n...k", normed, self.model.lm_head.weight[tokens])
 
     def mlp(self, layer: int, middle: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """The residual stream after a layer's MLP, given the stream before it."""
@@ -198,10 +229,14 @@ class Walker:
         values: Float[Tensor, "layers n g b a"],
         edit: Edit | None,
         record: dict[str, list[Tensor]] | None,
-    ) -> Float[Tensor, "n e vocab"]:
+        join: Join | None = None,
+        tokens: Int[Tensor, "n k"] | None = None,
+    ) -> Float[Tensor, "n f logits"]:
         cos, sin = self.model.model.rotary_emb(x, window.positions)  # [n s a]
         cos, sin = cos[:, None, :, None], sin[:, None, :, None]
         for layer in range(first_layer, self.n_layers):
+            if join is not None:
+                x = join(layer, x)
             # in the last layer only the last slot still matters, unless everything is to be recorded
             first = 0 if record is not None or layer < self.n_layers - 1 else x.shape[2] - 1
             normed = self.layers[layer].input_layernorm(x)
@@ -236,13 +271,13 @@ class Walker:
                 record["middle"].append(middle)
         if record is not None:
             record["residual"].append(x)
-        return self.logits(x[:, :, -1])
+        return self.logits(x[:, :, -1], tokens)
 
     @torch.no_grad()
     def _check(self) -> None:
         """Compare logits, and the sum of head outputs, with the Hugging Face model on a random prompt."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.model.config.vocab_size, (2, 12), generator=generator)
+        ids = torch.randint(0, self.model.config.vocab_size, (2, 12), generator=generator).to(self.device)
         ours = self.run(ids)
         theirs = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         scale = float(theirs.abs().max()) + 1e-6
