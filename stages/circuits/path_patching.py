@@ -40,10 +40,11 @@ from stages.circuits.walker import Edit, Prefix, Walker, Window
 from stages.pipeline.stage import Invalid
 
 # On a processor, passes are cut so that the tensors of a layer stay near its cache; larger parts are slower.
-CACHE_MIB = 32
+CACHE_MIB = 64
 
-# Shares of the memory limit: recorded runs, kept sweeps, the sweep of a part of the examples, the pass at work.
-RUNS, KEPT_SWEEPS, PART, PASS = 0.4, 0.2, 0.2, 0.2
+# Shares of the memory limit: the pass at work, and at most so much for recorded runs and for sweeps that are kept.
+# What then remains is for the sweep of a part of the examples.
+PASS, RUNS, SWEEPS = 0.2, 0.4, 0.2
 
 # measure(logits [n e vocab], index [n]) -> [n e]: one number for each patched run of the examples at `index`
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -215,15 +216,16 @@ class PathPatcher:
         self._sweeps: dict[str, list[_Sweep]] = {}  # position -> sweeps of all single heads, one a batch
         self._sweeps_bytes = 0
         n, self._length = pairs.clean_ids.shape
-        self.clean = torch.empty(n, dtype=walker.dtype)
-        self.corrupt = torch.empty(n, dtype=walker.dtype)
-        self.clean_logits = torch.empty(n, walker.model.config.vocab_size, dtype=walker.dtype)
+        self._dtype = torch.promote_types(torch.float32, walker.dtype)  # of effects: small differences of logits
+        self.clean = torch.empty(n, dtype=self._dtype, device="cpu")
+        self.corrupt = torch.empty(n, dtype=self._dtype, device="cpu")
+        self.clean_logits = torch.empty(n, walker.model.config.vocab_size, dtype=walker.dtype, device="cpu")
         self._kept: _Runs | None = None
-        everything = torch.arange(n)
+        everything = torch.arange(n, device="cpu")
         if n * self._run_bytes() <= RUNS * self._budget:
             self._kept = self._run(everything)
         else:
-            for index in everything.split(self._examples(RUNS, self._run_bytes())):
+            for index in everything.split(self._at_least_one(RUNS * self._budget, self._run_bytes())):
                 self._run(index)
 
     def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
@@ -233,13 +235,13 @@ class PathPatcher:
             one tensor for each entry of `receivers`: measure(patched) - measure(clean).
         """
         layers, heads = self.walker.n_layers, self.walker.n_heads
-        single = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
+        single = torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
         effects = self._effects(position, single, receivers, keep_sweep=True)
         return [effect.view(layers, heads, -1) for effect in effects]
 
     def joint_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "n"]]:
         """Effect of all heads at `position` together: does anything there feed these receivers at all?"""
-        everything = torch.ones(1, self.walker.n_layers, self.walker.n_heads, dtype=torch.bool)
+        everything = torch.ones(1, self.walker.n_layers, self.walker.n_heads, dtype=torch.bool, device="cpu")
         return [effect[0] for effect in self.effects(position, everything, receivers)]
 
     def effects(
@@ -256,7 +258,7 @@ class PathPatcher:
     def _effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], keep_sweep: bool
     ) -> list[Float[Tensor, "e n"]]:
-        results = [torch.zeros(len(senders), len(self.clean), dtype=self.walker.dtype) for _ in receivers]
+        results = [self.clean.new_zeros(len(senders), len(self.clean)) for _ in receivers]
         if not receivers:
             return results
         for receiver in receivers:
@@ -270,10 +272,10 @@ class PathPatcher:
         stream = (len(needed) + 3) * self.walker.width + self._read_numbers(receivers)
         stream *= self.walker.dtype.itemsize
         fixed = self._batch_bytes()
-        sets = len(order) if keep_sweep else self._at_least_one(PART * self._budget - fixed, stream)
+        sets = len(order) if keep_sweep else self._at_least_one(self._part_bytes() - fixed, stream)
         for rows in order.split(sets):
             joined = [int((first[rows] < depth).sum()) for depth in range(self.walker.n_layers + 1)]
-            size = len(self.clean) if keep_sweep else self._examples(PART, fixed + len(rows) * stream)
+            size = len(self.clean) if keep_sweep else self._at_least_one(self._part_bytes(), fixed + len(rows) * stream)
             sweeps = self._sweeps.get(position) if keep_sweep else None
             if sweeps is None:
                 sweeps = self._begin(position, size, senders[rows], joined, None if keep_sweep else needed)
@@ -349,8 +351,15 @@ class PathPatcher:
         return self.measure.tokens[index].to(self.walker.device)
 
     def _measured(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
-        measured = self.measure.reduce(logits) if isinstance(self.measure, TokenMeasure) else self.measure(logits, index)
+        logits = logits.to(self._dtype)
+        measured = (
+            self.measure.reduce(logits) if isinstance(self.measure, TokenMeasure) else self.measure(logits, index)
+        )
         return measured.cpu()
+
+    def _final(self, residual: Float[Tensor, "n t d"], index: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """The measure of a run, from what leaves the last layer."""
+        return self._measured(self.walker.logits(residual[:, -1:], self._tokens(index)), index)[:, 0]
 
     def _batch(self, position: str, start: int, index: Int[Tensor, "n"]) -> _Batch:
         runs = self._run(index) if self._kept is None else self._kept
@@ -374,7 +383,7 @@ class PathPatcher:
         values = torch.empty_like(keys)
         middle = {name: torch.empty(layers, n, walker.width, **places) for name in pairs.positions}
         changes = {name: torch.empty(layers, n, walker.n_heads, walker.head_dim, **places) for name in pairs.positions}
-        for part in _slices(n, self._examples(PASS, self._whole_run_bytes())):
+        for part in _slices(n, self._at_least_one(PASS * self._budget, self._whole_run_bytes())):
             chosen = index[part]
             rows = torch.arange(len(chosen), device=walker.device)
             at = {name: where[chosen].to(walker.device) for name, where in pairs.positions.items()}
@@ -383,13 +392,13 @@ class PathPatcher:
             for name in pairs.positions:
                 middle[name][:, part] = clean.middle[:, rows, at[name]]
                 changes[name][:, part] = clean.z[:, rows, at[name]]
-            self.clean[chosen] = self.measure(clean.logits[:, None], chosen)[:, 0].cpu()
+            self.clean[chosen] = self._final(clean.residual[-1], chosen)
             self.clean_logits[chosen] = clean.logits.cpu()
             del clean
             corrupt = walker.run(pairs.corrupt_ids[chosen].to(walker.device))
             for name, where in pairs.corrupt_positions.items():
                 changes[name][:, part] = corrupt.z[:, rows, where[chosen].to(walker.device)] - changes[name][:, part]
-            self.corrupt[chosen] = self.measure(corrupt.logits[:, None], chosen)[:, 0].cpu()
+            self.corrupt[chosen] = self._final(corrupt.residual[-1], chosen)
         return _Runs(residual, keys, values, middle, changes)
 
     def _keeps(self, position: str, first: Int[Tensor, "e"], receivers: Sequence[Receivers]) -> bool:
@@ -402,7 +411,7 @@ class PathPatcher:
         streams = sum(int((first < depth).sum()) for depth in range(self.walker.n_layers + 1)) * self.walker.width
         size = n * (streams * itemsize + self._batch_bytes())
         read = n * len(first) * self._read_numbers(receivers) * itemsize
-        if self._sweeps_bytes + size > KEPT_SWEEPS * self._budget or read > PART * self._budget:
+        if self._sweeps_bytes + size > SWEEPS * self._budget or size + read > self._part_bytes():
             return False
         self._sweeps_bytes += size
         return True
@@ -423,8 +432,11 @@ class PathPatcher:
     def _at_least_one(self, limit: float, size: int) -> int:
         return max(1, int(limit / size))
 
-    def _examples(self, share: float, size: int) -> int:
-        return self._at_least_one(share * self._budget, size)
+    def _part_bytes(self) -> float:
+        """What is left for the sweep of a part of the examples."""
+        runs = 0 if self._kept is None else len(self.clean) * self._run_bytes()
+        working = max(PASS * self._budget, self._whole_run_bytes())  # a run of one example is the least
+        return self._budget - working - runs - self._sweeps_bytes
 
     def _pass_bytes(self) -> float:
         """Limit on one pass: the budget's share, and on a processor no more than its cache holds well."""
@@ -445,7 +457,9 @@ class PathPatcher:
         walker, longest = self.walker, max(self._length, self.pairs.corrupt_ids.shape[1])
         heads = walker.n_heads * walker.head_dim
         numbers = walker.n_layers * (2 * walker.width + heads + 2 * walker.n_kv_heads * walker.head_dim)
-        return longest * (2 * numbers * walker.dtype.itemsize + self._token_bytes()) + 3 * self._logits_bytes(True)
+        return longest * (2 * numbers * walker.dtype.itemsize + self._token_bytes()) + 3 * self._logits_bytes(
+            whole=True
+        )
 
     def _batch_bytes(self) -> int:
         """What a batch copies for one example: keys and values of the prefix, the tail that enters a layer."""

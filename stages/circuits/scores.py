@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.circuits.path_patching import Measure
+from stages.circuits.path_patching import Measure, TokenMeasure
 
 
 class Metric(StrEnum):
@@ -50,14 +50,15 @@ def logit_difference(
 def measure_of(metric: Metric, answer: Int[Tensor, "n"], others: Int[Tensor, "n k"]) -> Measure:
     """The function of patched logits that a metric is computed from."""
 
-    def difference(logits: Tensor, index: Tensor) -> Tensor:
-        return logit_difference(logits, answer[index], others[index])
+    if metric == Metric.LOGIT_DIFFERENCE:
+        tokens = torch.cat([answer[:, None], others], dim=1)
+        return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1))
 
     def probability(logits: Tensor, index: Tensor) -> Tensor:
-        at = answer[index][:, None, None].expand(-1, logits.shape[1], 1)
+        at = answer[index].to(logits.device)[:, None, None].expand(-1, logits.shape[1], 1)
         return (logits.gather(-1, at)[..., 0] - logits.logsumexp(-1)).exp()
 
-    return difference if metric == Metric.LOGIT_DIFFERENCE else probability
+    return probability
 
 
 def score(

@@ -130,7 +130,9 @@ class Window:
         earlier = everywhere[None, None, :] <= positions[:, :, None]
         background = _mask(earlier & ~in_window[:, None, :], dtype)
         visible = (positions[:, None, :] <= positions[:, :, None]) & live[:, None, :]
-        visible |= torch.eye(s, dtype=torch.bool, device=device)  # a padding slot sees itself, so that its softmax is defined
+        visible |= torch.eye(
+            s, dtype=torch.bool, device=device
+        )  # a padding slot sees itself, so that its softmax is defined
         return Window(positions, background, _mask(visible, dtype))
 
 
@@ -194,11 +196,12 @@ class Walker:
     def logits(
         self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
     ) -> Float[Tensor, "n *rows logits"]:
-        """Final norm and language-model head, for all tokens or for k tokens of each example."""
+        """Final norm and language-model head, for all tokens or, in at least float32, for k tokens of each example."""
         normed = self.model.model.norm(residual)
         if tokens is None:
             return self.model.lm_head(normed)
-        return torch.einsum("n...d,nkd->n...k", normed, self.model.lm_head.weight[tokens])
+        exact = torch.promote_types(torch.float32, self.dtype)
+        return torch.einsum("n...d,nkd->n...k", normed.to(exact), self.model.lm_head.weight[tokens].to(exact))
 
     def mlp(self, layer: int, middle: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         """The residual stream after a layer's MLP, given the stream before it."""
@@ -276,8 +279,8 @@ class Walker:
     @torch.no_grad()
     def _check(self) -> None:
         """Compare logits, and the sum of head outputs, with the Hugging Face model on a random prompt."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.model.config.vocab_size, (2, 12), generator=generator).to(self.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        ids = torch.randint(0, self.model.config.vocab_size, (2, 12), generator=generator, device="cpu").to(self.device)
         ours = self.run(ids)
         theirs = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         scale = float(theirs.abs().max()) + 1e-6
@@ -308,22 +311,18 @@ def _attend(
     w, g = k.shape[2], k.shape[3]
     b = background_keys.shape[2]
     r = h // g  # query heads per key-value head
-    q = q.reshape(n, e, s, g, r, a).permute(0, 3, 1, 2, 4, 5)  # n g e s r a
-    k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # n g e w a
-    to_background = (q.reshape(n, g, e * s * r, a) @ background_keys.transpose(-1, -2)).view(n, g, e, s, r, b)
-    to_window = (q.reshape(n, g, e, s * r, a) @ k.transpose(-1, -2)).view(n, g, e, s, r, w)
-    scores = torch.cat(
-        [
-            to_background * scaling + sees_background[:, None, None, :, None],
-            to_window * scaling + sees_window[:, None, None, :, None],
-        ],
-        dim=-1,
-    )
+    rows, all_rows = (n * g, e * s * r), (n * g * e, s * r)  # of one background, of one variant
+    q = (q * scaling).reshape(n, e, s, g, r, a).permute(0, 3, 1, 2, 4, 5).reshape(*rows, a)
+    k, v = (x.permute(0, 3, 1, 2, 4).reshape(n * g * e, w, a) for x in (k, v))
+    to_background = torch.bmm(q, background_keys.reshape(n * g, b, a).transpose(1, 2)).view(n, g, e, s, r, b)
+    to_window = torch.bmm(q.reshape(*all_rows, a), k.transpose(1, 2)).view(n, g, e, s, r, w)
+    scores = torch.cat([to_background, to_window], dim=-1)
+    scores += torch.cat([sees_background, sees_window], dim=-1)[:, None, None, :, None]
     # softmax in at least float32, as Hugging Face's eager attention does
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    z = (weights[..., :b].reshape(n, g, e * s * r, b) @ background_values).view(n, g, e, s, r, a)
-    z = z + (weights[..., b:].reshape(n, g, e, s * r, w) @ v).view(n, g, e, s, r, a)
-    return z.permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
+    z = torch.bmm(weights.reshape(*all_rows, b + w)[..., b:], v).view(*rows, a)
+    z = torch.baddbmm(z, weights.reshape(*rows, b + w)[..., :b], background_values.reshape(n * g, b, a))
+    return z.reshape(n, g, e, s, r, a).permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Exact path patching against the paper's algorithm, side by side on one machine: `python -m tests.benchmark --help`."""
+"""Exact path patching against the paper's algorithm, side by side in one run: `python -m tests.benchmark`."""

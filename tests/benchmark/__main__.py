@@ -34,6 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every-sender", action="store_true", help="run the naive side for all senders of every case")
     parser.add_argument("--repetitions", type=int, help="instead of each case's own")
     parser.add_argument("--examples", type=int, help="instead of each case's own")
+    parser.add_argument(
+        "--receivers",
+        choices=["published", "spread"],
+        default="published",
+        help="at the depths of the published heads, or ten over all layers",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -43,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     record: dict[str, Any] = {"machine": _machine(options.device, options.threads), "models": []}
     for name in options.cases:
         case = CASES[name].quick() if options.quick else CASES[name]
+        case = replace(case, receivers=options.receivers)
         if options.every_sender:
             case = replace(case, timed_heads=None)
         if options.repetitions:

@@ -53,10 +53,11 @@ class Case:
     examples: int
     timed_heads: int | None
     repetitions: int
-    memory_mib: int
+    memory_mib: float
     checked_layers: int
     checked_senders: int | None
     tokens: int = 54
+    receivers: str = "published"  # or "spread": ten heads over all layers, the hardest case
 
     @property
     def senders(self) -> int:
@@ -80,20 +81,76 @@ class Case:
             examples=3,
             timed_heads=None if self.timed_heads is None else 1,
             repetitions=2,
-            memory_mib=64,
+            memory_mib=64.0,
             checked_layers=3,
             checked_senders=None,
         )
 
 
 CASES = {
-    "base": Case("6 layers, width 64 (the pipeline's base)", "llama", 6, 64, 8, 8, 256, 160, 28, None, 5, 512, 6, None),
-    "medium": Case("12 layers, width 512", "llama", 12, 512, 8, 8, 1408, 8192, 4, None, 2, 512, 12, 12),
+    "base": Case(
+        name="6 layers, width 64 (the pipeline's base)",
+        kind="llama",
+        layers=6,
+        width=64,
+        heads=8,
+        kv_heads=8,
+        mlp=256,
+        vocabulary=160,
+        examples=28,
+        timed_heads=None,
+        repetitions=5,
+        memory_mib=512.0,
+        checked_layers=6,
+        checked_senders=None,
+    ),
+    "medium": Case(
+        name="12 layers, width 512",
+        kind="llama",
+        layers=12,
+        width=512,
+        heads=8,
+        kv_heads=8,
+        mlp=1408,
+        vocabulary=8192,
+        examples=4,
+        timed_heads=None,
+        repetitions=2,
+        memory_mib=512.0,
+        checked_layers=12,
+        checked_senders=12,
+    ),
     "qwen": Case(
-        "24 layers, width 896 (Qwen2.5-0.5B shape)", "qwen2", 24, 896, 14, 2, 4864, 151936, 2, 1, 2, 512, 8, 8
+        name="24 layers, width 896 (Qwen2.5-0.5B shape)",
+        kind="qwen2",
+        layers=24,
+        width=896,
+        heads=14,
+        kv_heads=2,
+        mlp=4864,
+        vocabulary=151936,
+        examples=2,
+        timed_heads=1,
+        repetitions=2,
+        memory_mib=512.0,
+        checked_layers=8,
+        checked_senders=8,
     ),
     "llama7b": Case(
-        "32 layers, width 4096 (Llama-7B shape)", "llama", 32, 4096, 32, 32, 11008, 32000, 300, 1, 1, 60000, 2, 4
+        name="32 layers, width 4096 (Llama-7B shape)",
+        kind="llama",
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=32,
+        mlp=11008,
+        vocabulary=32000,
+        examples=300,
+        timed_heads=1,
+        repetitions=1,
+        memory_mib=60000.0,
+        checked_layers=2,
+        checked_senders=2,
     ),
 }
 ON_TWO_CORES = ("base", "medium", "qwen")
@@ -122,7 +179,7 @@ def build_model(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
             model = model_class(config)
     finally:
         torch.set_default_dtype(default)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim == 1:
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -165,19 +222,23 @@ def build_measure(case: Case, examples: int | None = None) -> TokenMeasure:
     return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1))
 
 
-def hops(case: Case, layers: int | None = None) -> list[tuple[str, str, Receivers]]:
-    """(name, sender position, receivers) of the paper's hops, receivers at the published depths."""
-    depth = case.layers if layers is None else layers
+def hops(case: Case) -> list[tuple[str, str, Receivers]]:
+    """(name, sender position, receivers) of the paper's hops."""
     found = []
     for name, position, receiver, component in PAPER_HOPS:
         if component is None or receiver == LOGITS:
             found.append((name, position, Receivers()))
             continue
         heads: list[tuple[int, int]] = []
-        for number, published in enumerate(PUBLISHED[receiver]):
-            layer = published * depth // PUBLISHED_LAYERS
+        for number, layer in enumerate(_receiving_layers(case, receiver)):
             free = [head for head in range(case.heads) if (layer, (head + number) % case.heads) not in heads]
             if free:
                 heads.append((layer, (free[0] + number) % case.heads))
         found.append((name, position, Receivers(Component(component), tuple(heads))))
     return found
+
+
+def _receiving_layers(case: Case, group: str) -> list[int]:
+    if case.receivers == "spread":
+        return [number * (case.layers - 1) // 9 for number in range(10)]
+    return [layer * case.layers // PUBLISHED_LAYERS for layer in PUBLISHED[group]]

@@ -70,6 +70,8 @@ def compare(case: Case, device: str, dtype: torch.dtype, threads: int, isolated:
         "senders": case.senders,
         "senders_timed_naive": len(case.timed_senders()),
         "repetitions": case.repetitions,
+        "receivers": {name: len(receivers.heads) for name, _, receivers in hops(case)},
+        "receivers_at": case.receivers,
         "hops": rows,
         "total": _sum("total", rows),
         "first_three_hops": _sum("first three hops", rows[1:4]),

@@ -26,7 +26,7 @@ def table(record: dict[str, Any]) -> str:
     lines.append("| --- | --- | --- | --- |")
     for model in record["models"]:
         memory, check = model["memory"], model["max_difference_float64"]
-        peaks = f"{memory['ours_mib']:.0f} ({memory['budget_mib']}) / {memory['naive_mib']:.0f} MiB"
+        peaks = f"{memory['ours_mib']:.0f} ({memory['budget_mib']:.0f}) / {memory['naive_mib']:.0f} MiB"
         lines.append(
             f"| {model['model']} | {model['first_three_hops']['times_faster']['median']:.3g} times faster "
             f"| {peaks if 'ours_mib' in memory else 'not measured'} "
@@ -37,13 +37,13 @@ def table(record: dict[str, Any]) -> str:
     note = (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, "
         f"{record['models'][0]['dtype']}; medians of "
-        f"{', '.join(str(model['repetitions']) for model in record['models'])} repetitions, both sides in turn (ranges: "
-        "`reports/benchmarks.json`). Random weights; naive runs the senders of all layers."
+        f"{', '.join(str(model['repetitions']) for model in record['models'])} repetitions, both sides in turn "
+        "(ranges: `reports/benchmarks.json`). Random weights; naive runs the senders of all layers."
     )
     for model in sampled:
         note += (
-            f" On {model['model']} it was timed with {model['senders_timed_naive']} of {model['senders']} senders, some "
-            "in every layer, and scaled: each costs it the same passes."
+            f" On {model['model']} it was timed with {model['senders_timed_naive']} of {model['senders']} senders, "
+            "some in every layer, and scaled: each costs it the same passes."
         )
     return "\n".join([*lines, "", note])
 
