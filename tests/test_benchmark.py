@@ -17,7 +17,7 @@ from tests.benchmark.measuring import RUNS, TokenLayers, memory
 from tests.benchmark.naive import NaivePathPatcher
 from tests.oracles import KINDS, float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
 
-MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=7)
+MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
         self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-@pytest.mark.parametrize("mib", [5.0, 24.0])
+@pytest.mark.parametrize("mib", [4.5, 10.0])
 def test_the_working_set_stays_within_the_limit(mib):
     model = build_model(MIDDLE, torch.float32)
     walker, pairs, measure = Walker(model), build_pairs(MIDDLE), build_measure(MIDDLE)
