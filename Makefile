@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
 
-.PHONY: help repro test smoke clean-env
+.PHONY: help repro test smoke bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -27,6 +27,9 @@ test: $(READY) ## format check, lint, types, and all tests with one smoke run of
 
 smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
 	python -m stages.pipeline.smoke
+
+bench: $(READY) ## time exact path patching against the paper's algorithm: reports/benchmarks.json, README's table
+	python -m tests.benchmark
 
 $(READY): requirements.txt requirements-compute.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

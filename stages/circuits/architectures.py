@@ -119,8 +119,28 @@ class Architecture(ABC):
         """The stream that leaves a layer, see step 6. The two inputs may differ by dimensions of size 1."""
 
     @abstractmethod
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        """Final norm and language-model head."""
+    def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """What the language-model head reads."""
+
+    def final_softcap(self) -> float | None:
+        """Logits x become softcap * tanh(x / softcap)."""
+        return None
+
+    def logits(
+        self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
+    ) -> Float[Tensor, "n *rows logits"]:
+        """Final norm and language-model head, for all tokens or, in at least float32, for k tokens of each example."""
+        normed = self.final_norm(residual)
+        if tokens is None:
+            logits = self.head(normed)
+        else:
+            exact = torch.promote_types(torch.float32, normed.dtype)
+            logits = torch.einsum("n...d,nkd->n...k", normed.to(exact), self.head.weight[tokens].to(exact))
+            if self.head.bias is not None:
+                bias = self.head.bias[tokens].to(exact)
+                logits = logits + bias.view(len(bias), *[1] * (logits.ndim - 2), -1)
+        cap = self.final_softcap()
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class Llama(Architecture):
@@ -163,8 +183,8 @@ class Llama(Architecture):
         block, middle = self.layers[layer], entering + attention
         return middle + block.mlp(block.post_attention_layernorm(middle))
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        return self.head(self.backbone.norm(residual))
+    def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        return self.backbone.norm(residual)
 
 
 class Mistral(Llama):
@@ -192,9 +212,8 @@ class Gemma2(Llama):
         middle = entering + block.post_attention_layernorm(attention)
         return middle + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(middle)))
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        logits, cap = super().logits(residual), self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def final_softcap(self) -> float | None:
+        return self.config.final_logit_softcapping
 
 
 class Gemma3(Gemma2):
@@ -249,8 +268,8 @@ class GptNeoX(Architecture):
         block, middle = self.layers[layer], entering + attention
         return middle + block.mlp(block.post_attention_layernorm(entering if block.use_parallel_residual else middle))
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        return self.head(self.backbone.final_layer_norm(residual))
+    def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        return self.backbone.final_layer_norm(residual)
 
 
 class Gpt2(Architecture):
@@ -303,8 +322,8 @@ class Gpt2(Architecture):
         block, middle = self.layers[layer], entering + attention
         return middle + block.mlp(block.ln_2(middle))
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        return self.head(self.backbone.ln_f(residual))
+    def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        return self.backbone.ln_f(residual)
 
 
 # config.model_type -> adapter

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.circuits.path_patching import Measure
+from stages.circuits.path_patching import Measure, TokenMeasure
 from stages.pipeline.stage import Invalid
 
 
@@ -73,8 +73,7 @@ def measure_of(metric: Metric, answer: Int[Tensor, "n"], others: Int[Tensor, "n 
         )
     low, high = int(min(answer.min(), others.min())), int(max(answer.max(), others.max()))
 
-    def check(logits: Tensor, index: Tensor) -> None:
-        vocab = logits.shape[-1]
+    def check(vocab: int, index: Tensor) -> None:
         if low < 0 or high >= vocab:
             raise Invalid(
                 f"answer or others hold token id {low if low < 0 else high}: every label must be one token of the "
@@ -83,16 +82,16 @@ def measure_of(metric: Metric, answer: Int[Tensor, "n"], others: Int[Tensor, "n 
         if int(index.max()) >= n:
             raise Invalid(f"{n} answers, but a prompt with index {int(index.max())}: must be one answer a prompt")
 
-    def difference(logits: Tensor, index: Tensor) -> Tensor:
-        check(logits, index)
-        return logit_difference(logits, answer[index], others[index])
+    if metric == Metric.LOGIT_DIFFERENCE:
+        tokens = torch.cat([answer[:, None], others], dim=1)
+        return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1), check)
 
     def probability(logits: Tensor, index: Tensor) -> Tensor:
-        check(logits, index)
-        at = answer[index][:, None, None].expand(-1, logits.shape[1], 1)
+        check(logits.shape[-1], index)
+        at = answer[index].to(logits.device)[:, None, None].expand(-1, logits.shape[1], 1)
         return (logits.gather(-1, at)[..., 0] - logits.logsumexp(-1)).exp()
 
-    return difference if metric == Metric.LOGIT_DIFFERENCE else probability
+    return probability
 
 
 def score(

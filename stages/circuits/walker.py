@@ -32,6 +32,22 @@ from stages.pipeline.stage import Invalid
 # [n e s' heads a], and covers the window slots from `first` on. Returns the replacement, same shape.
 Edit = Callable[[int, str, Tensor, int], Tensor]
 
+# join(layer, x): x is what enters the layer, [n e s d]. Returns it with the variants that begin there appended.
+Join = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The part of a background that a window sees.
+
+    Attributes:
+        keys: keys after the rotary embedding.
+        values: values.
+    """
+
+    keys: Float[Tensor, "layers n g b a"]
+    values: Float[Tensor, "layers n g b a"]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,11 +93,17 @@ class Window:
     sees_window: Float[Tensor, "n s s"]
 
     @staticmethod
-    def tail(n: int, start: int, length: int, dtype: torch.dtype = torch.float32) -> "Window":
+    def tail(
+        n: int,
+        start: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> "Window":
         """All positions from `start` to the last; the background is the prefix before `start`."""
-        slots = torch.arange(start, length).expand(n, length - start)
+        slots = torch.arange(start, length, device=device).expand(n, length - start)
         causal = _mask(slots[:, None, :] <= slots[:, :, None], dtype)
-        return Window(slots, torch.zeros(n, length - start, start, dtype=dtype), causal)
+        return Window(slots, torch.zeros(n, length - start, start, dtype=dtype, device=device), causal)
 
     @staticmethod
     def scattered(
@@ -97,23 +119,24 @@ class Window:
             length: number of positions t of the prompt.
             live: slots that count; a slot that is not live (padding) is computed, but nothing attends to it.
         """
-        n, s = positions.shape
-        live = torch.ones(n, s, dtype=torch.bool) if live is None else live
-        in_window = torch.zeros(n, length, dtype=torch.bool)
-        rows = torch.arange(n)[:, None].expand(n, s)
+        (n, s), device = positions.shape, positions.device
+        live = torch.ones(n, s, dtype=torch.bool, device=device) if live is None else live
+        in_window = torch.zeros(n, length, dtype=torch.bool, device=device)
+        rows = torch.arange(n, device=device)[:, None].expand(n, s)
         in_window[rows[live], positions[live]] = True
-        everywhere = torch.arange(length)
+        everywhere = torch.arange(length, device=device)
         earlier = everywhere[None, None, :] <= positions[:, :, None]
         background = _mask(earlier & ~in_window[:, None, :], dtype)
         visible = (positions[:, None, :] <= positions[:, :, None]) & live[:, None, :]
-        visible |= torch.eye(s, dtype=torch.bool)  # a padding slot sees itself, so that its softmax is defined
+        # a padding slot sees itself, so that its softmax is defined
+        visible |= torch.eye(s, dtype=torch.bool, device=device)
         return Window(positions, background, _mask(visible, dtype))
 
     def within(self, reach: int | None) -> "Window":
         """The same slots when each sees only the `reach` tokens up to itself (a sliding window; None: all)."""
         if reach is None or int(self.positions.max()) < reach:
             return self
-        places = torch.arange(self.sees_background.shape[-1])
+        places = torch.arange(self.sees_background.shape[-1], device=self.positions.device)
         far_background = self.positions[:, :, None] - places >= reach
         far_window = self.positions[:, :, None] - self.positions[:, None, :] >= reach
         return Window(
@@ -146,6 +169,7 @@ class Walker:
         self.mlp_width = self.architecture.mlp_width
         self.vocab_size = self.architecture.vocab_size
         self.dtype = next(model.parameters()).dtype
+        self.device = next(model.parameters()).device
         self.logits_dtype = torch.promote_types(self.dtype, torch.float32)
         self._check()
 
@@ -161,34 +185,40 @@ class Walker:
         """
         check_tokens(input_ids, self.vocab_size, self.architecture.longest)
         n, length = input_ids.shape
-        empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype)
+        empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
         record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "z", "keys", "values")}
         x = self.architecture.embed(input_ids)[:, None]
-        logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype), empty, empty, edit, record)
+        logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype, self.device), empty, empty, edit, record)
         stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
         return Run(logits=logits[:, 0], **stacked)
 
     def continue_from(
         self,
-        background: Run,
+        background: Run | Prefix,
         window: Window,
         residual: Float[Tensor, "n e s d"],
         layer: int,
         edit: Edit | None = None,
-    ) -> Float[Tensor, "n e vocab"]:
+        join: Join | None = None,
+        tokens: Int[Tensor, "n k"] | None = None,
+    ) -> Float[Tensor, "n f logits"]:
         """Logits at the last position when the window's residual stream enters `layer` as given.
 
         Positions outside the window keep the keys and values of `background`. The last window slot must be the last
         position of the prompt. In the last layer only that slot is computed, so `edit` is called there with q and z
-        of one slot.
+        of one slot. With `join`, further variants may begin at `layer` or above it. With `tokens`, logits are of those
+        tokens of each example only.
         """
         reach = window.sees_background.shape[-1]
         keys, values = background.keys[..., :reach, :], background.values[..., :reach, :]
-        return self._pass(residual, layer, window, keys, values, edit, None)
+        return self._pass(residual, layer, window, keys, values, edit, None, join, tokens)
 
-    def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        """Final norm and language-model head; at least float32, so that measures of logits do not round again."""
-        return self.architecture.logits(residual).to(self.logits_dtype)
+    def logits(
+        self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
+    ) -> Float[Tensor, "n *rows logits"]:
+        """Final norm and language-model head, for all tokens or for k tokens of each example; at least float32, so
+        that measures of logits do not round again."""
+        return self.architecture.logits(residual, tokens).to(self.logits_dtype)
 
     def after_attention(
         self, layer: int, entering: Float[Tensor, "*#rows d"], attention: Float[Tensor, "*#rows d"]
@@ -222,10 +252,14 @@ class Walker:
         values: Float[Tensor, "layers n g b a"],
         edit: Edit | None,
         record: dict[str, list[Tensor]] | None,
-    ) -> Float[Tensor, "n e vocab"]:
+        join: Join | None = None,
+        tokens: Int[Tensor, "n k"] | None = None,
+    ) -> Float[Tensor, "n f logits"]:
         rotary = self.architecture.rotary(x, window.positions)
         windows: dict[int | None, Window] = {}  # for each sliding window of some layer, what slots see through it
         for layer in range(first_layer, self.n_layers):
+            if join is not None:
+                x = join(layer, x)
             # in the last layer only the last slot still matters, unless everything is to be recorded
             first = 0 if record is not None or layer < self.n_layers - 1 else x.shape[2] - 1
             reach = self.architecture.reach(layer)
@@ -240,7 +274,7 @@ class Walker:
             x = self.after_attention(layer, x[:, :, first:], self.attention_output(layer, z))
         if record is not None:
             record["residual"].append(x)
-        return self.logits(x[:, :, -1])
+        return self.logits(x[:, :, -1], tokens)
 
     def _attention(
         self,
@@ -270,7 +304,7 @@ class Walker:
         each query head follows."""
         generator = torch.Generator().manual_seed(0)
         length = min(12, self.architecture.longest or 12)
-        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator)
+        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator).to(self.device)
         ours = self.run(ids)
         theirs, z, whole = self._hugging_face(ids)
         tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
@@ -308,17 +342,17 @@ class Walker:
     def _check_heads(self, ids: Int[Tensor, "1 t"]) -> None:
         """Move the values of one key-value head at a time: just the query heads that `kv_head` names must follow."""
         x = self.architecture.embed(ids)[:, None].expand(-1, 1 + self.n_kv_heads, -1, -1)
-        window = Window.tail(1, 0, ids.shape[1], self.dtype)
-        empty = torch.empty(1, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype)
+        window = Window.tail(1, 0, ids.shape[1], self.dtype, self.device)
+        empty = torch.empty(1, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
 
         def shift(layer: int, site: str, values: Tensor, first: int) -> Tensor:
-            moved = torch.eye(1 + self.n_kv_heads, dtype=values.dtype)[:, None, 1:, None]
+            moved = torch.eye(1 + self.n_kv_heads, dtype=values.dtype, device=self.device)[:, None, 1:, None]
             return values + moved if site == "v" else values
 
         _, _, z = self._attention(
             0, x, 0, self.architecture.rotary(x, window.positions)[0], window, empty, empty, shift
         )
-        follows = (z[0, 1:] - z[0, :1]).abs().amax((1, 3)) > 0.1  # g h; a value moves by 1
+        follows = ((z[0, 1:] - z[0, :1]).abs().amax((1, 3)) > 0.1).cpu()  # g h; a value moves by 1
         expected = torch.tensor([[self.kv_head(h) == g for h in range(self.n_heads)] for g in range(self.n_kv_heads)])
         if not torch.equal(follows, expected):
             raise Invalid("query heads of this model do not share key-value heads in consecutive groups of equal size")
@@ -340,25 +374,20 @@ def _attend(
     w, g = k.shape[2], k.shape[3]
     b = background_keys.shape[2]
     r = h // g  # query heads per key-value head
-    q = q.reshape(n, e, s, g, r, a).permute(0, 3, 1, 2, 4, 5)  # n g e s r a
-    k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # n g e w a
-    to_background = (q.reshape(n, g, e * s * r, a) @ background_keys.transpose(-1, -2)).view(n, g, e, s, r, b)
-    to_window = (q.reshape(n, g, e, s * r, a) @ k.transpose(-1, -2)).view(n, g, e, s, r, w)
-    to_background, to_window = to_background * scaling, to_window * scaling
+    rows, all_rows = (n * g, e * s * r), (n * g * e, s * r)  # of one background, of one variant
+    q = (q * scaling).reshape(n, e, s, g, r, a).permute(0, 3, 1, 2, 4, 5).reshape(*rows, a)
+    k, v = (x.permute(0, 3, 1, 2, 4).reshape(n * g * e, w, a) for x in (k, v))
+    to_background = torch.bmm(q, background_keys.reshape(n * g, b, a).transpose(1, 2)).view(n, g, e, s, r, b)
+    to_window = torch.bmm(q.reshape(*all_rows, a), k.transpose(1, 2)).view(n, g, e, s, r, w)
+    scores = torch.cat([to_background, to_window], dim=-1)
     if softcap is not None:
-        to_background, to_window = (torch.tanh(x / softcap) * softcap for x in (to_background, to_window))
-    scores = torch.cat(
-        [
-            to_background + sees_background[:, None, None, :, None],
-            to_window + sees_window[:, None, None, :, None],
-        ],
-        dim=-1,
-    )
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + torch.cat([sees_background, sees_window], dim=-1)[:, None, None, :, None]
     # softmax in at least float32, as Hugging Face's eager attention does
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    z = (weights[..., :b].reshape(n, g, e * s * r, b) @ background_values).view(n, g, e, s, r, a)
-    z = z + (weights[..., b:].reshape(n, g, e, s * r, w) @ v).view(n, g, e, s, r, a)
-    return z.permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
+    z = torch.bmm(weights.reshape(*all_rows, b + w)[..., b:], v).view(*rows, a)
+    z = torch.baddbmm(z, weights.reshape(*rows, b + w)[..., :b], background_values.reshape(n * g, b, a))
+    return z.reshape(n, g, e, s, r, a).permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -367,4 +396,4 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _mask(visible: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

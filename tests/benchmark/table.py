@@ -1,0 +1,52 @@
+"""The benchmark's record as a Markdown table."""
+
+from typing import Any
+
+
+def table(record: dict[str, Any]) -> str:
+    """One line a hop, and the sum of each model; then what was measured once for each model."""
+    machine = record["machine"]
+    lines = [
+        "| model | hop | naive, s | ours, s | times faster | token-layers, naive / ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model in record["models"]:
+        for row in [*model["hops"], model["total"]]:
+            total = row is model["total"]
+            cells = [
+                f"{model['model']}, {model['examples']} examples" if row is model["hops"][0] else "",
+                row["hop"],
+                _seconds(row["naive"]["seconds"]),
+                _seconds(row["ours"]["seconds"]),
+                f"{row['times_faster']['median']:.3g}",
+                f"{row['token_layer_ratio']:.3g}",
+            ]
+            lines.append("| " + " | ".join(f"**{cell}**" if total and cell else cell for cell in cells) + " |")
+    lines += ["", "| model | first three hops | peak memory, ours (limit) / naive | largest difference in float64 |"]
+    lines.append("| --- | --- | --- | --- |")
+    for model in record["models"]:
+        memory, check = model["memory"], model["max_difference_float64"]
+        peaks = f"{memory['ours_mib']:.0f} ({memory['budget_mib']:.0f}) / {memory['naive_mib']:.0f} MiB"
+        lines.append(
+            f"| {model['model']} | {model['first_three_hops']['times_faster']['median']:.3g} times faster "
+            f"| {peaks if 'ours_mib' in memory else 'not measured'} "
+            f"| {check['difference']:.1e} (effects up to {check['largest_effect']:.2g}; {check['layers']} layers, "
+            f"{check['senders']} senders) |"
+        )
+    sampled = [model for model in record["models"] if model["senders_timed_naive"] < model["senders"]]
+    note = (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{record['models'][0]['dtype']}; medians of "
+        f"{', '.join(str(model['repetitions']) for model in record['models'])} repetitions, both sides in turn "
+        "(ranges: `reports/benchmarks.json`). Random weights; naive runs the senders of all layers."
+    )
+    for model in sampled:
+        note += (
+            f" On {model['model']} it was timed with {model['senders_timed_naive']} of {model['senders']} senders, "
+            "some in every layer, and scaled: each costs it the same passes."
+        )
+    return "\n".join([*lines, "", note])
+
+
+def _seconds(seconds: dict[str, float]) -> str:
+    return f"{seconds['median']:.3g}"

@@ -1,0 +1,155 @@
+"""The benchmark: its naive side against the oracle, its counts against formulas, and that it runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.types import Component
+from stages.circuits.walker import Walker
+from tests.benchmark.__main__ import END, START, inserted, main
+from tests.benchmark.cases import CASES, build_measure, build_model, build_pairs, hops
+from tests.benchmark.measuring import RUNS, TokenLayers, memory
+from tests.benchmark.naive import NaivePathPatcher
+from tests.oracles import KINDS, float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
+
+MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_naive_side_equals_the_oracle(kind):
+    model, pairs = random_model(kind), random_pairs()
+
+    def measure(logits, index):
+        return logits[..., 3] - logits[..., 4:8].mean(-1)
+
+    with float64_softmax():
+        naive = NaivePathPatcher(model, pairs, measure)
+    outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
+    senders = [(0, 1), (1, 3), (2, 0)]
+    for receivers in (Receivers(), Receivers(Component.Q, ((1, 0), (2, 3))), Receivers(Component.V, ((1, 2), (2, 1)))):
+        for position in ("last", "earlier"):
+            with float64_softmax():
+                ours = naive.head_effects(position, receivers, senders)
+            slow = [naive_path_patching(model, pairs, position, [sender], receivers, *outputs) for sender in senders]
+            expected = torch.stack([measure(logits, None) for logits in slow]) - naive.clean
+            error = float((ours - expected).abs().max())
+            print(kind, position, receivers.component, error, float(expected.abs().max()))
+            assert error <= 1e-12
+
+
+def test_token_layers_are_those_of_the_formulas():
+    case = replace(CASES["base"], examples=7, layers=4)
+    model = build_model(case, torch.float32)
+    pairs, measure = build_pairs(case), build_measure(case)
+    walker, counted, prompts = Walker(model), TokenLayers(model), case.examples * case.tokens * case.layers
+    ours = PathPatcher(walker, pairs, measure, 64.0)
+    assert counted.take() == 2 * prompts
+    naive = NaivePathPatcher(model, pairs, measure)
+    assert counted.take() == 2 * prompts
+    swept: dict[str, int] = {}
+    for name, position, receivers in hops(case):
+        naive.head_effects(position, receivers, case.timed_senders())
+        assert counted.take() == case.senders * prompts * (1 if receivers.component is None else 2)
+
+        ours.head_effects(position, [receivers])
+        layers = sorted({layer for layer, _ in receivers.heads}) or [case.layers]
+        # a sender passes one MLP in each layer from its own to below the highest receiver; once for each position
+        sweep = case.heads * sum(layers[-1] - layer for layer in range(layers[-1])) * case.examples
+        already = swept.get(position, 0)
+        swept[position] = max(sweep, already)
+        tail = 0
+        if receivers.component is not None:
+            for layer in range(layers[-1]):
+                entry = min(receiver for receiver in layers if receiver > layer)
+                lengths = (case.tokens - pairs.positions[position]).tolist()
+                # every token from the position on, and in the last layer the last one
+                tail += case.heads * sum(length * (case.layers - 1 - entry) + 1 for length in lengths)
+        expected = swept[position] - already + tail
+        print(name, "tail", tail, "sweep", swept[position] - already)
+        assert counted.take() == expected > 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every tensor that is made, and how much of them is alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, torch.Tensor) and made.device.type == "cpu":
+                storage = made.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {at: held for at, held in self._live.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+    def leave_out(self, *tensors: torch.Tensor) -> None:
+        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("mib", [4.5, 10.0])
+def test_the_working_set_stays_within_the_limit(mib):
+    model = build_model(MIDDLE, torch.float32)
+    walker, pairs, measure = Walker(model), build_pairs(MIDDLE), build_measure(MIDDLE)
+    results = []
+    with torch.no_grad(), LiveBytes() as live:
+        live.leave_out(*model.parameters(), *model.buffers(), pairs.clean_ids, pairs.corrupt_ids, measure.tokens)
+        ours = PathPatcher(walker, pairs, measure, mib)
+        live.leave_out(ours.clean, ours.corrupt, ours.clean_logits)
+        for _, position, receivers in hops(MIDDLE):
+            results.append(ours.head_effects(position, [receivers])[0])
+    print(f"limit {mib} MiB, peak {live.peak / 2**20:.2f} MiB")
+    assert live.peak <= mib * 2**20
+    wide = PathPatcher(walker, pairs, measure, 4096.0)
+    for (name, position, receivers), effects in zip(hops(MIDDLE), results, strict=True):
+        error = float((effects - wide.head_effects(position, [receivers])[0]).abs().max())
+        print(name, error, float(effects.abs().max()))
+        assert error <= 1e-4 * float(effects.abs().max())
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    # what the engine makes goes to the model's device or, by name, to the CPU; anything else would be "meta" here
+    case = CASES["qwen"].quick()
+    model = build_model(case, torch.float32)
+    pairs, measure = build_pairs(case), build_measure(case)
+    plain = [
+        PathPatcher(Walker(model), pairs, measure, 64.0).head_effects(position, [receivers])[0]
+        for _, position, receivers in hops(case)
+    ]
+    with torch.device("meta"):
+        ours = PathPatcher(Walker(model), pairs, measure, 64.0)
+        for (_, position, receivers), expected in zip(hops(case), plain, strict=True):
+            assert torch.equal(ours.head_effects(position, [receivers])[0], expected)
+
+
+def test_a_quick_run_writes_the_record_and_fits_the_readme(tmp_path):
+    main(
+        ["--quick", "--cases", "qwen", "--output", str(tmp_path / "b.json"), "--threads", "1", "--receivers", "spread"]
+    )
+    record = json.loads((tmp_path / "b.json").read_text())
+    (model,) = record["models"]
+    assert [row["hop"] for row in model["hops"]] == [RUNS, *(name for name, _, _ in hops(CASES["qwen"]))]
+    assert model["max_difference_float64"]["difference"] <= 1e-9
+    assert model["max_difference_float64"]["largest_effect"] > 1e-3
+    assert model["total"]["token_layer_ratio"] > 1
+    text = inserted(f"before\n{START}\nold\n{END}\nafter", "new")
+    assert text == f"before\n{START}\nnew\n{END}\nafter"
+    with pytest.raises(ValueError, match="no place for the table"):
+        inserted("no marks", "new")
+
+
+def test_memory_is_measured_in_this_process_too():
+    measured = memory(CASES["base"].quick(), "cpu", torch.float32, 1, isolated=False)
+    print(measured)
+    assert measured["budget_mib"] == 64
