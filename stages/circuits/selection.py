@@ -13,7 +13,7 @@ E(K + A - C) - E(K) must be at most (1 - coverage) E(A) for
 
 Algorithm, for one position and one kind of receivers:
 
-1. E of every single head; it puts the heads in order. All heads of 0 are left out from here on;
+1. E of every single head below the highest receiver; it puts the heads in order. One of 0 may have a stand-in;
 2. the shortest run of the strongest heads, found by bisection, that passes the first two tests;
 3. of these, those that can be dropped one by one while both tests still pass, are dropped: all of them, or else the
    weaker and then the stronger half of them, and so on down to single heads;
@@ -106,8 +106,8 @@ def select_heads(
         return score(metric, effects, patcher.clean, patcher.corrupt)
 
     effect = _JointEffects(patcher, position, receivers)
-    live = (alone != 0).any(-1)
-    order = [head for head in strongest(scored(alone)) if live[head]]
+    top = alone.shape[0] if receivers.component is None else max(layer for layer, _ in receivers.heads)
+    order = [head for head in strongest(scored(alone)) if head[0] < top]
     everything = frozenset(order)
     effect.known |= {frozenset({head}): alone[head] for head in order} | {everything: together}
     if not order or not rule.counts(scored(together)):
