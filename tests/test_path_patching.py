@@ -7,6 +7,7 @@ import torch
 
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
 from stages.circuits.types import Component
+from stages.pipeline.stage import Invalid
 from tests.oracles import KINDS, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
 
 RECEIVERS = {
@@ -115,3 +116,29 @@ def test_the_corrupt_last_token_with_all_its_heads_is_the_corrupt_run():
     print(error, float(effect.abs().max()))
     assert float(effect.abs().max()) > 1e-2
     assert error <= 1e-12
+
+
+def test_bad_input_is_refused_in_one_sentence():
+    model, pairs = random_model("llama"), random_pairs()
+    patcher = patcher_of(model, pairs)
+    for receivers, said in (
+        (Receivers(Component.V, ((3, 0),)), r"\(3, 0\) is no head of this model: must be a layer in 0..2"),
+        (Receivers(Component.V, ((0, 4),)), r"\(0, 4\) is no head of this model: .* a head in 0..3"),
+        (Receivers(Component.Q), "component 'q' without heads"),
+    ):
+        with pytest.raises(Invalid, match=said):
+            patcher.head_effects("last", [receivers])
+    outside = pairs.positions | {"earlier": torch.tensor([1, 2, 11, 1, 1])}
+    for bad, said in (
+        (
+            replace(pairs, corrupt_ids=pairs.corrupt_ids[:, 1:]),
+            r"clean prompts \(5, 11\) and corrupt prompts \(5, 10\)",
+        ),
+        (replace(pairs, positions=outside), r"clean position 'earlier' = 11: must lie in 0..10"),
+        (replace(pairs, corrupt_positions=outside), r"corrupt position 'earlier' = 11"),
+        (replace(pairs, positions={"last": outside["last"]}), "must have the same names"),
+    ):
+        with pytest.raises(Invalid, match=said):
+            patcher_of(model, bad)
+    with pytest.raises(Invalid, match="clean runs is not finite in 5 of 5 examples"):
+        PathPatcher(walker_of(model), pairs, lambda logits, index: logits[..., 0] / 0, 64.0)

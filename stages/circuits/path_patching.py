@@ -77,7 +77,7 @@ class Pairs:
     """
 
     clean_ids: Int[Tensor, "n t"]
-    corrupt_ids: Int[Tensor, "n u"]
+    corrupt_ids: Int[Tensor, "m u"]  # n t; anything else is refused by `PathPatcher`
     positions: dict[str, Int[Tensor, "n"]]
     corrupt_positions: dict[str, Int[Tensor, "n"]]
 
@@ -204,7 +204,8 @@ class PathPatcher:
             that is run, whatever the limit. Changes results by rounding only.
 
     Raises:
-        Invalid: no examples, or a position outside its prompt.
+        Invalid: no examples, prompts of different shapes, a position outside its prompt, or a measure that is
+            not finite.
     """
 
     def __init__(self, walker: Walker, pairs: Pairs, measure: Measure, memory_mib: float) -> None:
@@ -220,6 +221,8 @@ class PathPatcher:
         self.clean = torch.empty(n, dtype=self._dtype, device="cpu")
         self.corrupt = torch.empty(n, dtype=self._dtype, device="cpu")
         self.clean_logits = torch.empty(n, walker.model.config.vocab_size, dtype=walker.dtype, device="cpu")
+        layers, heads = walker.n_layers, walker.n_heads
+        self._every_head = torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
         self._kept: _Runs | None = None
         everything = torch.arange(n, device="cpu")
         if n * self._run_bytes() <= RUNS * self._budget:
@@ -227,6 +230,12 @@ class PathPatcher:
         else:
             for index in everything.split(self._at_least_one(RUNS * self._budget, self._run_bytes())):
                 self._run(index)
+        for kind, measured in (("clean", self.clean), ("corrupt", self.corrupt)):
+            if not bool(measured.isfinite().all()):
+                bad = int((~measured.isfinite()).sum())
+                raise Invalid(
+                    f"the measure of the {kind} runs is not finite in {bad} of {n} examples: must be a number"
+                )
 
     def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """Effect of every single head at `position` on each of the receivers, per example.
@@ -234,16 +243,15 @@ class PathPatcher:
         Returns:
             one tensor for each entry of `receivers`: measure(patched) - measure(clean).
         """
-        layers, heads = self.walker.n_layers, self.walker.n_heads
-        single = torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
-        effects = self._effects(position, single, receivers, keep_sweep=True)
-        return [effect.view(layers, heads, -1) for effect in effects]
+        shape = self._every_head.shape[1:]
+        return [effect.view(*shape, -1) for effect in self.effects(position, self._every_head, receivers)]
 
     def joint_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "n"]]:
         """Effect of all heads at `position` together: does anything there feed these receivers at all?"""
         everything = torch.ones(1, self.walker.n_layers, self.walker.n_heads, dtype=torch.bool, device="cpu")
         return [effect[0] for effect in self.effects(position, everything, receivers)]
 
+    @torch.no_grad()
     def effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
@@ -252,22 +260,17 @@ class PathPatcher:
         Raises:
             Invalid: a receiver is no head of this model, or has a component without heads.
         """
-        return self._effects(position, senders, receivers, keep_sweep=False)
-
-    @torch.no_grad()
-    def _effects(
-        self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], keep_sweep: bool
-    ) -> list[Float[Tensor, "e n"]]:
         results = [self.clean.new_zeros(len(senders), len(self.clean)) for _ in receivers]
         if not receivers:
             return results
         for receiver in receivers:
             self._check_receiver(receiver)
+        keep_sweep = torch.equal(senders, self._every_head)  # what is asked for again and again
         needed = {layer for receiver in receivers for layer in self._layers(receiver)}
         first = _first_layer(senders)
         order = torch.argsort(first, stable=True)  # so that whatever has joined comes first
-        order = order[first[order] < (self.walker.n_layers if keep_sweep else max(needed))]
         keep_sweep = keep_sweep and self._keeps(position, first, receivers)
+        order = order[first[order] < (self.walker.n_layers if keep_sweep else max(needed))]
         # the largest parts: as many sets of senders as fit for one example, then as many examples
         stream = (len(needed) + 3) * self.walker.width + self._read_numbers(receivers)
         stream *= self.walker.dtype.itemsize
@@ -454,10 +457,10 @@ class PathPatcher:
 
     def _whole_run_bytes(self) -> int:
         """A run of one example as the walker makes it: what it records, once more as it is stacked, and a layer."""
-        walker, longest = self.walker, max(self._length, self.pairs.corrupt_ids.shape[1])
+        walker = self.walker
         heads = walker.n_heads * walker.head_dim
         numbers = walker.n_layers * (2 * walker.width + heads + 2 * walker.n_kv_heads * walker.head_dim)
-        return longest * (2 * numbers * walker.dtype.itemsize + self._token_bytes()) + 3 * self._logits_bytes(
+        return self._length * (2 * numbers * walker.dtype.itemsize + self._token_bytes()) + 3 * self._logits_bytes(
             whole=True
         )
 
@@ -480,8 +483,7 @@ class PathPatcher:
     def _token_bytes(self) -> int:
         """One token of one set of senders on its way through a layer."""
         walker, heads = self.walker, self.walker.n_heads * self.walker.head_dim
-        longest = max(self._length, self.pairs.corrupt_ids.shape[1])
-        attention = 4 * heads + 6 * walker.n_kv_heads * walker.head_dim + 4 * walker.n_heads * longest
+        attention = 4 * heads + 6 * walker.n_kv_heads * walker.head_dim + 4 * walker.n_heads * self._length
         return attention * self._working_itemsize() + self._sweep_bytes()
 
     def _logits_bytes(self, whole: bool = False) -> int:
@@ -497,6 +499,9 @@ class PathPatcher:
 
 
 def _check_pairs(pairs: Pairs) -> None:
+    clean, corrupt = tuple(pairs.clean_ids.shape), tuple(pairs.corrupt_ids.shape)
+    if clean != corrupt:
+        raise Invalid(f"pairs: clean prompts {clean} and corrupt prompts {corrupt} must have the same shape")
     if len(pairs.clean_ids) == 0:
         raise Invalid("pairs: no examples: must be at least one clean prompt with its corrupt partner")
     if pairs.positions.keys() != pairs.corrupt_positions.keys():
