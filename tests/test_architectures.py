@@ -78,7 +78,7 @@ def in_series(self: GptNeoX, layer: int, entering: Any, attention: Any) -> Any:
 MISTAKES: dict[str, tuple[str, type, str, Any]] = {
     "no norm after attention": ("gemma2", Gemma2, "after_attention", Llama.after_attention),
     "no soft cap on attention": ("gemma2", Gemma2, "softcap", lambda self, layer: None),
-    "no soft cap on logits": ("gemma2", Gemma2, "logits", Llama.logits),
+    "no soft cap on logits": ("gemma2", Gemma2, "final_softcap", Llama.final_softcap),
     "a soft cap on attention": ("gemma3", Gemma3, "softcap", lambda self, layer: 1.0),
     "one rotary base": ("gemma3", Gemma3, "rotary", one_rotary_base),
     "no norm on q and k": ("qwen3", Llama, "place", Architecture.place),

@@ -15,12 +15,12 @@ from tests.benchmark.__main__ import END, START, inserted, main
 from tests.benchmark.cases import CASES, build_measure, build_model, build_pairs, hops
 from tests.benchmark.measuring import RUNS, TokenLayers, memory
 from tests.benchmark.naive import NaivePathPatcher
-from tests.oracles import KINDS, float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
+from tests.oracles import float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
 
 MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "llama_gqa", "qwen2"])
 def test_the_naive_side_equals_the_oracle(kind):
     model, pairs = random_model(kind), random_pairs()
 

@@ -60,6 +60,7 @@ class Published(PathPatcher):
         pairs: Any = SimpleNamespace(positions=positions)
         walker: Any = SimpleNamespace(n_layers=LAYERS, n_heads=HEADS)
         self.pairs, self.walker = pairs, walker
+        self._every_head = torch.eye(LAYERS * HEADS, dtype=torch.bool).view(-1, LAYERS, HEADS)
         self.clean = torch.tensor([0.2, 0.4, 0.8, 0.9], dtype=torch.float64)
         self.corrupt = torch.full((4,), 0.01, dtype=torch.float64)
         self.asked: list[tuple[str, Receivers]] = []

@@ -250,6 +250,8 @@ class PathPatcher:
         self.clean = torch.empty(n, dtype=self._dtype, device="cpu")
         self.corrupt = torch.empty(n, dtype=self._dtype, device="cpu")
         self.clean_logits = torch.empty(n, walker.vocab_size, dtype=self._dtype, device="cpu")
+        layers, heads = walker.n_layers, walker.n_heads
+        self._every_head = torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
         self._kept: _Runs | None = None
         everything = torch.arange(n, device="cpu")
         if n * self._run_bytes() <= RUNS * self._budget:
@@ -266,16 +268,15 @@ class PathPatcher:
         Returns:
             one tensor for each entry of `receivers`: measure(patched) - measure(clean).
         """
-        layers, heads = self.walker.n_layers, self.walker.n_heads
-        single = torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
-        effects = self._effects(position, single, receivers, keep_sweep=True)
-        return [effect.view(layers, heads, -1) for effect in effects]
+        shape = self._every_head.shape[1:]
+        return [effect.view(*shape, -1) for effect in self.effects(position, self._every_head, receivers)]
 
     def joint_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "n"]]:
         """Effect of all heads at `position` together: does anything there feed these receivers at all?"""
         everything = torch.ones(1, self.walker.n_layers, self.walker.n_heads, dtype=torch.bool, device="cpu")
         return [effect[0] for effect in self.effects(position, everything, receivers)]
 
+    @torch.no_grad()
     def effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
@@ -285,21 +286,16 @@ class PathPatcher:
             Invalid: the examples have no such position, senders or receivers are outside the model, or an effect is
                 not a finite number.
         """
-        return self._effects(position, senders, receivers, keep_sweep=False)
-
-    @torch.no_grad()
-    def _effects(
-        self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], keep_sweep: bool
-    ) -> list[Float[Tensor, "e n"]]:
         self._check_paths(position, senders, receivers)
         results = [self.clean.new_zeros(len(senders), len(self.clean)) for _ in receivers]
         if not receivers:
             return results
+        keep_sweep = torch.equal(senders, self._every_head)  # what is asked for again and again
         needed = {layer for receiver in receivers for layer in self._layers(receiver)}
         first = _first_layer(senders)
         order = torch.argsort(first, stable=True)  # so that whatever has joined comes first
-        order = order[first[order] < (self.walker.n_layers if keep_sweep else max(needed))]
         keep_sweep = keep_sweep and self._keeps(position, first, receivers)
+        order = order[first[order] < (self.walker.n_layers if keep_sweep else max(needed))]
         # the largest parts: as many sets of senders as fit for one example, then as many examples
         stream = (len(needed) + 3) * self.walker.width + self._read_numbers(receivers)
         stream *= self.walker.dtype.itemsize
@@ -463,8 +459,9 @@ class PathPatcher:
             ids = getattr(self.pairs, what)
             check_tokens(ids, self.walker.vocab_size, longest, what)
             check_padding(ids, config.pad_token_id, (config.bos_token_id, config.eos_token_id), what)
-        one = torch.zeros(1, 1, self.walker.vocab_size, dtype=self.walker.logits_dtype)
-        self.measure(one, torch.tensor([len(self.pairs.clean_ids) - 1]))  # a measure that cannot work fails here
+        one = torch.zeros(1, 1, self.walker.vocab_size, dtype=self.walker.logits_dtype, device="cpu")
+        last = torch.tensor([len(self.pairs.clean_ids) - 1], device="cpu")
+        self.measure(one, last)  # a measure that cannot work fails here
 
     def _check_paths(self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]) -> None:
         check_name(position, self.pairs.positions)

@@ -302,9 +302,9 @@ class Walker:
     def _check(self) -> None:
         """Compare logits and head outputs with the Hugging Face model on random prompts, and see which key-value head
         each query head follows."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         length = min(12, self.architecture.longest or 12)
-        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator).to(self.device)
+        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator, device="cpu").to(self.device)
         ours = self.run(ids)
         theirs, z, whole = self._hugging_face(ids)
         tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
@@ -353,7 +353,8 @@ class Walker:
             0, x, 0, self.architecture.rotary(x, window.positions)[0], window, empty, empty, shift
         )
         follows = ((z[0, 1:] - z[0, :1]).abs().amax((1, 3)) > 0.1).cpu()  # g h; a value moves by 1
-        expected = torch.tensor([[self.kv_head(h) == g for h in range(self.n_heads)] for g in range(self.n_kv_heads)])
+        shared = [[self.kv_head(h) == g for h in range(self.n_heads)] for g in range(self.n_kv_heads)]
+        expected = torch.tensor(shared, device="cpu")
         if not torch.equal(follows, expected):
             raise Invalid("query heads of this model do not share key-value heads in consecutive groups of equal size")
 
