@@ -16,6 +16,7 @@ from stages.circuits.walker import Walker
 from stages.measures.faithfulness import Readout, in_tail_order
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
+from stages.pipeline.processes import in_processes
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import Examples, read_examples
 
@@ -29,6 +30,7 @@ def patch_both_ways(
     memory_mib: float,
     generator: np.random.Generator,
     advance: Callable[[int], object] = lambda n: None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Scores of both models, and of each with the other's head outputs at each node set.
 
@@ -41,6 +43,7 @@ def patch_both_ways(
         memory_mib: how much memory a pass may take, roughly.
         generator: of those draws; both directions get the same ones.
         advance: called with the number of examples done.
+        processes: how many to spread the examples over.
     """
     length = examples.input_ids.shape[1]
     shape = (base.n_layers, base.n_heads)
@@ -48,23 +51,28 @@ def patch_both_ways(
         name: random_like(nodes, len(examples), draws, *shape, generator) for name, nodes in node_sets.items()
     }
     directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
-    unpatched: dict[str, list[Readout]] = {direction: [] for direction in directions}
-    patched: dict[tuple[str, str], list[Readout]] = {}
-    for rows in slices(len(examples), rows_that_fit(base, length, length, memory_mib)):
+
+    @torch.no_grad()
+    def readouts(rows: slice) -> dict[tuple[str, str | None], Readout]:
+        """Of the receiver alone (None) and with each node set, in each direction."""
         part = examples.select(rows)
-        with torch.no_grad():
-            runs = {walker: walker.run(part.input_ids) for walker in (base, tuned)}
+        runs = {walker: walker.run(part.input_ids) for walker in (base, tuned)}
+        found: dict[tuple[str, str | None], Readout] = {}
         for direction, (donor, receiver) in directions.items():
             clean = runs[receiver]
-            unpatched[direction].append(Readout.of(clean.logits[:, None], part.answer, part.others))
+            found[direction, None] = Readout.of(clean.logits[:, None], part.answer, part.others)
             for name, nodes in node_sets.items():
                 logits = transplant(receiver, clean, runs[donor], part.positions, nodes, memory_mib, random[name][rows])
-                patched.setdefault((direction, name), []).append(Readout.of(logits, part.answer, part.others))
-        advance(len(part))
+                found[direction, name] = Readout.of(logits, part.answer, part.others)
+        return found
 
-    scores = {key: Readout.join(parts).means() for key, parts in patched.items()}
-    base_alone = Readout.join(unpatched["tuned_to_base"]).means()[0]
-    tuned_alone = Readout.join(unpatched["base_to_tuned"]).means()[0]
+    found = []
+    parts = slices(len(examples), rows_that_fit(base, length, length, memory_mib))
+    for rows, readout in zip(parts, in_processes(readouts, parts, processes), strict=True):
+        found.append(readout)
+        advance(rows.stop - rows.start)
+    scores = {key: Readout.join([readout[key] for readout in found]).means() for key in found[0]}
+    base_alone, tuned_alone = scores["tuned_to_base", None][0], scores["base_to_tuned", None][0]
     return {
         "n": len(examples),
         "base_accuracy": base_alone["accuracy"],
@@ -85,6 +93,7 @@ def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
     settings = cell.params("cmap")
+    torch.set_num_threads(1)
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     node_sets: dict[str, Sequence[Node]] = {}
     if circuit.identifiable:
@@ -102,6 +111,7 @@ def main(cell: Cell) -> None:
             settings.memory_mib,
             np.random.default_rng([int(seed), 0]),
             bar.update,
+            settings.processes,
         )
     record |= {"arm": arm, "seed": int(seed), "settings": {"random_draws": settings.random_draws}}
     write_json(f"reports/cells/cmap/{arm}/{seed}.json", record)

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from stages.circuits.masks import MaskSettings, component_masks
@@ -24,6 +25,7 @@ def read_desiderata(split: str) -> dict[str, DesiderataPairs]:
 def main(cell: Cell) -> None:
     model, seed = cell.item["model"], cell.item["seed"]
     section = cell.params("dcm")
+    torch.set_num_threads(1)
     settings = MaskSettings(
         steps=section.steps,
         batch=section.batch,
@@ -52,6 +54,7 @@ def main(cell: Cell) -> None:
                 settings,
                 np.random.default_rng([int(seed), 0]),
                 advance,
+                section.processes,
             )
     groups = {group: {name: asdict(result) for name, result in each.items()} for group, each in found.items()}
     stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"}

@@ -4,9 +4,10 @@
 
 reads  models/<model>/<seed>, data/old/discovery.parquet
 writes reports/cells/discover/<model>/<seed>/
-         circuit.json   groups of heads; empty and not identifiable where the model is below
-         `identifiable_accuracy` scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers,
-         heads] record.json    accuracy, every hop that was tried, settings
+         circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
+         scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers, heads]
+         record.json    accuracy, settings, and every hop that was tried: its effect, what its heads feed (receiver and
+                        component), and what they read (the semantic position they attend to most)
 """
 
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from tqdm import tqdm
 
 from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
-from stages.circuits.search import Hop, Rule, paper_hops, search
+from stages.circuits.search import Hop, paper_hops, search
+from stages.circuits.selection import Rule
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
@@ -47,7 +50,9 @@ def main(cell: Cell) -> None:
     if accuracy < settings.identifiable_accuracy:
         walker = patcher.walker
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
+        attention = None
     else:
+        attention = mean_attention(patcher.walker, examples.input_ids, examples.positions, settings.memory_mib)
         circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
 
     with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:
@@ -65,7 +70,7 @@ def main(cell: Cell) -> None:
                 "size": len(circuit.nodes),
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
-                "hops": [_record(hop) for hop in hops],
+                "hops": [_record(hop, attention) for hop in hops],
                 "settings": settings.model_dump(mode="json"),
             },
         )
@@ -113,7 +118,11 @@ def _nodes_per_position(circuit: Circuit) -> dict[str, int]:
     return {position: positions.count(position) for position in sorted(set(positions))}
 
 
-def _record(hop: Hop) -> dict[str, Any]:
+def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
+    reads = None
+    if hop.heads and attention is not None:
+        position, share = attention.most_read(hop.position, hop.heads)
+        reads = {"position": position, "share": share}
     return {
         "name": hop.name,
         "position": hop.position,
@@ -124,6 +133,7 @@ def _record(hop: Hop) -> dict[str, Any]:
         "selected": len(hop.heads),
         "split_half": hop.split_half,
         "group": hop.group,
+        "reads": reads,
     }
 
 

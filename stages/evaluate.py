@@ -18,7 +18,7 @@ from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
 from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
-from stages.learning.probes import last_logits, valid_mass
+from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, in_tail_order, ratio
 from stages.measures.inspection import inspect
 from stages.measures.size_curve import ranked_nodes
@@ -52,7 +52,7 @@ def evaluate(
         settings: section `evaluate` of params.yaml.
         seed: of the random circuits: the same ones for every model of the seed.
     """
-    memory = settings.memory_mib
+    memory, processes = settings.memory_mib, settings.processes
     groups = base_circuit.groups if base_circuit.identifiable else ()
     nodes = frozenset(base_circuit.nodes if base_circuit.identifiable else ())
     own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
@@ -63,13 +63,14 @@ def evaluate(
     circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
 
     with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
-        means = mean_outputs(walker, prompts_of_means.input_ids, memory)
-        found = evaluate_circuits(walker, means, old, circuits, [group.nodes for group in groups], memory, bar.update)
+        means = mean_outputs(walker, prompts_of_means.input_ids, memory, processes)
+        removed = [group.nodes for group in groups]
+        found = evaluate_circuits(walker, means, old, circuits, removed, memory, bar.update, processes)
         if base is walker:
             base_full, base_kept = found.full, found.in_place.means()[0]
         else:
-            means = mean_outputs(base, prompts_of_means.input_ids, memory)
-            reference = evaluate_circuits(base, means, old, [nodes], [], memory, bar.update)
+            means = mean_outputs(base, prompts_of_means.input_ids, memory, processes)
+            reference = evaluate_circuits(base, means, old, [nodes], [], memory, bar.update, processes)
             base_full, base_kept = reference.full, reference.in_place.means()[0]
 
     full, kept, without = found.full.means()[0], found.in_place.means(), found.without.means()
@@ -104,11 +105,9 @@ def evaluate(
 
 
 def _new_scores(walker: Walker, new: Prompts) -> dict[str, float]:
-    with torch.no_grad():
-        log_probs = last_logits(walker.model, new.input_ids).double().log_softmax(-1)
-    correct = (log_probs.argmax(-1, keepdim=True) == new.valid).any(-1)
+    log_probs = last_log_probs(walker.model, new.input_ids)
     return {
-        "new_accuracy": float(correct.double().mean()),
+        "new_accuracy": float(is_valid(log_probs, new.valid).double().mean()),
         "new_valid_mass": float(valid_mass(log_probs, new.valid).mean()),
     }
 
@@ -136,7 +135,9 @@ def closer_look(walker: Walker, folder: Path, settings: Any, seed: int) -> dict[
     """
     circuit = Circuit.from_json(read_json(folder / "circuit.json"))
     examples = read_examples("data/old/pruning.parquet")
-    means = mean_outputs(walker, read_examples("data/old/means.parquet").input_ids, settings.memory_mib)
+    means = mean_outputs(
+        walker, read_examples("data/old/means.parquet").input_ids, settings.memory_mib, settings.processes
+    )
     groups = circuit.groups if circuit.identifiable else ()
     ranking = _ranking(folder, circuit, examples) if groups else []
     return inspect(walker, means, examples, groups, ranking, settings, np.random.default_rng([seed, 1]))
@@ -162,6 +163,7 @@ def main(cell: Cell) -> None:
     base = walker if model == "base" else Walker(load_model(f"models/base/{seed}"))
     circuits = Path("reports/cells/discover")
     settings = cell.params("evaluate")
+    torch.set_num_threads(1)
     record = evaluate(
         walker,
         base,

@@ -7,50 +7,161 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.path_patching import Pairs, Receivers
 from stages.circuits.trace import TraceDict
-from stages.circuits.types import Component
 from stages.circuits.walker import Walker
 
 VOCAB = 40
-KINDS = ("llama", "llama_gqa", "qwen2")
+KINDS = ("llama", "llama_gqa", "qwen2", "gemma2", "gemma3", "gpt_neox", "gpt2")  # one of each kind of block
+
+_SIZES: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+_GROUPED: dict[str, Any] = dict(_SIZES, num_key_value_heads=2)
+_NEAR, _FULL = "sliding_attention", "full_attention"
+_GEMMA: dict[str, Any] = dict(
+    _GROUPED,
+    head_dim=12,
+    pad_token_id=None,
+    query_pre_attn_scalar=20,
+    final_logit_softcapping=3.0,
+)
+_ROTARY: dict[str, Any] = dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=100.0)
+# a class of models, its config, and what is set in it; what is peculiar to the family is made to matter on 11 tokens
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, dict(_SIZES, num_key_value_heads=4)),
+    "llama_gqa": (LlamaForCausalLM, LlamaConfig, _GROUPED),
+    "mistral": (MistralForCausalLM, MistralConfig, dict(_GROUPED, sliding_window=8)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(_GROUPED, head_dim=12)),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        dict(_GEMMA, attn_logit_softcapping=1.5, sliding_window=8, layer_types=[_NEAR, _FULL, _NEAR]),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        dict(
+            _GEMMA,
+            sliding_window=4,
+            layer_types=[_NEAR, _NEAR, _FULL],
+            rope_parameters={
+                _NEAR: {"rope_type": "default", "rope_theta": 10.0},
+                _FULL: {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+            },
+        ),
+    ),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, dict(_SIZES, rope_parameters=_ROTARY)),
+    "gpt_neox_in_series": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        dict(_SIZES, rope_parameters=_ROTARY, use_parallel_residual=False),
+    ),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config,
+        dict(
+            vocab_size=VOCAB,
+            n_embd=32,
+            n_inner=48,
+            n_head=4,
+            n_positions=16,
+            bos_token_id=None,
+            eos_token_id=None,
+            scale_attn_by_inverse_layer_idx=True,
+        ),
+    ),
+}
+FAMILIES = tuple(MODELS)
 
 
 def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel:
     """A float64 model with random weights, biases and norms, whose norms compute in float64 as well.
 
     Args:
-        kind: "llama" (4 heads), "llama_gqa" (2 key-value heads) or "qwen2" (grouped too, with biases).
+        kind: a key of MODELS.
     """
-    config_class: Any = Qwen2Config if kind == "qwen2" else LlamaConfig
-    model_class: Any = Qwen2ForCausalLM if kind == "qwen2" else LlamaForCausalLM
-    config = config_class(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4 if kind == "llama" else 2,
-        max_position_embeddings=64,
-        attn_implementation="eager",
-    )
+    model_class, config_class, settings = MODELS[kind]
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": n_layers}
+    rest = {} if kind == "gpt2" else {"max_position_embeddings": 64}
+    settings = {name: value[:n_layers] if name == "layer_types" else value for name, value in settings.items()}
     torch.manual_seed(seed)
-    model = model_class(config).double().eval()
+    model = model_class(config_class(**settings, **layers, **rest, attn_implementation="eager")).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.5 if parameter.ndim == 1 else 0.2))
-    for parent in [model.model, *model.model.layers]:
+            scale = ("norm" in name or "ln_" in name) and parameter.ndim == 1 and name.endswith("weight")
+            matrix = 0.4 if kind.startswith("gpt") else 0.2  # so that heads matter next to the biases
+            parameter.copy_(1 + 0.3 * noise if scale else noise * (0.5 if parameter.ndim == 1 else matrix))
+            if scale and kind.startswith("gemma"):
+                parameter.sub_(1)  # its norms add 1 to their weights
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name.endswith("norm"):  # Hugging Face's norms round to float32
-                norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float64)
-                norm.weight = child.weight
-                setattr(parent, name, norm)
+            if type(child).__name__.endswith("RMSNorm"):  # Hugging Face's norms round to float32
+                setattr(parent, name, _Norm(child, model.config.rms_norm_eps, float(kind.startswith("gemma"))))
     return model
+
+
+class _Norm(nn.Module):
+    """An RMS norm that keeps float64."""
+
+    def __init__(self, norm: Any, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight, self.eps, self.offset = norm.weight, eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (self.offset + self.weight)
+
+
+def blocks(model: PreTrainedModel) -> list[str]:
+    """Names of the layers."""
+    stem = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}.get(model.config.model_type, "model.layers")
+    return [f"{stem}.{layer}" for layer in range(model.config.num_hidden_layers)]
+
+
+def output_projections(model: PreTrainedModel) -> list[str]:
+    """Names of the modules whose input is the head outputs, layer by layer."""
+    own = {"gpt_neox": "attention.dense", "gpt2": "attn.c_proj"}.get(model.config.model_type, "self_attn.o_proj")
+    return [f"{block}.{own}" for block in blocks(model)]
+
+
+def head_width(model: PreTrainedModel) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def projection(model: PreTrainedModel, component: str, layer: int, head: int) -> tuple[str, slice]:
+    """The module that computes q, k or v of a query head, and the head's columns in its output."""
+    config, width, block = model.config, head_width(model), blocks(model)[layer]
+    part = "qkv".index(component)
+    if config.model_type == "gpt_neox":
+        name, start = f"{block}.attention.query_key_value", (3 * head + part) * width
+    elif config.model_type == "gpt2":
+        name, start = f"{block}.attn.c_attn", part * config.hidden_size + head * width
+    else:
+        group = 1 if component == "q" else config.num_attention_heads // config.num_key_value_heads
+        name, start = f"{block}.self_attn.{component}_proj", head // group * width
+    return name, slice(start, start + width)
 
 
 @contextmanager
@@ -98,10 +209,10 @@ def hooked_logits(
     """
     edits = edits or {}
     handles = []
-    for layer, block in enumerate(model.model.layers):
+    for layer, name in enumerate(output_projections(model)):
         if edit_z is not None:
             handles.append(
-                block.self_attn.o_proj.register_forward_pre_hook(lambda _, args, at=layer: (edit_z(at, args[0]),))
+                model.get_submodule(name).register_forward_pre_hook(lambda _, args, at=layer: (edit_z(at, args[0]),))
             )
     try:
         with torch.no_grad(), float64_softmax():
@@ -114,7 +225,7 @@ def hooked_logits(
 
 def head_outputs(model: PreTrainedModel, ids: Int[Tensor, "n t"]) -> list[Float[Tensor, "n t h*a"]]:
     """Head outputs z of every layer."""
-    names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(model.config.num_hidden_layers)]
+    names = output_projections(model)
     with torch.no_grad(), float64_softmax(), TraceDict(model, names, retain_input=True) as traced:
         model(input_ids=ids, use_cache=False)
     return [traced[name].input for name in names]
@@ -135,10 +246,8 @@ def naive_path_patching(
         clean: `head_outputs` of the clean prompts; they do not depend on the senders.
         corrupt: those of the corrupt prompts.
     """
-    n = len(pairs.clean_ids)
-    width = model.config.hidden_size // model.config.num_attention_heads
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
-    at, corrupt_at, rows = pairs.positions[position], pairs.corrupt_positions[position], range(n)
+    width = head_width(model)
+    at, corrupt_at, rows = pairs.positions[position], pairs.corrupt_positions[position], range(len(pairs.clean_ids))
 
     def frozen(layer: int, _: Tensor) -> Tensor:
         z = clean[layer].clone()
@@ -153,9 +262,8 @@ def naive_path_patching(
     if receivers.component is None:
         return hooked_logits(model, pairs.clean_ids, frozen)
 
-    names = {
-        (layer, head): f"model.layers.{layer}.self_attn.{receivers.component}_proj" for layer, head in receivers.heads
-    }
+    slots = [projection(model, receivers.component, layer, head) for layer, head in receivers.heads]
+    names = {name for name, _ in slots}
     read: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], Tensor]:
@@ -165,24 +273,20 @@ def naive_path_patching(
 
         return store
 
-    hooked_logits(model, pairs.clean_ids, frozen, {name: keep(name) for name in set(names.values())})
+    hooked_logits(model, pairs.clean_ids, frozen, {name: keep(name) for name in names})
 
     def write(name: str) -> Callable[[Tensor], Tensor]:
         def replace(output: Tensor) -> Tensor:
             output = output.clone()
-            for (_, head), owner in names.items():
-                if owner != name:
-                    continue
-                slot = head if receivers.component == Component.Q else head // group
-                for row in rows:
-                    output[row, at[row], slot * width : (slot + 1) * width] = read[name][
-                        row, at[row], slot * width : (slot + 1) * width
-                    ]
+            for owner, columns in slots:
+                if owner == name:
+                    for row in rows:
+                        output[row, at[row], columns] = read[name][row, at[row], columns]
             return output
 
         return replace
 
-    return hooked_logits(model, pairs.clean_ids, None, {name: write(name) for name in set(names.values())})
+    return hooked_logits(model, pairs.clean_ids, None, {name: write(name) for name in names})
 
 
 def walker_of(model: PreTrainedModel) -> Walker:

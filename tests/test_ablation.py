@@ -179,7 +179,7 @@ def test_record_of_the_stage() -> None:
     )
     circuit = Circuit(groups, 3, 4)
     nothing = Circuit((), 3, 4, identifiable=False)
-    settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY)
+    settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2)
 
     def record(model: Walker, base: Walker, own: Circuit) -> dict[str, Any]:
         return evaluate(model, base, circuit, own, examples, examples, new, settings, 0)

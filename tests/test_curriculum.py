@@ -186,7 +186,7 @@ def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytes
         p[:, VOCABULARY.ids["The"]] = 0.75
         return p.scatter(1, prompts.canonical[:, None], 0.25).log()
 
-    monkeypatch.setattr(pretraining, "last_log_probabilities", quarter)
+    monkeypatch.setattr(pretraining, "last_log_probs", quarter)
     model = build_model(VOCABULARY, tiny().model, 0)
     found = new_task(model, prompts)
     assert found["valid_mass"] == pytest.approx(0.25, abs=1e-6)

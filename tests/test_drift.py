@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stages.measures import accuracy
 from stages.measures.divergence import divergences, kl, total_variation
 from stages.measures.weights import per_head, per_matrix, whole
 from stages.pipeline.stage import Cell, Invalid
@@ -85,20 +84,6 @@ def test_other_architectures_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(Invalid, match="GPT2LMHeadModel"):
         per_head(model, model, 2, 2)
-
-
-def test_scores_of_answers() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]])
-    answer, valid = torch.tensor([0, 2]), torch.tensor([[1, 0], [2, -1]])
-    assert accuracy.correct(logits, answer).tolist() == [True, False]
-    assert accuracy.correct_among(logits, valid).tolist() == [True, False]
-    assert accuracy.logit_difference(logits, answer, torch.tensor([[1, 2], [0, 1]])).tolist() == [1.5, -1.5]
-    assert accuracy.p_correct(logits, answer)[0].item() == pytest.approx(math.exp(2) / (math.exp(2) + math.e + 1))
-    mass = accuracy.valid_mass(logits, valid)
-    assert mass[0].item() == pytest.approx((math.exp(2) + math.e) / (math.exp(2) + math.e + 1))
-    assert mass[1].item() == pytest.approx(math.e / (1 + math.exp(5) + math.e))
-    before, after = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
-    assert accuracy.flips(before, after) == {"lost": 0.25, "gained": 0.25}
 
 
 def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

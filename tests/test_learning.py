@@ -1,6 +1,7 @@
 """Fine-tuning arms: schedules, trainers against plain loops and the plain TRL trainer, matching, workers."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from stages import match
 from stages.learning import reinforcement, supervised
 from stages.learning.arms import grpo, noise, reinforce, self_sft, sft_gold, sft_replay
 from stages.learning.matching import moved_as_far, pick, read_checkpoint, read_curve
-from stages.learning.probes import Probe
+from stages.learning.probes import Probe, is_valid, valid_mass
 from stages.learning.replay import as_old_task
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
@@ -402,3 +403,12 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(level=0.2)))
     with pytest.raises(Invalid, match="match.learning_rate = 0.5"):
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(learning_rate=0.5)))
+
+
+def test_scores_of_several_valid_answers() -> None:
+    log_probs = torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]], dtype=torch.float64).log_softmax(-1)
+    valid = torch.tensor([[1, 0], [2, -1]])  # the second prompt has one valid answer
+    assert is_valid(log_probs, valid).tolist() == [True, False]
+    mass = valid_mass(log_probs, valid).tolist()
+    assert mass[0] == pytest.approx((math.exp(2) + math.e) / (math.exp(2) + math.e + 1))
+    assert mass[1] == pytest.approx(math.e / (1 + math.exp(5) + math.e))

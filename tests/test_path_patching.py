@@ -7,7 +7,7 @@ import torch
 
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
 from stages.circuits.types import Component
-from tests.oracles import KINDS, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
+from tests.oracles import FAMILIES, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
 
 RECEIVERS = {
     "logits": Receivers(),
@@ -26,7 +26,7 @@ def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
 
 
 @pytest.mark.parametrize("position", ["last", "query_label", "earlier"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_head_equals_the_naive_version(kind, position):
     model, pairs = random_model(kind), random_pairs()
     patcher = patcher_of(model, pairs)
@@ -41,8 +41,8 @@ def test_every_head_equals_the_naive_version(kind, position):
                 error = max(error, float((effects[layer, head] - expected).abs().max()))
                 largest = max(largest, float(expected.abs().max()))
         print(f"{kind} {position} -> {name}: max error {error:.1e}, max effect {largest:.1e}")
-        assert error <= 1e-9
-        assert largest > 1e-2 or (name == "logits" and position != "last")
+        assert error <= 1e-11
+        assert largest > 1e-3 or (name == "logits" and position != "last")
 
 
 @pytest.mark.parametrize("name", RECEIVERS)
@@ -66,7 +66,7 @@ def test_sets_of_senders_equal_the_naive_version(name):
         expected = torch.stack([difference(logits, None) - patcher.clean for logits in naive])
         error = float((effects - expected).abs().max())
         print(f"{position} -> {name}: max error {error:.1e}, effects {expected.abs().amax(1).tolist()}")
-        assert error <= 1e-9
+        assert error <= 1e-11
         joint = patcher.joint_effects(position, [RECEIVERS[name]])[0]
         assert float((effects[2] - joint).abs().max()) <= 1e-12
 

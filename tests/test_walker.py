@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
 from stages.circuits.trace import TraceDict
 from stages.circuits.walker import Walker, Window
 from stages.pipeline.stage import Invalid
 from tests.oracles import (
-    KINDS,
+    FAMILIES,
+    blocks,
     float64_softmax,
     head_outputs,
     hooked_logits,
@@ -18,7 +19,7 @@ from tests.oracles import (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_run_equals_hugging_face(kind):
     model = random_model(kind)
@@ -31,16 +32,17 @@ def test_run_equals_hugging_face(kind):
         "logits": run.logits - output.logits[:, -1],
         "z": run.z.flatten(-2) - z,
         "residual": run.residual[:-1] - torch.stack(output.hidden_states[:-1]),
-        "whole": torch.stack([walker.attention_output(at, run.z[at]) for at in range(3)])
-        + run.residual[:-1]
-        - run.middle,
+        "layers": torch.stack(
+            [walker.after_attention(at, run.residual[at], walker.attention_output(at, run.z[at])) for at in range(3)]
+        )
+        - run.residual[1:],
     }
     worst = {name: float(error.abs().max()) for name, error in errors.items()}
     print(kind, worst)
     assert max(worst.values()) <= 1e-11
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
 def test_tail_equals_a_whole_run_with_other_last_tokens(kind):
     pairs = random_pairs()
@@ -56,9 +58,10 @@ def test_tail_equals_a_whole_run_with_other_last_tokens(kind):
         assert error <= 1e-11
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
 @torch.no_grad()
-def test_positions_outside_a_scattered_window_stay_as_they_were():
-    model, pairs = random_model("llama_gqa"), random_pairs()
+def test_positions_outside_a_scattered_window_stay_as_they_were(kind):
+    model, pairs = random_model(kind), random_pairs()
     walker = walker_of(model)
     clean, changed = walker.run(pairs.clean_ids), walker.run(pairs.corrupt_ids)
     rows = torch.arange(5)
@@ -74,7 +77,7 @@ def test_positions_outside_a_scattered_window_stay_as_they_were():
     inside[rows[:, None], padded] = True
 
     def restore(output, layer):
-        at = int(layer.split(".")[2])
+        at = names.index(layer)
         hidden = output[0] if isinstance(output, tuple) else output
         hidden = torch.where(inside[..., None], hidden, clean.residual[at + 1])
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -84,18 +87,22 @@ def test_positions_outside_a_scattered_window_stay_as_they_were():
         output[rows[:, None], padded[:, [0, 2, 3]]] = residual[:, [0, 2, 3]]
         return output
 
-    names = [f"model.layers.{layer}" for layer in range(3)]
+    names = blocks(model)
+    entry = {"gpt_neox": "gpt_neox.emb_dropout", "gpt2": "transformer.drop"}.get(
+        model.config.model_type, "model.embed_tokens"
+    )
     with TraceDict(model, names, edit_output=restore):
-        expected = hooked_logits(model, pairs.clean_ids, edits={"model.embed_tokens": embed})
+        expected = hooked_logits(model, pairs.clean_ids, edits={entry: embed})
     error = float((logits - expected).abs().max())
-    print(error, float((expected - clean.logits).abs().max()))
+    print(kind, error, float((expected - clean.logits).abs().max()))
     assert float((expected - clean.logits).abs().max()) > 1e-2
     assert error <= 1e-11
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(Invalid, match="model type 'gpt2' is not supported"):
-        Walker(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)))
+    config = OPTConfig(vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(Invalid, match="model type 'opt' is not supported: must be one of llama, .*, gpt2"):
+        Walker(OPTForCausalLM(config))
 
 
 def test_a_model_that_computes_something_else_is_refused():

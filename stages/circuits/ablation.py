@@ -16,6 +16,7 @@ of them on is computed again, on top of a clean run.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -29,19 +30,23 @@ from stages.circuits.exchange import (
     slices,
     stack_positions,
 )
-from stages.circuits.types import Node
+from stages.circuits.types import LAST, Node
 from stages.circuits.walker import Run, Walker
+from stages.pipeline.processes import in_processes
 
-LAST = "last"  # the position that is read out; it is always computed
 
-
-@torch.no_grad()
-def mean_outputs(walker: Walker, input_ids: Int[Tensor, "n t"], memory_mib: float) -> Float[Tensor, "layers t h a"]:
-    """Mean head outputs z over prompts, accumulated in float64."""
+def mean_outputs(
+    walker: Walker, input_ids: Int[Tensor, "n t"], memory_mib: float, processes: int = 1
+) -> Float[Tensor, "layers t h a"]:
+    """Mean head outputs z over prompts, accumulated in float64; the prompts are spread over the processes."""
     n, length = input_ids.shape
-    total = torch.zeros(walker.n_layers, length, walker.n_heads, walker.head_dim, dtype=torch.float64)
-    for part in slices(n, rows_that_fit(walker, length, length, memory_mib)):
-        total += walker.run(input_ids[part]).z.sum(1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def sum_of(part: slice) -> Float[Tensor, "layers t h a"]:
+        return walker.run(input_ids[part]).z.sum(1, dtype=torch.float64)
+
+    parts = slices(n, rows_that_fit(walker, length, length, memory_mib))
+    total = reduce(torch.add, in_processes(sum_of, parts, processes))
     return (total / n).to(walker.dtype)
 
 

@@ -19,8 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.circuits.checks import check_heads, check_name, check_sites
 from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker, Window
+from stages.pipeline.stage import Invalid
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,14 @@ class Sites:
 
     @staticmethod
     def alone(positions: Int[Tensor, "n p"], length: int, dtype: torch.dtype = torch.float32) -> "Sites":
-        """Only the sites are computed; one of them must be the last position of the prompt."""
+        """Only the sites are computed; one of them must be the last position of the prompt.
+
+        Raises:
+            Invalid: a position is outside the prompt, or the last one is missing.
+        """
+        check_sites(positions, length)
+        if bool((positions.max(dim=1).values != length - 1).any()):
+            raise Invalid(f"sites must include the last position of every prompt, {length - 1}")
         slots = positions.sort(dim=1).values
         live = torch.ones_like(slots, dtype=torch.bool)
         live[:, :-1] = slots[:, :-1] != slots[:, 1:]  # of coinciding sites one slot counts, the later one
@@ -49,7 +58,12 @@ class Sites:
 
     @staticmethod
     def tail(positions: Int[Tensor, "n p"], length: int, dtype: torch.dtype = torch.float32) -> "Sites":
-        """Every position is computed from the earliest site of all examples on."""
+        """Every position is computed from the earliest site of all examples on.
+
+        Raises:
+            Invalid: a position is outside the prompt.
+        """
+        check_sites(positions, length)
         start = int(positions.min())
         return Sites._of(Window.tail(len(positions), start, length, dtype), positions, dtype)
 
@@ -60,17 +74,29 @@ class Sites:
 
 
 def stack_positions(positions: Mapping[str, Int[Tensor, " n"]], names: Sequence[str]) -> Int[Tensor, "n p"]:
-    """Positions of the named sites as one tensor."""
+    """Positions of the named sites as one tensor.
+
+    Raises:
+        Invalid: the prompts have no such position.
+    """
+    for name in names:
+        check_name(name, positions)
     return torch.stack([positions[name] for name in names], dim=1)
 
 
 def node_weights(
     node_sets: Sequence[Iterable[Node]], names: Sequence[str], n_layers: int, n_heads: int
 ) -> Bool[Tensor, "1 e layers p h"]:
-    """True at the nodes of each set; one variant per set, for all examples alike."""
+    """True at the nodes of each set; one variant per set, for all examples alike.
+
+    Raises:
+        Invalid: a node is outside the model, or at none of the named positions.
+    """
     weights = torch.zeros(1, len(node_sets), n_layers, len(names), n_heads, dtype=torch.bool)
     for variant, nodes in enumerate(node_sets):
         for node in nodes:
+            check_name(node.position, names)
+            check_heads([(node.layer, node.head)], n_layers, n_heads, "node")
             weights[0, variant, node.layer, names.index(node.position), node.head] = True
     return weights
 
@@ -160,12 +186,8 @@ def _after_exchange(
     at, rows = sites.positions, torch.arange(len(sites.positions))[:, None]
     together = (at[:, :, None] == at[:, None, :]).to(walker.dtype)[:, None]  # n 1 p p
     share = (together @ weights).clamp(max=1)[..., None]  # n e p h 1
-    z = run.z[layer][rows, at][:, None]  # n 1 p h a
-    change = torch.lerp(z, given[:, None], share) - z
-    weight = walker.layers[layer].self_attn.o_proj.weight
-    return walker.mlp(
-        layer, run.middle[layer][rows, at][:, None] + torch.nn.functional.linear(change.flatten(-2), weight)
-    )
+    z = torch.lerp(run.z[layer][rows, at][:, None], given[:, None], share)
+    return walker.after_attention(layer, run.residual[layer][rows, at][:, None], walker.attention_output(layer, z))
 
 
 def exchange_in_parts(
@@ -186,11 +208,10 @@ def exchange_in_parts(
 
 def rows_that_fit(walker: Walker, slots: int, length: int, memory_mib: float) -> int:
     """How many prompts a pass may hold at once: a rough count of its working set, at least 1."""
-    config = walker.model.config
     heads = walker.n_heads * walker.head_dim
-    slot = 4 * walker.width + 3 * config.intermediate_size + 4 * heads + 3 * walker.n_heads * length
-    size = torch.finfo(walker.dtype).bits // 8
-    return max(1, int(memory_mib * 2**20) // (size * (slots * slot + config.vocab_size)))
+    slot = 4 * walker.width + 3 * walker.mlp_width + 4 * heads + 3 * walker.n_heads * length
+    needed = slots * slot * walker.dtype.itemsize + walker.vocab_size * walker.logits_dtype.itemsize
+    return max(1, int(memory_mib * 2**20) // needed)
 
 
 def by_earliest(positions: Int[Tensor, "n p"]) -> Int[Tensor, " n"]:

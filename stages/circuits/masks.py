@@ -26,6 +26,7 @@ one batch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -45,6 +46,7 @@ from stages.circuits.exchange import (
 )
 from stages.circuits.types import Group, Node
 from stages.circuits.walker import Run, Walker
+from stages.pipeline.processes import in_processes
 
 Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
 
@@ -188,6 +190,7 @@ def component_masks(
     settings: MaskSettings,
     generator: np.random.Generator,
     advance: Callable[[str], None] = lambda what: None,
+    processes: int = 1,
 ) -> dict[str, dict[str, Carried]]:
     """What each group carries, for each desideratum: group name -> desideratum -> result.
 
@@ -200,6 +203,7 @@ def component_masks(
         settings: see `MaskSettings`.
         generator: draws the random heads of the control.
         advance: called with what was finished, once a group and once a desideratum.
+        processes: how many to spread the groups, then the pairs over.
     """
     walker.model.requires_grad_(False)
     names = list(train)
@@ -210,21 +214,25 @@ def component_masks(
         table.run(walker, torch.arange(first, len(table.target), stride))
         for first in range(min(stride, settings.steps))
     ]
+
+    def train_group(group: Group) -> Int[Tensor, "desiderata heads"]:
+        return nested_order(*train_masks(walker, batches, group, len(names), settings))
+
     orders = []
-    for group in groups:
-        orders.append(nested_order(*train_masks(walker, batches, group, len(names), settings)))
+    for group, order in zip(groups, in_processes(train_group, groups, processes), strict=True):
+        orders.append(order)
         advance(f"masks of {group.name}")
     del batches
 
     results: dict[str, dict[str, Carried]] = {group.name: {} for group in groups}
     for d, name in enumerate(names):
         nested = [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)]
-        found = swap_accuracies(walker, selection[name], groups, nested, settings.memory_mib)
+        found = swap_accuracies(walker, selection[name], groups, nested, settings.memory_mib, None, processes)
         chosen = []
         for sets, accuracy in zip(nested, found, strict=True):
             chosen.append(sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)])
         final = [[heads, group.heads] for heads, group in zip(chosen, groups, strict=True)]
-        found = swap_accuracies(walker, test[name], groups, final, settings.memory_mib, generator)
+        found = swap_accuracies(walker, test[name], groups, final, settings.memory_mib, generator, processes)
         for group, heads, accuracy in zip(groups, chosen, found, strict=True):
             results[group.name][name] = Carried(
                 selected=heads,
@@ -282,7 +290,6 @@ def nested_order(
     return torch.from_numpy(np.lexsort((mean.numpy(), mask.numpy()), axis=1))
 
 
-@torch.no_grad()
 def swap_accuracies(
     walker: Walker,
     pairs: Desideratum,
@@ -290,6 +297,7 @@ def swap_accuracies(
     sets: Sequence[Sequence[Heads]],
     memory_mib: float,
     generator: np.random.Generator | None = None,
+    processes: int = 1,
 ) -> list[dict[frozenset[tuple[int, int]] | str, float]]:
     """Shares of pairs answered with the target when heads at a group's position are swapped.
 
@@ -300,6 +308,7 @@ def swap_accuracies(
         sets: sets of heads to swap, for each group.
         memory_mib: how much memory a pass may take, roughly.
         generator: draws as many random heads as the group has, anew for each pair; None: no such control.
+        processes: how many to spread the pairs over.
 
     Returns:
         for each group, the accuracy of each of its sets, of the empty set (the floor), and of "random" heads.
@@ -315,20 +324,26 @@ def swap_accuracies(
         if generator is not None:
             weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
         weights.append(weight)
-    hits = [torch.zeros(weight.shape[1], dtype=torch.long) for weight in weights]
-    floor = 0
-    for rows in slices(n, rows_that_fit(walker, length, length, memory_mib)):
+
+    @torch.no_grad()
+    def hits_of(rows: slice) -> Int[Tensor, " counts"]:
+        """Hits with nothing swapped, then those of every set of every group."""
         runs = table.run(walker, rows)
-        floor += int((runs.base.logits.argmax(-1) == runs.target).sum())
-        for group, weight, hit in zip(groups, weights, hits, strict=True):
-            if len(hit):
+        hits = [(runs.base.logits.argmax(-1) == runs.target).sum()[None]]
+        for group, weight in zip(groups, weights, strict=True):
+            if weight.shape[1]:
                 at = runs.at(group.position, slice(None))
                 logits = exchange_in_parts(walker, *at, weight[rows], memory_mib)
-                hit += (logits.argmax(-1) == runs.target[:, None]).sum(0)
+                hits.append((logits.argmax(-1) == runs.target[:, None]).sum(0))
+        return torch.cat(hits)
+
+    parts = slices(n, rows_that_fit(walker, length, length, memory_mib))
+    floor, *rest = reduce(torch.add, in_processes(hits_of, parts, processes)).tolist()
     found = []
-    for each, hit in zip(distinct, hits, strict=True):
+    for each, weight in zip(distinct, weights, strict=True):
         keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
-        found.append(dict(zip(keys, [count / n for count in (floor, *hit.tolist())], strict=True)))
+        hits, rest = rest[: weight.shape[1]], rest[weight.shape[1] :]
+        found.append(dict(zip(keys, [count / n for count in (floor, *hits)], strict=True)))
     return found
 
 

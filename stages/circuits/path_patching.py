@@ -11,9 +11,9 @@ chain of token-wise maps at one position:
 
 1. one clean and one corrupt run of every prompt;
 2. the sweep: one pass over the layers carries one position for all senders at once. A sender joins at its own
-   layer with `clean stream after attention + W_O (z_corrupt - z_clean)`, goes through the MLP, and then from
-   layer to layer with the clean attention outputs added. The residual stream that enters each receiving layer
-   is kept;
+   layer with `clean attention output + W_O (z_corrupt - z_clean)`, goes through the rest of the block, and then
+   from layer to layer with the clean attention outputs. The residual stream that enters each receiving layer is
+   kept;
 3. logits receivers: final norm and head of those rows. q / k / v receivers: project those rows, write the
    receivers' slices at p, and run only positions p..last and only layers from the lowest receiver above the
    sender on; the prefix keeps its clean keys and values.
@@ -21,9 +21,10 @@ chain of token-wise maps at one position:
 The sweep does not depend on the receivers, so receivers that are asked for together share it. Senders at or
 above the highest receiver have an effect of exactly 0 and are not run.
 
-Validity: pre-norm blocks with attention before the MLP and additive heads (what `Walker` supports). Queries
-and keys are patched before the rotary embedding. With grouped queries a k / v receiver is the key-value head
-that the head reads from. LoRA adapters must be merged first.
+Validity: any decoder with token-wise norms and MLPs, whose families `architectures` lists; blocks with a norm after
+attention and parallel blocks are exact too, since the sweep takes each layer whole. Queries and keys are patched as
+they are projected, before any norm on them and the rotary embedding. With grouped queries a k / v receiver is the
+key-value head that the head reads from. LoRA adapters must be merged first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.circuits.checks import check_finite, check_heads, check_name, check_padding, check_positions, check_tokens
 from stages.circuits.types import Component
 from stages.circuits.walker import Edit, Run, Walker, Window
+from stages.pipeline.stage import Invalid
 
 # Rows are cut so that the tensors of a layer stay near the processor's cache; larger parts are slower.
 WORKING_MIB = 32
@@ -50,12 +53,27 @@ class Pairs:
     Attributes:
         positions: semantic position -> absolute position in the clean prompt.
         corrupt_positions: the same in the corrupt prompt, where a sender's corrupt output is taken from.
+
+    Raises:
+        Invalid: clean and corrupt prompts differ in shape, or a position is not one inside each prompt.
     """
 
     clean_ids: Int[Tensor, "n t"]
     corrupt_ids: Int[Tensor, "n t"]
     positions: dict[str, Int[Tensor, "n"]]
     corrupt_positions: dict[str, Int[Tensor, "n"]]
+
+    def __post_init__(self) -> None:
+        shape, corrupt = list(self.clean_ids.shape), list(self.corrupt_ids.shape)
+        if len(shape) != 2 or shape != corrupt:
+            raise Invalid(
+                f"clean_ids has shape {shape}, corrupt_ids {corrupt}: must be the same two, prompts by tokens"
+            )
+        check_positions(self.positions, shape[0], shape[1])
+        check_positions(self.corrupt_positions, shape[0], shape[1], "corrupt_positions")
+        if set(self.positions) - set(self.corrupt_positions):
+            missing = ", ".join(sorted(set(self.positions) - set(self.corrupt_positions)))
+            raise Invalid(f"corrupt_positions lacks {missing}: must name every position that positions names")
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,17 @@ class Receivers:
 
     component: Component | None = None
     heads: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.component is None) != (len(self.heads) == 0):
+            raise Invalid(
+                f"receivers {self}: must be heads with a component, or no heads and no component (the logits)"
+            )
+
+    def __str__(self) -> str:
+        """E.g. "the logits", "q of 2.0, 2.3"."""
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads)
+        return "the logits" if self.component is None and not heads else f"{self.component} of {heads or 'no head'}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,9 @@ class PathPatcher:
         measure: what is read from the logits.
         memory_mib: rough limit on the working set; also the limit up to which the runs of step 1 are kept
             between calls (beyond it they are made again for every call). Changes results by rounding only.
+
+    Raises:
+        Invalid: prompts are padded or hold unknown tokens, or the measure is not a finite number on every prompt.
     """
 
     def __init__(self, walker: Walker, pairs: Pairs, measure: Measure, memory_mib: float) -> None:
@@ -108,14 +140,17 @@ class PathPatcher:
         self._budget = memory_mib * 2**20
         self._kept: dict[int, _Batch] = {}
         n, self._length = pairs.clean_ids.shape
+        self._check_prompts()
         self._indices = self._split()
-        self.clean = torch.empty(n, dtype=walker.dtype)
-        self.corrupt = torch.empty(n, dtype=walker.dtype)
-        self.clean_logits = torch.empty(n, walker.model.config.vocab_size, dtype=walker.dtype)
+        self.clean = torch.empty(n, dtype=walker.logits_dtype)
+        self.corrupt = torch.empty(n, dtype=walker.logits_dtype)
+        self.clean_logits = torch.empty(n, walker.vocab_size, dtype=walker.logits_dtype)
         for batch in self._batches():
             self.clean[batch.index] = measure(batch.clean.logits[:, None], batch.index)[:, 0]
             self.corrupt[batch.index] = measure(batch.corrupt_logits[:, None], batch.index)[:, 0]
             self.clean_logits[batch.index] = batch.clean.logits
+        check_finite(self.clean, "the measure of the clean run")
+        check_finite(self.corrupt, "the measure of the corrupt run")
 
     def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """Effect of every single head at `position` on each of the receivers, per example.
@@ -136,10 +171,16 @@ class PathPatcher:
     def effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
-        """Effect of each of e sets of senders at `position` on each of the receivers, per example."""
+        """Effect of each of e sets of senders at `position` on each of the receivers, per example.
+
+        Raises:
+            Invalid: the examples have no such position, senders or receivers are outside the model, or an effect is
+                not a finite number.
+        """
+        self._check_paths(position, senders, receivers)
         first = _first_layer(senders)
         order = torch.argsort(first, stable=True)  # so that the sweep's joined rows are always the first ones
-        results = [torch.zeros(len(senders), len(self.clean), dtype=self.walker.dtype) for _ in receivers]
+        results = [torch.zeros(len(senders), len(self.clean), dtype=self.walker.logits_dtype) for _ in receivers]
         tops = [self._top(receiver) for receiver in receivers]
         for batch in self._batches() if receivers else ():
             start = batch.starts[position]
@@ -153,6 +194,11 @@ class PathPatcher:
                     for patched, logits in self._read(batch, start, first[rows], receiver, top, swept):
                         measured = self.measure(logits, batch.index) - self.clean[batch.index, None]
                         result[rows[patched, None], batch.index] = measured.T
+        for receiver, result in zip(receivers, results, strict=True):
+            if not bool(torch.isfinite(result).all()):
+                row = int((~torch.isfinite(result)).any(1).int().argmax())
+                heads = ", ".join(f"{layer}.{head}" for layer, head in senders[row].nonzero().tolist())
+                check_finite(result[row], f"the effect of {heads} at '{position}' on {receiver}")
         return results
 
     def _sweep(
@@ -166,7 +212,7 @@ class PathPatcher:
         """Step 2: what enters each layer in `needed` at the sender position, for each set of senders."""
         start, total = batch.starts[position], len(senders)
         entering = batch.clean.residual[:, :, start, None]  # layers+1 n 1 d
-        middle = batch.clean.middle[:, :, start, None]  # layers n 1 d
+        z = batch.clean.z[:, :, start, None]  # layers n 1 h a
         x = entering[0][:, :0]  # n (joined) d
         swept: dict[int, Tensor] = {}
         for layer in range(max(needed) + 1):
@@ -180,8 +226,8 @@ class PathPatcher:
                 continue
             writes = self.walker.head_writes(layer, batch.changes[position][layer])  # n h d
             moved = torch.einsum("nhd,eh->ned", writes, senders[:joined, layer].to(writes.dtype))
-            moved[:, : x.shape[1]] += x - entering[layer]
-            x = self.walker.mlp(layer, middle[layer] + moved)
+            x = torch.cat([x, entering[layer].expand(-1, joined - x.shape[1], -1)], dim=1)
+            x = self.walker.after_attention(layer, x, self.walker.attention_output(layer, z[layer]) + moved)
         return swept
 
     def _read(
@@ -231,6 +277,25 @@ class PathPatcher:
     def _top(self, receiver: Receivers) -> int:
         return self._layers(receiver)[-1]
 
+    def _check_prompts(self) -> None:
+        config, longest = self.walker.model.config, self.walker.architecture.longest
+        for what in ("clean_ids", "corrupt_ids"):
+            ids = getattr(self.pairs, what)
+            check_tokens(ids, self.walker.vocab_size, longest, what)
+            check_padding(ids, config.pad_token_id, (config.bos_token_id, config.eos_token_id), what)
+        one = torch.zeros(1, 1, self.walker.vocab_size, dtype=self.walker.logits_dtype)
+        self.measure(one, torch.tensor([len(self.pairs.clean_ids) - 1]))  # a measure that cannot work fails here
+
+    def _check_paths(self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]) -> None:
+        check_name(position, self.pairs.positions)
+        shape = (self.walker.n_layers, self.walker.n_heads)
+        if senders.shape[1:] != shape:
+            raise Invalid(
+                f"senders have shape {list(senders.shape)}: must be sets by {shape[0]} layers by {shape[1]} heads"
+            )
+        for receiver in receivers:
+            check_heads(receiver.heads, *shape, f"receiver of {receiver.component}")
+
     def _split(self) -> list[Int[Tensor, "n"]]:
         """Indices of examples that share all absolute positions, cut so that one batch fits the budget."""
         stacked = torch.stack([self.pairs.positions[name] for name in sorted(self.pairs.positions)], dim=1)
@@ -247,7 +312,6 @@ class PathPatcher:
                 batch = self._run(index)
                 fields = (
                     batch.clean.residual,
-                    batch.clean.middle,
                     batch.clean.z,
                     batch.clean.keys,
                     batch.clean.values,
@@ -271,8 +335,7 @@ class PathPatcher:
 
     def _bytes_per_token(self) -> int:
         """Rough working set of one layer for one token of one variant."""
-        config = self.walker.model.config
-        numbers = 6 * self.walker.width + 3 * config.intermediate_size + 3 * self.walker.n_heads * self._length
+        numbers = 6 * self.walker.width + 3 * self.walker.mlp_width + 3 * self.walker.n_heads * self._length
         return numbers * self.walker.dtype.itemsize
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.circuits.path_patching import Measure
+from stages.pipeline.stage import Invalid
 
 
 class Metric(StrEnum):
@@ -20,6 +21,11 @@ class Metric(StrEnum):
     RELATIVE_PROBABILITY = "relative_probability"
     """Mean of (p_patched - p_clean) / p_clean, p = probability of the right object (Prakash et al. 2024);
     more negative = more important. It vanishes where the model is nearly certain."""
+
+    @property
+    def towards_corrupt(self) -> int:
+        """Sign of a score that means towards the corrupt run."""
+        return 1 if self == Metric.LOGIT_DIFFERENCE else -1
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Scores:
     noise: Float[Tensor, "*senders"]
     strength: Float[Tensor, "*senders"]
 
+    @staticmethod
+    def of(metric: Metric, value: Float[Tensor, "*senders"], noise: Float[Tensor, "*senders"]) -> "Scores":
+        """Scores and their noise as they stand, in the unit of a metric."""
+        return Scores(value, noise, metric.towards_corrupt * value)
+
 
 def logit_difference(
     logits: Float[Tensor, "n *e vocab"], answer: Int[Tensor, "n"], others: Int[Tensor, "n k"]
@@ -48,12 +59,36 @@ def logit_difference(
 
 
 def measure_of(metric: Metric, answer: Int[Tensor, "n"], others: Int[Tensor, "n k"]) -> Measure:
-    """The function of patched logits that a metric is computed from."""
+    """The function of patched logits that a metric is computed from.
+
+    Raises:
+        Invalid: there is not one answer a prompt with at least one other; the function itself when a label is not a
+            token of the model's vocabulary, or there are fewer answers than prompts.
+    """
+    n = len(answer)
+    if n == 0 or len(others) != n or others.shape[1] == 0:
+        raise Invalid(
+            f"answer has shape {list(answer.shape)}, others {list(others.shape)}: must be one token id a prompt, and "
+            "at least one other a prompt"
+        )
+    low, high = int(min(answer.min(), others.min())), int(max(answer.max(), others.max()))
+
+    def check(logits: Tensor, index: Tensor) -> None:
+        vocab = logits.shape[-1]
+        if low < 0 or high >= vocab:
+            raise Invalid(
+                f"answer or others hold token id {low if low < 0 else high}: every label must be one token of the "
+                f"vocabulary, from 0 to {vocab - 1}"
+            )
+        if int(index.max()) >= n:
+            raise Invalid(f"{n} answers, but a prompt with index {int(index.max())}: must be one answer a prompt")
 
     def difference(logits: Tensor, index: Tensor) -> Tensor:
+        check(logits, index)
         return logit_difference(logits, answer[index], others[index])
 
     def probability(logits: Tensor, index: Tensor) -> Tensor:
+        check(logits, index)
         at = answer[index][:, None, None].expand(-1, logits.shape[1], 1)
         return (logits.gather(-1, at)[..., 0] - logits.logsumexp(-1)).exp()
 
@@ -75,20 +110,28 @@ def score(
 
     Returns:
         scores; the noise of a ratio of means is its delta-method standard error.
+
+    Raises:
+        Invalid: there are fewer than two examples, or a score is not a finite number.
     """
     n = len(clean)
+    if n < 2:
+        raise Invalid(f"scores of {n} example: must be at least 2, for their noise")
     if metric == Metric.LOGIT_DIFFERENCE:
         full = corrupt - clean
+        if float(full.mean()) == 0:
+            raise Invalid("clean and corrupt runs have the same mean logit difference: scores are shares of the change")
         value = effects.mean(-1) / full.mean()
         deviation = (effects - value[..., None] * full) / full.mean()
-        sign = 1
     else:
         relative = effects / clean.clamp_min(torch.finfo(clean.dtype).tiny)
         value = relative.mean(-1)
         deviation = relative - value[..., None]
-        sign = -1
+    if not bool(torch.isfinite(value).all()):
+        which = ".".join(map(str, (~torch.isfinite(value)).nonzero()[0].tolist()))
+        raise Invalid(f"the {metric} score{f' of sender {which}' if which else ''} is not a finite number")
     noise = deviation.square().sum(-1).div(n * (n - 1)).sqrt()
-    return Scores(value, noise, sign * value)
+    return Scores.of(metric, value, noise)
 
 
 def split_half(
@@ -100,10 +143,10 @@ def split_half(
     """Pearson correlation between the scores of even and odd examples, over heads that are not exactly 0.
 
     Returns:
-        None when fewer than three heads have an effect.
+        None when fewer than three heads have an effect, or a half has fewer than two examples.
     """
     live = effects.abs().sum(-1) > 0
-    if int(live.sum()) < 3:
+    if int(live.sum()) < 3 or len(clean) < 4:
         return None
     halves = [score(metric, effects[live][:, half::2], clean[half::2], corrupt[half::2]).score for half in (0, 1)]
     return float(torch.corrcoef(torch.stack(halves).double())[0, 1])

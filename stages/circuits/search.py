@@ -9,60 +9,23 @@ that was found before) and the component of the receivers that they write to. Tw
   whether anything at a position feeds a component; where it does, single heads are scored. It ends where
   nothing beats the noise.
 
-Selection is one rule for every model. A hop counts when all heads of the position together move the answer by
-at least `minimum_effect` and `noise_z` standard errors. Its senders are the strongest heads, each above its
-own floor and `noise_z` standard errors, taken until together they have `coverage` of what all heads there do.
-A threshold on single heads would not do: where several heads do the same thing, removing one of them shows
-little (five heads of .02 to .14 can make .5 together), so a small change of the threshold would lose the
-whole group.
+Which heads of a position are the senders of a hop is decided in `selection.py`, by one rule for every model.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, score, split_half
+from stages.circuits.selection import Head, Rule, select_heads, strongest
 from stages.circuits.types import LOGITS, Circuit, Component, Group
+from stages.pipeline.stage import Invalid
 
 ROOT = "fetch_answer"  # the group that writes the answer into the logits
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When a hop counts, and which heads are its senders.
-
-    Attributes:
-        minimum_effect: smallest strength of all heads together, in the unit of the metric.
-        minimum_head_effect: smallest strength of a sender; far below the coverage's demands, above rounding.
-        noise_z: smallest strength, of all heads together and of each sender, in standard errors over
-            examples.
-        coverage: share of the strength of all heads together that the senders must have together.
-        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position
-            is no group of its own; its heads join that group.
-        max_depth: longest chain of hops from the logits.
-    """
-
-    minimum_effect: float
-    minimum_head_effect: float
-    noise_z: float
-    coverage: float
-    merge_overlap: float
-    max_depth: int
-
-    def counts(self, joint: Scores) -> bool:
-        """Whether all heads of a position together do something."""
-        return bool(self._beats(joint, self.minimum_effect))
-
-    def candidates(self, scores: Scores) -> Bool[Tensor, "layers h"]:
-        """Heads that may be senders."""
-        return self._beats(scores, self.minimum_head_effect)
-
-    def _beats(self, scores: Scores, minimum: float) -> Bool[Tensor, "*senders"]:
-        return (scores.strength >= minimum) & (scores.strength >= self.noise_z * scores.noise)
 
 
 @dataclass(frozen=True)
@@ -75,7 +38,7 @@ class Hop:
         receiver: name of the receiving group, or "logits".
         component: which input of the receivers; None for the logits.
         joint: score of all heads at the position together, with its noise.
-        scores: score of each head, [layers h]; None where the joint effect did not pass.
+        scores: score of each head alone, [layers h]; None where the joint effect did not pass.
         split_half: correlation of scores between two halves of the examples.
         heads: selected (layer, head) pairs, strongest first.
         group: name of the group that these heads form or join; None without heads.
@@ -88,19 +51,16 @@ class Hop:
     joint: Scores
     scores: Scores | None = None
     split_half: float | None = None
-    heads: tuple[tuple[int, int], ...] = ()
+    heads: tuple[Head, ...] = ()
     group: str | None = None
 
     @property
     def forms_group(self) -> bool:
         return self.group == self.name
 
-    def strongest(self, k: int) -> tuple[tuple[int, int], ...]:
-        """The k heads of greatest strength, strongest first."""
-        assert self.scores is not None
-        n_heads = self.scores.strength.shape[1]
-        order = torch.argsort(self.scores.strength.flatten(), descending=True, stable=True)
-        return tuple((int(at) // n_heads, int(at) % n_heads) for at in order[:k])
+    def strongest(self, k: int) -> tuple[Head, ...]:
+        """The k heads that do most alone, strongest first."""
+        return () if self.scores is None else tuple(strongest(self.scores)[:k])
 
 
 # name of the hop and its group, sender position, receiver, component
@@ -121,15 +81,21 @@ def search(patcher: PathPatcher, metric: Metric, rule: Rule, report: Report) -> 
         the circuit, and every hop that was tried, in order.
     """
     hops = _try(patcher, metric, rule, "last", [(ROOT, LOGITS, None, ())], [], report)
+    asked: dict[str, set[Head]] = {}  # group -> its heads whose inputs were searched
     frontier = hops
     for _ in range(1, rule.max_depth):
         found: list[Hop] = []
-        for upper in (hop for hop in frontier if hop.forms_group):
-            if all(layer == 0 for layer, _ in upper.heads):
+        for upper in frontier:
+            if upper.group is None:
+                continue
+            # of a hop that joined a group only the heads that are new there
+            heads = tuple(head for head in upper.heads if head not in asked.setdefault(upper.group, set()))
+            asked[upper.group].update(heads)
+            if all(layer == 0 for layer, _ in heads):
                 continue  # no head writes into the first layer
             for position in _up_to(patcher, upper.position):
                 components = list(Component) if position == upper.position else [Component.K, Component.V]
-                targets = [(_name(part, position, upper.name), upper.name, part, upper.heads) for part in components]
+                targets = [(_name(part, position, upper.name), upper.group, part, heads) for part in components]
                 found += _try(patcher, metric, rule, position, targets, [*hops, *found], report)
         hops += found
         frontier = found
@@ -144,28 +110,55 @@ def paper_hops(
     heads: Sequence[int] | None,
     report: Report,
 ) -> tuple[Circuit, list[Hop]]:
-    """The four hops of Prakash et al. 2024.
+    """The four hops of Prakash et al. 2024, section 3 and appendix.
+
+    Each hop feeds heads of the hop before it: the strongest ones alone, without regard to which of them end up in a
+    group. A head that two hops find at the same position belongs to the later one (there: a value fetcher that is a
+    position transmitter, too, is a position transmitter).
 
     Args:
         receivers: how many of a hop's strongest heads the next hop feeds, one number a hop; None: those of
             the rule.
         heads: how many of a hop's strongest heads form its group, one number a hop; None: those of the rule.
+
+    Returns:
+        the circuit, and all four hops. One whose receivers are no heads has a joint score of 0 and no scores.
+
+    Raises:
+        Invalid: the prompts have no query label or no earlier label.
     """
+    for _, position, _, _ in PAPER_HOPS:
+        if position not in patcher.pairs.positions:
+            known = ", ".join(sorted(patcher.pairs.positions))
+            raise Invalid(f"the paper's hops need the position '{position}': the prompts have {known}")
     hops: list[Hop] = []
-    feeding: dict[str, tuple[tuple[int, int], ...]] = {LOGITS: ()}
+    feeding: dict[str, tuple[Head, ...]] = {LOGITS: ()}
     for number, (name, position, receiver, component) in enumerate(PAPER_HOPS):
         if component is not None and not feeding[receiver]:
-            break
-        target = Receivers(component, feeding[receiver])
-        joint = _scores(patcher, metric, patcher.joint_effects(position, [target])[0])
-        effects = patcher.head_effects(position, [target])[0]
-        hop = _select(patcher, metric, rule, Hop(name, position, receiver, component, joint), target, effects)
+            nothing = torch.zeros_like(patcher.clean)
+            hop = Hop(name, position, receiver, component, _scores(patcher, metric, nothing))
+        else:
+            target = Receivers(component, feeding[receiver])
+            together = patcher.joint_effects(position, [target])[0]
+            alone = patcher.head_effects(position, [target])[0]
+            hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
+            hop = _scored(patcher, metric, hop, alone)
+            if receivers is None or heads is None:
+                selected = select_heads(patcher, metric, rule, position, target, together, alone)
+                hop = replace(hop, heads=selected)
         feeding[name] = hop.heads if receivers is None else hop.strongest(receivers[number])
-        if heads is not None:
-            hop = replace(hop, heads=hop.strongest(heads[number]))
-        hops.append(replace(hop, group=name if hop.heads else None))
+        chosen = hop.heads if heads is None else hop.strongest(heads[number])
+        hops.append(replace(hop, heads=chosen, group=name if chosen else None))
         report(hops[-1])
+    hops = [_less_later(hop, hops[number + 1 :]) for number, hop in enumerate(hops)]
     return _circuit(patcher, hops), hops
+
+
+def _less_later(hop: Hop, later: Sequence[Hop]) -> Hop:
+    """The hop without the heads that a later one has at the same position."""
+    taken = {head for other in later if other.position == hop.position for head in other.heads}
+    heads = tuple(head for head in hop.heads if head not in taken)
+    return replace(hop, heads=heads, group=hop.group if heads else None)
 
 
 def _try(
@@ -173,51 +166,33 @@ def _try(
     metric: Metric,
     rule: Rule,
     position: str,
-    targets: Sequence[tuple[str, str, Component | None, tuple[tuple[int, int], ...]]],
+    targets: Sequence[tuple[str, str, Component | None, tuple[Head, ...]]],
     earlier: Sequence[Hop],
     report: Report,
 ) -> list[Hop]:
     """One hop for each target (name, receiver, component, receiving heads): all heads first, then each."""
     receivers = [Receivers(component, heads) for _, _, component, heads in targets]
-    joints = [_scores(patcher, metric, effect) for effect in patcher.joint_effects(position, receivers)]
+    together = patcher.joint_effects(position, receivers)
+    joints = [_scores(patcher, metric, effect) for effect in together]
     counting = [number for number, joint in enumerate(joints) if rule.counts(joint)]
     effects = dict(zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True))
     hops: list[Hop] = []
     for number, (name, receiver, component, _) in enumerate(targets):
         hop = Hop(name, position, receiver, component, joints[number])
         if number in effects:
-            hop = _select(patcher, metric, rule, hop, receivers[number], effects[number])
+            alone = effects[number]
+            heads = select_heads(patcher, metric, rule, position, receivers[number], together[number], alone)
+            hop = _scored(patcher, metric, replace(hop, heads=heads), alone)
             hop = replace(hop, group=_group_of(hop, [*earlier, *hops], rule.merge_overlap))
         report(hop)
         hops.append(hop)
     return hops
 
 
-def _select(
-    patcher: PathPatcher,
-    metric: Metric,
-    rule: Rule,
-    hop: Hop,
-    receivers: Receivers,
-    effects: Float[Tensor, "layers h n"],
-) -> Hop:
-    """The hop with the scores of single heads and its senders, the strongest that have the coverage."""
-    scores = _scores(patcher, metric, effects)
-    hop = replace(hop, scores=scores, split_half=split_half(metric, effects, patcher.clean, patcher.corrupt))
-    passing = rule.candidates(scores)
-    candidates = [head for head in hop.strongest(passing.numel()) if passing[head]]
-    enough, too_few = len(candidates), 0  # bisection for the number of senders; all of them if none is enough
-    while enough - too_few > 1:
-        middle = (enough + too_few) // 2
-        senders = torch.zeros(1, *passing.shape, dtype=torch.bool)
-        for head in candidates[:middle]:
-            senders[0][head] = True
-        together = _scores(patcher, metric, patcher.effects(hop.position, senders, [receivers])[0][0])
-        if float(together.strength) >= rule.coverage * float(hop.joint.strength):
-            enough = middle
-        else:
-            too_few = middle
-    return replace(hop, heads=tuple(candidates[:enough]))
+def _scored(patcher: PathPatcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
+    """The hop with the scores of single heads."""
+    halves = split_half(metric, alone, patcher.clean, patcher.corrupt)
+    return replace(hop, scores=_scores(patcher, metric, alone), split_half=halves)
 
 
 def _group_of(hop: Hop, earlier: Sequence[Hop], merge_overlap: float) -> str | None:

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 LOGITS = "logits"  # the receiver name of the last step of a circuit: the output logits at the last token
+LAST = "last"  # the position that is read out: the last token of every prompt
 
 
 class Component(StrEnum):

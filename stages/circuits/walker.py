@@ -17,17 +17,17 @@ width. Window slots are in increasing position order.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
+from torch import Tensor, nn
 
+from stages.circuits.architectures import Rotary, architecture_of
+from stages.circuits.checks import check_tokens
 from stages.pipeline.stage import Invalid
 
-SUPPORTED = ("llama", "mistral", "qwen2")
-
-# edit(layer, site, x, first): site is "q", "k", "v" (before the rotary embedding) or "z" (head outputs); x is
+# edit(layer, site, x, first): site is "q", "k", "v" (as projected, see `architectures`) or "z" (head outputs); x is
 # [n e s' heads a], and covers the window slots from `first` on. Returns the replacement, same shape.
 Edit = Callable[[int, str, Tensor, int], Tensor]
 
@@ -38,15 +38,13 @@ class Run:
 
     Attributes:
         residual: residual stream entering each layer; the last entry is what enters the final norm.
-        middle: residual stream after each layer's attention, before its MLP.
-        z: head outputs before o_proj.
+        z: head outputs before the output projection.
         keys: keys after the rotary embedding.
         values: values.
         logits: at the last position.
     """
 
     residual: Float[Tensor, "depths n t d"]
-    middle: Float[Tensor, "layers n t d"]
     z: Float[Tensor, "layers n t h a"]
     keys: Float[Tensor, "layers n g t a"]
     values: Float[Tensor, "layers n g t a"]
@@ -56,7 +54,6 @@ class Run:
         """The same run for some of its examples."""
         return Run(
             self.residual[:, index],
-            self.middle[:, index],
             self.z[:, index],
             self.keys[:, index],
             self.values[:, index],
@@ -111,26 +108,44 @@ class Window:
         visible |= torch.eye(s, dtype=torch.bool)  # a padding slot sees itself, so that its softmax is defined
         return Window(positions, background, _mask(visible, dtype))
 
+    def within(self, reach: int | None) -> "Window":
+        """The same slots when each sees only the `reach` tokens up to itself (a sliding window; None: all)."""
+        if reach is None or int(self.positions.max()) < reach:
+            return self
+        places = torch.arange(self.sees_background.shape[-1])
+        far_background = self.positions[:, :, None] - places >= reach
+        far_window = self.positions[:, :, None] - self.positions[:, None, :] >= reach
+        return Window(
+            self.positions,
+            self.sees_background.masked_fill(far_background, float("-inf")),
+            self.sees_window.masked_fill(far_window, float("-inf")),
+        )
+
 
 class Walker:
     """Runs a Hugging Face decoder layer by layer.
 
+    Attributes:
+        model: the decoder.
+        architecture: what is particular to its family; the sizes below are its.
+
     Raises:
-        Invalid: the architecture is not supported, or the walker does not reproduce the model's logits.
+        Invalid: the architecture is not supported, adapters are not merged, or the walker does not reproduce the
+            model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
-        if config.model_type not in SUPPORTED:
-            raise Invalid(f"model type '{config.model_type}' is not supported: must be one of {', '.join(SUPPORTED)}")
-        self.model = model
-        self.layers = model.model.layers
-        self.n_layers = config.num_hidden_layers
-        self.n_heads = config.num_attention_heads
-        self.n_kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.width = config.hidden_size
+    def __init__(self, model: nn.Module) -> None:
+        self.architecture = architecture_of(model)
+        self.model: Any = model
+        self.n_layers = self.architecture.n_layers
+        self.n_heads = self.architecture.n_heads
+        self.n_kv_heads = self.architecture.n_kv_heads
+        self.head_dim = self.architecture.head_dim
+        self.width = self.architecture.width
+        self.mlp_width = self.architecture.mlp_width
+        self.vocab_size = self.architecture.vocab_size
         self.dtype = next(model.parameters()).dtype
+        self.logits_dtype = torch.promote_types(self.dtype, torch.float32)
         self._check()
 
     def kv_head(self, head: int) -> int:
@@ -138,11 +153,16 @@ class Walker:
         return head // (self.n_heads // self.n_kv_heads)
 
     def run(self, input_ids: Int[Tensor, "n t"], edit: Edit | None = None) -> Run:
-        """A full forward pass over prompts of equal length."""
+        """A full forward pass over prompts of equal length.
+
+        Raises:
+            Invalid: a token id is outside the vocabulary, or the prompts are longer than the model can take.
+        """
+        check_tokens(input_ids, self.vocab_size, self.architecture.longest)
         n, length = input_ids.shape
         empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype)
-        record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "middle", "z", "keys", "values")}
-        x = self.model.model.embed_tokens(input_ids)[:, None]
+        record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "z", "keys", "values")}
+        x = self.architecture.embed(input_ids)[:, None]
         logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype), empty, empty, edit, record)
         stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
         return Run(logits=logits[:, 0], **stacked)
@@ -166,27 +186,30 @@ class Walker:
         return self._pass(residual, layer, window, keys, values, edit, None)
 
     def logits(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows vocab"]:
-        """Final norm and language-model head."""
-        return self.model.lm_head(self.model.model.norm(residual))
+        """Final norm and language-model head; at least float32, so that measures of logits do not round again."""
+        return self.architecture.logits(residual).to(self.logits_dtype)
 
-    def mlp(self, layer: int, middle: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """The residual stream after a layer's MLP, given the stream before it."""
-        block = self.layers[layer]
-        return middle + block.mlp(block.post_attention_layernorm(middle))
+    def after_attention(
+        self, layer: int, entering: Float[Tensor, "*#rows d"], attention: Float[Tensor, "*#rows d"]
+    ) -> Float[Tensor, "*#rows d"]:
+        """The residual stream that leaves a layer, given the stream that enters it and its `attention_output`.
+
+        This is where families differ, so it is the only way from head outputs to the stream.
+        """
+        return self.architecture.after_attention(layer, entering, attention)
 
     def project(self, layer: int, component: str, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows heads a"]:
-        """q, k or v of a layer (before the rotary embedding) from the residual stream that enters the layer."""
-        block = self.layers[layer]
-        projected = getattr(block.self_attn, f"{component}_proj")(block.input_layernorm(residual))
-        return projected.unflatten(-1, (-1, self.head_dim))
+        """q, k or v of a layer as the projection gives them (before any norm of q and k, and the rotary embedding),
+        from the residual stream that enters the layer."""
+        return self.architecture.project(layer, component, self.architecture.normed(layer, residual))
 
     def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
-        """o_proj of head outputs."""
-        return self.layers[layer].self_attn.o_proj(z.flatten(-2))
+        """The output projection of head outputs, with its bias."""
+        return self.architecture.attention_output(layer, z)
 
     def head_writes(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows h d"]:
-        """What each head alone adds to the residual stream (without the bias of o_proj)."""
-        weight = self.layers[layer].self_attn.o_proj.weight.view(self.width, self.n_heads, self.head_dim)
+        """Each head's part of `attention_output` (its bias left out)."""
+        weight = self.architecture.output_weight(layer).view(self.width, self.n_heads, self.head_dim)
         return torch.einsum("...ha,dha->...hd", z, weight)
 
     def _pass(
@@ -199,63 +222,105 @@ class Walker:
         edit: Edit | None,
         record: dict[str, list[Tensor]] | None,
     ) -> Float[Tensor, "n e vocab"]:
-        cos, sin = self.model.model.rotary_emb(x, window.positions)  # [n s a]
-        cos, sin = cos[:, None, :, None], sin[:, None, :, None]
+        rotary = self.architecture.rotary(x, window.positions)
+        windows: dict[int | None, Window] = {}  # for each sliding window of some layer, what slots see through it
         for layer in range(first_layer, self.n_layers):
             # in the last layer only the last slot still matters, unless everything is to be recorded
             first = 0 if record is not None or layer < self.n_layers - 1 else x.shape[2] - 1
-            normed = self.layers[layer].input_layernorm(x)
-            attention = self.layers[layer].self_attn
-            q = attention.q_proj(normed[:, :, first:]).unflatten(-1, (-1, self.head_dim))
-            k = attention.k_proj(normed).unflatten(-1, (-1, self.head_dim))
-            v = attention.v_proj(normed).unflatten(-1, (-1, self.head_dim))
-            if edit is not None:
-                q, k, v = edit(layer, "q", q, first), edit(layer, "k", k, 0), edit(layer, "v", v, 0)
-            q = q * cos[:, :, first:] + _rotate_half(q) * sin[:, :, first:]
-            k = k * cos + _rotate_half(k) * sin
-            z = _attend(
-                q,
-                k,
-                v,
-                keys[layer],
-                values[layer],
-                window.sees_background[:, first:],
-                window.sees_window[:, first:],
-                attention.scaling,
-            )
-            if edit is not None:
-                z = edit(layer, "z", z, first)
+            reach = self.architecture.reach(layer)
+            if reach not in windows:
+                windows[reach] = window.within(reach)
+            k, v, z = self._attention(layer, x, first, rotary[layer], windows[reach], keys[layer], values[layer], edit)
             if record is not None:
                 record["residual"].append(x)
                 record["z"].append(z)
                 record["keys"].append(k.transpose(2, 3))
                 record["values"].append(v.transpose(2, 3))
-            middle = x[:, :, first:] + self.attention_output(layer, z)
-            x = self.mlp(layer, middle)
-            if record is not None:
-                record["middle"].append(middle)
+            x = self.after_attention(layer, x[:, :, first:], self.attention_output(layer, z))
         if record is not None:
             record["residual"].append(x)
         return self.logits(x[:, :, -1])
 
+    def _attention(
+        self,
+        layer: int,
+        x: Float[Tensor, "n e s d"],
+        first: int,
+        rotary: Rotary,
+        window: Window,
+        keys: Float[Tensor, "n g b a"],
+        values: Float[Tensor, "n g b a"],
+        edit: Edit | None,
+    ) -> tuple[Float[Tensor, "n e s g a"], Float[Tensor, "n e s g a"], Float[Tensor, "n e w h a"]]:
+        """Keys, values and head outputs of one layer; head outputs only of the window slots from `first` on."""
+        family = self.architecture
+        q, k, v = family.projections(layer, family.normed(layer, x), first)
+        if edit is not None:
+            q, k, v = edit(layer, "q", q, first), edit(layer, "k", k, 0), edit(layer, "v", v, 0)
+        of_queries = rotary if rotary is None else (rotary[0][:, :, first:], rotary[1][:, :, first:])
+        q, k = family.place(layer, "q", q, of_queries), family.place(layer, "k", k, rotary)
+        seen = window.sees_background[:, first:], window.sees_window[:, first:]
+        z = _attend(q, k, v, keys, values, *seen, family.scaling(layer), family.softcap(layer))
+        return k, v, z if edit is None else edit(layer, "z", z, first)
+
     @torch.no_grad()
     def _check(self) -> None:
-        """Compare logits, and the sum of head outputs, with the Hugging Face model on a random prompt."""
+        """Compare logits and head outputs with the Hugging Face model on random prompts, and see which key-value head
+        each query head follows."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.model.config.vocab_size, (2, 12), generator=generator)
+        length = min(12, self.architecture.longest or 12)
+        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator)
         ours = self.run(ids)
-        theirs = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        scale = float(theirs.abs().max()) + 1e-6
-        error = float((ours.logits - theirs).abs().max()) / scale
-        tolerance = 2e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        theirs, z, whole = self._hugging_face(ids)
+        tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        error = _relative_error(ours.logits, theirs)
         if not error <= tolerance:
             raise Invalid(f"the walker does not reproduce this model: logits differ by {error:.1e} of their maximum")
-        whole = self.attention_output(0, ours.z[0])
-        bias = self.layers[0].self_attn.o_proj.bias
-        parts = self.head_writes(0, ours.z[0]).sum(-2) + (0 if bias is None else bias)
-        error = float((whole - parts).abs().max()) / (float(whole.abs().max()) + 1e-6)
-        if not error <= tolerance:
-            raise Invalid(f"head outputs do not add up to the attention output of this model (error {error:.1e})")
+        for layer in range(self.n_layers):
+            bias = self.architecture.output_projection(layer).bias
+            parts = self.head_writes(layer, ours.z[layer]).sum(-2) + (0 if bias is None else bias)
+            error = max(_relative_error(ours.z[layer].flatten(-2), z[layer]), _relative_error(parts, whole[layer]))
+            if not error <= tolerance:
+                raise Invalid(
+                    f"head outputs do not add up to the attention output of layer {layer} of this model (they differ "
+                    f"by {error:.1e} of its maximum)"
+                )
+        self._check_heads(ids[:1])
+
+    def _hugging_face(self, ids: Int[Tensor, "n t"]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The model's own logits at the last position, and what enters and leaves its output projections."""
+        z: list[Tensor] = []
+        whole: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            z.append(arguments[0])
+            whole.append(output)
+
+        hooks = [self.architecture.output_projection(at).register_forward_hook(keep) for at in range(self.n_layers)]
+        try:
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, z, whole
+
+    def _check_heads(self, ids: Int[Tensor, "1 t"]) -> None:
+        """Move the values of one key-value head at a time: just the query heads that `kv_head` names must follow."""
+        x = self.architecture.embed(ids)[:, None].expand(-1, 1 + self.n_kv_heads, -1, -1)
+        window = Window.tail(1, 0, ids.shape[1], self.dtype)
+        empty = torch.empty(1, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype)
+
+        def shift(layer: int, site: str, values: Tensor, first: int) -> Tensor:
+            moved = torch.eye(1 + self.n_kv_heads, dtype=values.dtype)[:, None, 1:, None]
+            return values + moved if site == "v" else values
+
+        _, _, z = self._attention(
+            0, x, 0, self.architecture.rotary(x, window.positions)[0], window, empty, empty, shift
+        )
+        follows = (z[0, 1:] - z[0, :1]).abs().amax((1, 3)) > 0.1  # g h; a value moves by 1
+        expected = torch.tensor([[self.kv_head(h) == g for h in range(self.n_heads)] for g in range(self.n_kv_heads)])
+        if not torch.equal(follows, expected):
+            raise Invalid("query heads of this model do not share key-value heads in consecutive groups of equal size")
 
 
 def _attend(
@@ -267,6 +332,7 @@ def _attend(
     sees_background: Float[Tensor, "n s b"],
     sees_window: Float[Tensor, "n s w"],
     scaling: float,
+    softcap: float | None,
 ) -> Float[Tensor, "n e s h a"]:
     """Attention of s queries to b background positions and w window slots; background keys are shared by variants."""
     n, e, s, h, a = q.shape
@@ -277,10 +343,13 @@ def _attend(
     k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # n g e w a
     to_background = (q.reshape(n, g, e * s * r, a) @ background_keys.transpose(-1, -2)).view(n, g, e, s, r, b)
     to_window = (q.reshape(n, g, e, s * r, a) @ k.transpose(-1, -2)).view(n, g, e, s, r, w)
+    to_background, to_window = to_background * scaling, to_window * scaling
+    if softcap is not None:
+        to_background, to_window = (torch.tanh(x / softcap) * softcap for x in (to_background, to_window))
     scores = torch.cat(
         [
-            to_background * scaling + sees_background[:, None, None, :, None],
-            to_window * scaling + sees_window[:, None, None, :, None],
+            to_background + sees_background[:, None, None, :, None],
+            to_window + sees_window[:, None, None, :, None],
         ],
         dim=-1,
     )
@@ -291,9 +360,9 @@ def _attend(
     return z.permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, in units of the largest value."""
+    return float((ours - theirs).abs().max()) / (float(theirs.abs().max()) + 1e-6)
 
 
 def _mask(visible: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

@@ -24,6 +24,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from stages.learning.curriculum import Batch, Phase, draw_batch, draw_queries, draw_repeats
+from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
 from stages.tasks.relations import NEW_TASKS, draw_prompts
@@ -280,18 +281,11 @@ class _Checks:
         return float((predicted == self.repeats[:, _INDUCTION_LENGTH + 2 :]).double().mean())
 
 
-@torch.no_grad()
-def last_log_probabilities(model: LlamaForCausalLM, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n v"]:
-    """Log-probabilities of the next token, in float64."""
-    rows = [model(part, use_cache=False, logits_to_keep=1).logits[:, 0] for part in ids.split(256)]
-    return torch.cat(rows).double().log_softmax(dim=-1)
-
-
 def old_task(
     model: LlamaForCausalLM, ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """For each prompt, whether the most probable token is the answer (1 or 0), and its probability."""
-    log_p = last_log_probabilities(model, ids)
+    log_p = last_log_probs(model, ids)
     return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
 
 
@@ -301,15 +295,11 @@ def new_task(model: LlamaForCausalLM, prompts: Prompts) -> dict[str, float]:
     pass@8 is the mean over prompts of 1 - (1 - m)^8, with m the probability of all right answers together:
     the chance that one of eight samples is right.
     """
-    log_p = last_log_probabilities(model, prompts.input_ids)
-    right = torch.zeros_like(log_p)
-    right.scatter_(1, prompts.valid.clamp(min=0), 1.0)
-    right[:, 0] = 0.0  # the padding of `valid` ended up at token 0, which is no object
-    mass = (log_p.exp() * right).sum(dim=1)
-    greedy = right.gather(1, log_p.argmax(dim=1, keepdim=True))
+    log_p = last_log_probs(model, prompts.input_ids)
+    mass = valid_mass(log_p, prompts.valid)
     on_objects = log_p.exp().gather(1, prompts.objects).sum(dim=1)
     return {
-        "accuracy": float(greedy.mean()),
+        "accuracy": float(is_valid(log_p, prompts.valid).double().mean()),
         "valid_mass": float(mass.mean()),
         "context_mass": float(on_objects.mean()),
         "pass_at_8": float((1 - (1 - mass).clamp(min=0) ** 8).mean()),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 def last_logits(model: "PreTrainedModel", input_ids: Int[Tensor, "n t"], batch: int = 32) -> Float[Tensor, "n vocab"]:
     """Logits at the last position of equal-length prompts; small batches stay in the cache."""
     return torch.cat([model(input_ids=rows, logits_to_keep=1).logits[:, -1] for rows in input_ids.split(batch)])
+
+
+def last_log_probs(model: "PreTrainedModel", input_ids: Int[Tensor, "n t"]) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities of the next token, in float64."""
+    return last_logits(model, input_ids).double().log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,12 @@ class Probe:
 
     @classmethod
     def of(cls, base: "PreTrainedModel", old: "Examples", new: "Prompts") -> "Probe":
-        log_probs = last_logits(base, new.input_ids).double().log_softmax(-1)
-        return cls(old, new, log_probs, {name: w.detach().clone() for name, w in base.named_parameters()})
+        return cls(
+            old,
+            new,
+            last_log_probs(base, new.input_ids),
+            {name: w.detach().clone() for name, w in base.named_parameters()},
+        )
 
     def measure(self, model: "PreTrainedModel") -> dict[str, float]:
         """The measured columns of a training curve.
@@ -48,15 +57,14 @@ class Probe:
         """
         was_training = model.training
         model.eval()
-        old = last_logits(model, self.old.input_ids)
-        new = last_logits(model, self.new.input_ids).double().log_softmax(-1)
+        old, new = last_log_probs(model, self.old.input_ids), last_log_probs(model, self.new.input_ids)
         model.train(was_training)
         change = [(w.detach() - self.base_weights[n]).double().square().sum() for n, w in model.named_parameters()]
         kl = (self.base_log_probs.exp() * (self.base_log_probs - new)).sum(-1)
         return {
             "old_accuracy": (old.argmax(-1) == self.old.answer).double().mean().item(),
-            "old_p_correct": old.double().softmax(-1).gather(1, self.old.answer[:, None]).mean().item(),
-            "new_accuracy": (new.argmax(-1, keepdim=True) == self.new.valid).any(-1).double().mean().item(),
+            "old_p_correct": old.exp().gather(1, self.old.answer[:, None]).mean().item(),
+            "new_accuracy": is_valid(new, self.new.valid).double().mean().item(),
             "new_valid_mass": valid_mass(new, self.new.valid).mean().item(),
             "kl_new": kl.mean().item(),
             "weight_norm": torch.stack(change).sum().sqrt().item(),
@@ -66,3 +74,8 @@ class Probe:
 def valid_mass(log_probs: Float[Tensor, "n vocab"], valid: Int[Tensor, "n v"]) -> Float[Tensor, "n"]:
     """Probability of the valid answers, whose padding is -1."""
     return (log_probs.exp().gather(1, valid.clamp(min=0)) * (valid >= 0)).sum(-1)
+
+
+def is_valid(log_probs: Float[Tensor, "n vocab"], valid: Int[Tensor, "n v"]) -> Bool[Tensor, "n"]:
+    """Whether the most likely token of the whole vocabulary is one of the valid answers."""
+    return (log_probs.argmax(-1, keepdim=True) == valid).any(-1)

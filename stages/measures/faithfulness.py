@@ -19,6 +19,7 @@ from stages.circuits.exchange import by_earliest, rows_that_fit, slices
 from stages.circuits.scores import logit_difference
 from stages.circuits.types import Node
 from stages.circuits.walker import Walker
+from stages.pipeline.processes import in_processes
 from stages.tasks.examples import Examples
 
 
@@ -88,7 +89,6 @@ def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
     return examples.select(by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1)))
 
 
-@torch.no_grad()
 def evaluate_circuits(
     walker: Walker,
     means: Float[Tensor, "layers t h a"],
@@ -97,6 +97,7 @@ def evaluate_circuits(
     removed: Sequence[Collection[Node]],
     memory_mib: float,
     advance: Callable[[int], object] = lambda n: None,
+    processes: int = 1,
 ) -> Evaluation:
     """Run a model whole, with each circuit in place, and without each set of nodes.
 
@@ -108,20 +109,30 @@ def evaluate_circuits(
         removed: nodes that are mean-ablated, everything else being live.
         memory_mib: how much memory a pass may take, roughly.
         advance: called with the number of examples done.
+        processes: how many to spread the examples over.
     """
     length = examples.input_ids.shape[1]
-    full, in_place, without = [], [], []
-    for rows in slices(len(examples), rows_that_fit(walker, length, length, memory_mib)):
+
+    @torch.no_grad()
+    def readouts(rows: slice) -> tuple[Readout, Readout, Readout]:
         part = examples.select(rows)
         clean = walker.run(part.input_ids)
         background = ablated_run(walker, part.input_ids, means)
         kept = circuits_in_place(walker, background, means, part.positions, circuits, memory_mib)
         lost = [nodes_removed(walker, clean, means, part.positions, nodes, memory_mib) for nodes in removed]
         lost = torch.stack(lost, 1) if lost else clean.logits[:, None][:, :0]
-        full.append(Readout.of(clean.logits[:, None], part.answer, part.others))
-        in_place.append(Readout.of(kept, part.answer, part.others))
-        without.append(Readout.of(lost, part.answer, part.others))
-        advance(len(part))
+        full, in_place, without = (
+            Readout.of(logits, part.answer, part.others) for logits in (clean.logits[:, None], kept, lost)
+        )
+        return full, in_place, without
+
+    found = []
+    for readout in in_processes(
+        readouts, slices(len(examples), rows_that_fit(walker, length, length, memory_mib)), processes
+    ):
+        found.append(readout)
+        advance(len(readout[0].correct))
+    full, in_place, without = zip(*found, strict=True)
     return Evaluation(Readout.join(full), Readout.join(in_place), Readout.join(without))
 
 

@@ -215,6 +215,7 @@ class Discover(Section):
 
 
 class Evaluate(Section):
+    processes: Count
     random_circuits: Annotated[int, Field(ge=20)]
     prune_threshold: Positive
     random_subsets: Count
@@ -225,6 +226,7 @@ class Evaluate(Section):
 
 
 class Dcm(Section):
+    processes: Count
     steps: Count
     batch: Count
     learning_rate: Positive
@@ -236,6 +238,7 @@ class Dcm(Section):
 
 
 class Cmap(Section):
+    processes: Count
     random_draws: Count
     memory_mib: Positive
 

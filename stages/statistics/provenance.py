@@ -61,7 +61,6 @@ def _settings(cells: Cells) -> list[dict[str, str]]:
         stated = {k: record[k] for k in ("rule", "level", "learning_rate") if k in record} if stage == "match" else {}
         settings = record.get("settings")
         stated |= settings if isinstance(settings, dict) else {}
-        stated |= {k: record[k] for k in ("tracer", "backend") if k in record}
         for name, value in stated.items():
             texts = found.setdefault(f"{stage}.{name}", [])
             if (text := _text(value)) not in texts:

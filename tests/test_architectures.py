@@ -1,0 +1,232 @@
+"""Families of decoders: what is refused, LoRA, low precision, the check at load, and adapters that are wrong."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages.circuits.agreement import agreement
+from stages.circuits.architectures import Architecture, Gemma2, Gemma3, Gpt2, GptNeoX, Llama
+from stages.circuits.lora import adapter_layers, merged
+from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.types import Component
+from stages.circuits.walker import Walker
+from stages.pipeline.stage import Invalid
+from tests.oracles import (
+    FAMILIES,
+    head_outputs,
+    hooked_logits,
+    naive_path_patching,
+    output_projections,
+    random_model,
+    random_pairs,
+    walker_of,
+)
+
+IDS = random_pairs().clean_ids
+
+
+def lora_on(model: nn.Module, **settings: Any) -> PeftModel:
+    """LoRA with random factors, so that it changes something."""
+    base: Any = model
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_head_outputs_are_the_parts_of_the_attention_output(kind: str) -> None:
+    model = random_model(kind)
+    walker, whole = walker_of(model), []
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: whole.append(output))
+        for name in output_projections(model)
+    ]
+    z = head_outputs(model, IDS)
+    for hook in hooks:
+        hook.remove()
+    for layer in range(3):
+        parts = walker.head_writes(layer, z[layer].unflatten(-1, (4, -1))).sum(-2)
+        projection: Any = model.get_submodule(output_projections(model)[layer])
+        bias = 0 if projection.bias is None else projection.bias
+        error = float((parts + bias - whole[layer]).abs().max())
+        print(kind, layer, error)
+        assert error <= 1e-12
+
+
+def one_rotary_base(self: Gemma3, x: Any, positions: Any) -> Any:
+    cos, sin = self.backbone.rotary_emb(x, positions, "full_attention")
+    return [(cos[:, None, :, None], sin[:, None, :, None])] * self.n_layers
+
+
+def in_series(self: GptNeoX, layer: int, entering: Any, attention: Any) -> Any:
+    block, middle = self.layers[layer], entering + attention
+    return middle + block.mlp(block.post_attention_layernorm(middle))
+
+
+# a wrong answer of an adapter, and a model on which it must show
+MISTAKES: dict[str, tuple[str, type, str, Any]] = {
+    "no norm after attention": ("gemma2", Gemma2, "after_attention", Llama.after_attention),
+    "no soft cap on attention": ("gemma2", Gemma2, "softcap", lambda self, layer: None),
+    "no soft cap on logits": ("gemma2", Gemma2, "logits", Llama.logits),
+    "a soft cap on attention": ("gemma3", Gemma3, "softcap", lambda self, layer: 1.0),
+    "one rotary base": ("gemma3", Gemma3, "rotary", one_rotary_base),
+    "no norm on q and k": ("qwen3", Llama, "place", Architecture.place),
+    "blocks in series": ("gpt_neox", GptNeoX, "after_attention", in_series),
+    "another scale": ("gpt2", Gpt2, "scaling", lambda self, layer: 8**-0.5),
+    "no sliding window": ("gemma3", Llama, "reach", lambda self, layer: None),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_adapter_is_found_at_load(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, family, method, wrong = MISTAKES[mistake]
+    model = random_model(kind)
+    walker_of(model)
+    monkeypatch.setattr(family, method, wrong)
+    with pytest.raises(Invalid, match="does not reproduce this model") as refused:
+        walker_of(model)
+    print(mistake, refused.value)
+
+
+def test_heads_that_share_key_value_heads_in_another_order_are_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Walker, "kv_head", lambda self, head: head % self.n_kv_heads)
+    with pytest.raises(Invalid, match="do not share key-value heads in consecutive groups"):
+        walker_of(random_model("llama_gqa"))
+
+
+def test_heads_that_are_read_in_another_order_are_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = Llama.output_weight
+    monkeypatch.setattr(Llama, "output_weight", lambda self, layer: turned(self, layer).roll(8, 1))
+    with pytest.raises(Invalid, match="do not add up to the attention output of layer 0"):
+        walker_of(random_model("llama"))
+
+
+def test_the_check_at_load_is_cheap() -> None:
+    settings: dict[str, Any] = dict(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        Walker(model)
+        seconds.append(time.perf_counter() - start)
+    print(f"{min(seconds) * 1000:.1f} ms")
+    assert min(seconds) < 0.25  # 50 ms without the shape checks of the tests, on a machine with nothing else to do
+
+
+def test_models_that_cannot_be_walked_are_refused() -> None:
+    gemma = random_model("gemma2")
+    gemma.config.use_bidirectional_attention = True
+    with pytest.raises(Invalid, match="use_bidirectional_attention = true"):
+        Walker(gemma)
+    gpt2: Any = random_model("gpt2")
+    with pytest.raises(Invalid, match="call model.eval"):
+        Walker(gpt2.train())
+    with pytest.raises(Invalid, match="GPT2Model has no language-model head"):
+        Walker(gpt2.transformer.eval())
+    with pytest.raises(Invalid, match="model type 'None' is not supported"):
+        Walker(nn.Linear(2, 2))
+    with pytest.raises(Invalid, match="prompts of 17 tokens: this model takes at most 16"):
+        walker_of(gpt2.eval()).run(torch.zeros(1, 17, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_lora_is_refused_unmerged_and_exact_merged() -> None:
+    for kind, targets in (
+        ("qwen2", ["q_proj", "v_proj", "o_proj", "down_proj"]),
+        ("gpt2", ["c_attn", "c_proj"]),
+    ):
+        plain = hooked_logits(random_model(kind), IDS)
+        fan = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+        adapted = lora_on(random_model(kind), target_modules=targets, **fan)
+        inner: Any = adapted.get_base_model()
+        expected = hooked_logits(inner, IDS)
+        for unmerged in (adapted, inner):
+            with pytest.raises(Invalid, match="merge them first, with circuits.lora.merged"):
+                Walker(unmerged)
+        model = merged(adapted)
+        error = float((hooked_logits(model, IDS) - expected).abs().max())
+        walked = float((walker_of(model).run(IDS).logits - expected).abs().max())
+        print(f"{kind}: merged - unmerged {error:.1e}, walked {walked:.1e}, LoRA {(expected - plain).abs().max():.1e}")
+        assert max(error, walked) <= 1e-11 and float((expected - plain).abs().max()) > 1e-2
+        assert not adapter_layers(model) and not isinstance(model, PeftModel)
+        assert merged(model) is model
+
+
+def test_adapters_that_cannot_be_merged_are_refused() -> None:
+    base: Any = random_model("llama")
+    prefix = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(Invalid, match="an adapter of type PREFIX_TUNING cannot be merged"):
+        merged(prefix)
+    with pytest.raises(Invalid, match="not a Hugging Face model itself"):
+        Walker(prefix)
+    with pytest.raises(Invalid, match="a Linear cannot be merged"):
+        merged(nn.Linear(2, 2))
+    broken = lora_on(random_model("llama"), target_modules=["v_proj"])
+    with torch.no_grad():
+        next(p for name, p in broken.named_parameters() if "lora_A" in name).fill_(float("nan"))
+    with pytest.raises(Invalid, match="the adapters cannot be merged"):
+        merged(broken)
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "gemma3", "gpt_neox", "gpt2"])
+def test_bfloat16_ranks_heads_as_float32_does(kind: str) -> None:
+    pairs = random_pairs(n=200)
+    receivers = [Receivers(), Receivers(Component.V, ((2, 0), (2, 3)))]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model: Any = random_model(kind)
+        model = model.to(dtype)
+        patcher = PathPatcher(Walker(model), pairs, lambda logits, index: logits[..., 3] - logits[..., 5], 64.0)
+        assert patcher.clean.dtype == torch.float32
+        found[dtype] = [effects.mean(-1).abs() for effects in patcher.head_effects("last", receivers)]
+    for receiver, exact, rounded in zip(receivers, found[torch.float32], found[torch.bfloat16], strict=True):
+        both = agreement(exact, rounded, (3, 5))
+        print(f"{kind} -> {receiver}: {both}")
+        # the second hop's effects, .01 of a logit, are near what bfloat16 resolves
+        size, least = (12, 0.9) if receiver.component is None else (8, 0.5)
+        assert both.n == size and both.spearman is not None and both.spearman > least
+
+
+def test_agreement_by_hand() -> None:
+    one = torch.tensor([[0.0, 4.0, 3.0], [2.0, 1.0, 0.0]])
+    other = torch.tensor([[0.0, 3.0, 4.0], [1.0, 2.5, 0.5]])
+    both = agreement(one, other, (1, 2, 3, 9))
+    # ranks 5 4 3 2 1 and 4 5 2 3 1: squared differences 1 1 1 1 0; 1 - 6 * 4 / (5 * 24) = .8
+    assert both.n == 5 and both.spearman == pytest.approx(0.8)
+    assert both.top == {1: 0.0, 2: 1.0, 3: pytest.approx(2 / 3)}
+    assert both.chance == {1: 0.2, 2: 0.4, 3: 0.6} and both.largest_difference == 1.5
+    assert agreement(torch.zeros(2, 2), torch.zeros(2, 2)).spearman is None
+    with pytest.raises(Invalid, match="a score is nan in example 2"):
+        agreement(one, torch.full((2, 3), float("nan")).where(other == 1.0, other))
+
+
+def test_patching_beyond_the_sliding_window_does_nothing() -> None:
+    model, pairs = random_model("mistral", n_layers=2), random_pairs()
+    first = torch.zeros(5, dtype=torch.long)  # the last of 11 tokens sees 8
+    pairs = replace(pairs, positions={"first": first}, corrupt_positions={"first": first})
+    patcher = PathPatcher(walker_of(model), pairs, lambda logits, index: logits[..., 3], 64.0)
+    receivers = Receivers(Component.V, ((1, 0), (1, 3)))
+    effects = patcher.head_effects("first", [receivers])[0]
+    outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
+    naive = naive_path_patching(model, pairs, "first", [(0, 1)], receivers, *outputs)[:, 3] - patcher.clean
+    print(float(effects.abs().max()), float(naive.abs().max()))
+    assert max(float(effects.abs().max()), float(naive.abs().max())) <= 1e-13
