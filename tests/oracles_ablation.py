@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.types import Node
-from tests.oracles import head_outputs, hooked_logits
+from tests.oracles import head_outputs, hooked_logits, output_projections
 
 POSITIONS = ("earlier_label", "earlier_separator", "query_label", "last")
 
@@ -111,8 +111,10 @@ def naive_knockout(
                 mask[row, :, query[row], key] = float("-inf")
         return args, kwargs | {"attention_mask": mask}
 
+    projections = output_projections(model)
     handles = [
-        model.model.layers[layer].self_attn.register_forward_pre_hook(blind, with_kwargs=True) for layer in layers
+        model.get_submodule(projections[layer].rpartition(".")[0]).register_forward_pre_hook(blind, with_kwargs=True)
+        for layer in layers
     ]
     try:
         return hooked_logits(model, ids)
