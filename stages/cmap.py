@@ -18,7 +18,7 @@ from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
 from stages.pipeline.stage import Cell, run
-from stages.tasks.examples import Examples, read_examples
+from stages.tasks.examples import Clauses, Examples, read_examples
 
 
 def patch_both_ways(
@@ -29,6 +29,7 @@ def patch_both_ways(
     draws: int,
     memory_mib: float,
     generator: np.random.Generator,
+    clauses: Clauses | str = Clauses.EVERY,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
 ) -> dict[str, Any]:
@@ -42,12 +43,13 @@ def patch_both_ways(
         draws: random node sets of the same shape for each prompt and node set, the control.
         memory_mib: how much memory a pass may take, roughly.
         generator: of those draws; both directions get the same ones.
+        clauses: where nodes at a token of a clause are patched.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
     """
     length = examples.input_ids.shape[1]
     shape = (base.n_layers, base.n_heads)
-    random: dict[str, Bool[Tensor, "n draws layers p h"]] = {
+    random: dict[str, Bool[Tensor, "n draws layers q h"]] = {
         name: random_like(nodes, len(examples), draws, *shape, generator) for name, nodes in node_sets.items()
     }
     directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
@@ -56,13 +58,14 @@ def patch_both_ways(
     def readouts(rows: slice) -> dict[tuple[str, str | None], Readout]:
         """Of the receiver alone (None) and with each node set, in each direction."""
         part = examples.select(rows)
+        places = part.places(clauses)
         runs = {walker: walker.run(part.input_ids) for walker in (base, tuned)}
         found: dict[tuple[str, str | None], Readout] = {}
         for direction, (donor, receiver) in directions.items():
             clean = runs[receiver]
             found[direction, None] = Readout.of(clean.logits[:, None], part.answer, part.others)
             for name, nodes in node_sets.items():
-                logits = transplant(receiver, clean, runs[donor], part.positions, nodes, memory_mib, random[name][rows])
+                logits = transplant(receiver, clean, runs[donor], places, nodes, memory_mib, random[name][rows])
                 found[direction, name] = Readout.of(logits, part.answer, part.others)
         return found
 
@@ -110,10 +113,15 @@ def main(cell: Cell) -> None:
             settings.random_draws,
             settings.memory_mib,
             np.random.default_rng([int(seed), 0]),
+            settings.clauses,
             bar.update,
             settings.processes,
         )
-    record |= {"arm": arm, "seed": int(seed), "settings": {"random_draws": settings.random_draws}}
+    record |= {
+        "arm": arm,
+        "seed": int(seed),
+        "settings": {"random_draws": settings.random_draws, "clauses": settings.clauses},
+    }
     write_json(f"reports/cells/cmap/{arm}/{seed}.json", record)
 
 

@@ -1,9 +1,9 @@
 """Stage `evaluate` (model, seed): does the base's circuit still do the old task in this model?
 
 The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
-the model's own circuit, random circuits of the same shape, the circuit without each of its groups, and the
-model without each group. `inspection` is a closer look at that circuit on the pruning split: complete, minimal,
-faithful at which size, and fed by which layers.
+the same in the queried clause alone, the model's own circuit, random circuits of the same shape, the circuit
+without each of its groups, and the model without each group. `inspection` is a closer look at that circuit on
+the pruning split: complete, minimal, faithful at which size, and fed by which layers.
 """
 
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from stages.circuits.ablation import mean_outputs
@@ -30,11 +32,12 @@ from stages.tasks.examples import Examples, Prompts, read_examples, read_prompts
 
 def evaluate(
     walker: Walker,
+    means: Float[Tensor, "layers t h a"],
     base: Walker,
+    base_means: Float[Tensor, "layers t h a"],
     base_circuit: Circuit,
     own_circuit: Circuit,
     old: Examples,
-    prompts_of_means: Examples,
     new: Prompts,
     settings: Any,
     seed: int,
@@ -43,11 +46,12 @@ def evaluate(
 
     Args:
         walker: the model.
+        means: its mean head outputs.
         base: the base it was tuned from.
+        base_means: mean head outputs of the base.
         base_circuit: circuit of the base.
         own_circuit: circuit that was found in the model.
         old: evaluation examples of the old task.
-        prompts_of_means: prompts that head outputs are averaged over.
         new: evaluation prompts of the new task.
         settings: section `evaluate` of params.yaml.
         seed: of the random circuits: the same ones for every model of the seed.
@@ -63,14 +67,16 @@ def evaluate(
     circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
 
     with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
-        means = mean_outputs(walker, prompts_of_means.input_ids, memory, processes)
         removed = [group.nodes for group in groups]
-        found = evaluate_circuits(walker, means, old, circuits, removed, memory, bar.update, processes)
+        found = evaluate_circuits(
+            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes
+        )
         if base is walker:
             base_full, base_kept = found.full, found.in_place.means()[0]
         else:
-            means = mean_outputs(base, prompts_of_means.input_ids, memory, processes)
-            reference = evaluate_circuits(base, means, old, [nodes], [], memory, bar.update, processes)
+            reference = evaluate_circuits(
+                base, base_means, old, [nodes], [], memory, settings.clauses, bar.update, processes
+            )
             base_full, base_kept = reference.full, reference.in_place.means()[0]
 
     full, kept, without = found.full.means()[0], found.in_place.means(), found.without.means()
@@ -87,6 +93,9 @@ def evaluate(
             "gained": float((~before & after).double().mean()),
         },
         "circuit": circuit_record(len(nodes), kept[0], full, base_kept) if nodes else None,
+        "circuit_in_queried_clause": circuit_record(len(nodes), found.in_queried_clause.means()[0], full, None)
+        if nodes
+        else None,
         "own_circuit": circuit_record(len(own_nodes), kept[1], full, base_kept if nodes else None)
         if own_nodes
         else None,
@@ -124,20 +133,20 @@ def _random_record(kept: list[dict[str, float]], full: dict[str, float]) -> dict
     }
 
 
-def closer_look(walker: Walker, folder: Path, settings: Any, seed: int) -> dict[str, Any]:
+def closer_look(
+    walker: Walker, means: Float[Tensor, "layers t h a"], folder: Path, settings: Any, seed: int
+) -> dict[str, Any]:
     """Entry `inspection` of the record.
 
     Args:
         walker: the model.
+        means: its mean head outputs.
         folder: what stage `discover` wrote for its base.
         settings: section `evaluate` of params.yaml.
         seed: of the random sets of heads.
     """
     circuit = Circuit.from_json(read_json(folder / "circuit.json"))
     examples = read_examples("data/old/pruning.parquet")
-    means = mean_outputs(
-        walker, read_examples("data/old/means.parquet").input_ids, settings.memory_mib, settings.processes
-    )
     groups = circuit.groups if circuit.identifiable else ()
     ranking = _ranking(folder, circuit, examples) if groups else []
     return inspect(walker, means, examples, groups, ranking, settings, np.random.default_rng([seed, 1]))
@@ -164,19 +173,26 @@ def main(cell: Cell) -> None:
     circuits = Path("reports/cells/discover")
     settings = cell.params("evaluate")
     torch.set_num_threads(1)
+    prompts = read_examples("data/old/means.parquet").input_ids
+    means = mean_outputs(walker, prompts, settings.memory_mib, settings.processes)
+    base_means = means
+    if base is not walker:
+        base_means = mean_outputs(base, prompts, settings.memory_mib, settings.processes)
     record = evaluate(
         walker,
+        means,
         base,
+        base_means,
         Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json")),
         Circuit.from_json(read_json(circuits / model / seed / "circuit.json")),
         read_examples("data/old/evaluation.parquet"),
-        read_examples("data/old/means.parquet"),
         read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet"),
         settings,
         int(seed),
     )
-    record["inspection"] = closer_look(walker, circuits / "base" / seed, settings, int(seed))
-    record |= {"model": model, "seed": int(seed), "settings": {"random_circuits": settings.random_circuits}}
+    record["inspection"] = closer_look(walker, means, circuits / "base" / seed, settings, int(seed))
+    record |= {"model": model, "seed": int(seed)}
+    record["settings"] = {"random_circuits": settings.random_circuits, "clauses": str(settings.clauses)}
     write_json(f"reports/cells/evaluate/{model}/{seed}.json", record)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from stages.circuits.exchange import Positions
 from stages.circuits.types import Node
 from tests.oracles import head_outputs, hooked_logits, output_projections
 
@@ -34,6 +35,12 @@ def random_positions(n: int = 6, length: int = 13, seed: int = 0) -> dict[str, I
     }
 
 
+def several_positions() -> dict[str, Int[Tensor, "n ..."]]:
+    """`random_positions` with a second index for those of a clause; it may coincide with a later position."""
+    at = random_positions()
+    return {**at, **{name: torch.stack([at[name], at[name] + 4], 1) for name in POSITIONS[:2]}}
+
+
 def random_circuit(n_layers: int, n_heads: int, share: float, seed: int) -> frozenset[Node]:
     """Each (layer, head, position) with the given probability."""
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +63,7 @@ def naive_circuit(
     model: PreTrainedModel,
     ids: Int[Tensor, "n t"],
     means: Float[Tensor, "layers t h a"],
-    positions: Mapping[str, Int[Tensor, "n"]],
+    positions: Positions,
     circuit: Collection[Node],
 ) -> Float[Tensor, "n vocab"]:
     """Every head at every position gives its mean, except the circuit's."""
@@ -77,7 +84,7 @@ def naive_exchange(
     model: PreTrainedModel,
     ids: Int[Tensor, "n t"],
     given: Mapping[Node, Float[Tensor, "n a"]],
-    positions: Mapping[str, Int[Tensor, "n"]],
+    positions: Positions,
     shares: Mapping[Node, float],
 ) -> Float[Tensor, "n vocab"]:
     """Every node gives (1 - share) of its own output and `share` of the given one; all else is live."""
@@ -126,12 +133,17 @@ def naive_knockout(
 def outputs_of(
     model: PreTrainedModel,
     ids: Int[Tensor, "n t"],
-    positions: Mapping[str, Int[Tensor, "n"]],
+    positions: Positions,
     nodes: Collection[Node],
 ) -> dict[Node, Float[Tensor, "n a"]]:
     """Head outputs of nodes in other prompts or another model."""
     z = _heads(model, torch.stack(head_outputs(model, ids)))
-    return {node: z[node.layer, torch.arange(len(ids)), positions[node.position], node.head] for node in nodes}
+    rows = torch.arange(len(ids))
+    found = {}
+    for node in nodes:
+        at = positions[node.position]
+        found[node] = z[node.layer, rows if at.ndim == 1 else rows[:, None], at, node.head]
+    return found
 
 
 def _heads(model: PreTrainedModel, z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.circuits.ablation import ablated_run, circuits_in_place, mean_outputs, nodes_removed
-from stages.circuits.exchange import random_nodes, random_weights
+from stages.circuits.exchange import Positions, random_nodes, random_weights
 from stages.circuits.types import Circuit, Component, Group, Node
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
@@ -25,6 +25,7 @@ from tests.oracles_ablation import (
     random_circuit,
     random_positions,
     random_prompts,
+    several_positions,
 )
 
 MEMORY = 64.0
@@ -41,8 +42,9 @@ def means_of(walker: Walker) -> Tensor:
     return mean_outputs(walker, random_prompts(20, seed=1), MEMORY)
 
 
+@pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_circuits_equal_whole_hooked_passes(kind: str) -> None:
+def test_circuits_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)
     means = means_of(walker)
@@ -52,18 +54,19 @@ def test_circuits_equal_whole_hooked_passes(kind: str) -> None:
     circuits = [random_circuit(3, 4, share, seed) for share, seed in ((0.1, 0), (0.5, 1), (0.9, 2))]
     circuits += [last_only, high_only]
     background = ablated_run(walker, IDS, means)
-    ours = circuits_in_place(walker, background, means, AT, circuits, MEMORY)
+    ours = circuits_in_place(walker, background, means, at, circuits, MEMORY)
     for index, circuit in enumerate(circuits):
-        naive = naive_circuit(model, IDS, means, AT, circuit)
+        naive = naive_circuit(model, IDS, means, at, circuit)
         assert largest(ours[:, index], naive, f"{kind}, {len(circuit)} nodes") <= 1e-9
-        alone = circuits_in_place(walker, background, means, AT, [circuit], MEMORY)[:, 0]  # fewer sites in the window
+        alone = circuits_in_place(walker, background, means, at, [circuit], MEMORY)[:, 0]  # fewer sites in the window
         assert largest(alone, naive, "alone") <= 1e-9
     effect = largest(ours[:, 1], background.logits, "effect of a circuit (must not be small)")
     assert effect > 1e-2
 
 
+@pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_removed_nodes_equal_whole_hooked_passes(kind: str) -> None:
+def test_removed_nodes_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)
     means = means_of(walker)
@@ -73,10 +76,10 @@ def test_removed_nodes_equal_whole_hooked_passes(kind: str) -> None:
         frozenset({Node(1, 2, "last")}),
         frozenset({Node(0, 1, "earlier_label")}),
     ):
-        at_mean = {node: means[node.layer, AT[node.position], node.head] for node in nodes}
-        naive = naive_exchange(model, IDS, at_mean, AT, dict.fromkeys(nodes, 1.0))
+        at_mean = {node: means[node.layer, at[node.position], node.head] for node in nodes}
+        naive = naive_exchange(model, IDS, at_mean, at, dict.fromkeys(nodes, 1.0))
         for memory in (MEMORY, 1e-6):
-            ours = nodes_removed(walker, clean, means, AT, nodes, memory)
+            ours = nodes_removed(walker, clean, means, at, nodes, memory)
             assert largest(ours, naive, f"{kind}, {len(nodes)} removed") <= 1e-9
         assert largest(clean.logits, naive, "effect (must not be small)") > 1e-3
     assert torch.equal(nodes_removed(walker, clean, means, AT, [], MEMORY), clean.logits)
@@ -152,7 +155,7 @@ def test_evaluation_of_a_model() -> None:
     model = random_model("qwen2")
     walker = walker_of(model)
     means = means_of(walker)
-    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, IDS, AT)
+    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
     ordered = in_tail_order(examples, {"earlier_label", "last"})
     assert ordered.positions["earlier_label"].tolist() == sorted(AT["earlier_label"].tolist())
     circuit, removed = random_circuit(3, 4, 0.5, 0), random_circuit(3, 4, 0.1, 1)
@@ -171,7 +174,7 @@ def test_evaluation_of_a_model() -> None:
 def test_record_of_the_stage() -> None:
     walker = walker_of(random_model("llama"))
     other = walker_of(random_model("llama", seed=1))
-    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), AT, IDS, AT)
+    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
     new = Prompts(IDS, torch.tensor([[0, -1]] * 6), torch.zeros(6, dtype=torch.long), torch.tensor([[7, 8, 9]] * 6))
     groups = (
         Group("fetch", "last", "logits", None, ((2, 0), (1, 3))),
@@ -179,10 +182,14 @@ def test_record_of_the_stage() -> None:
     )
     circuit = Circuit(groups, 3, 4)
     nothing = Circuit((), 3, 4, identifiable=False)
-    settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2)
+    settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2, clauses="every")
 
     def record(model: Walker, base: Walker, own: Circuit) -> dict[str, Any]:
-        return evaluate(model, base, circuit, own, examples, examples, new, settings, 0)
+        return evaluate(
+            model, mean_outputs(model, IDS, MEMORY), base, of_the_base, circuit, own, examples, new, settings, 0
+        )
+
+    of_the_base = mean_outputs(walker, IDS, MEMORY)
 
     of_base = record(walker, walker, circuit)
     assert of_base["old_accuracy"] == 1.0
@@ -196,4 +203,5 @@ def test_record_of_the_stage() -> None:
     assert tuned["own_circuit"] is None
     assert tuned["flips"]["lost"] == 1.0 - tuned["old_accuracy"]
     assert record(other, walker, nothing) == tuned
-    assert evaluate(other, walker, nothing, nothing, examples, examples, new, settings, 0)["circuit"] is None
+    empty = evaluate(other, of_the_base, walker, of_the_base, nothing, nothing, examples, new, settings, 0)
+    assert empty["circuit"] is None and empty["circuit_in_queried_clause"] is None

@@ -93,7 +93,10 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(30, (12, 9), generator=torch.Generator().manual_seed(0))
     column, last = ids[:, 0], {"last": torch.full((12,), 8)}
-    write_examples(Path("data/old/evaluation.parquet"), Examples(ids, column, ids[:, 1:3], last, ids, last))
+    write_examples(
+        Path("data/old/evaluation.parquet"),
+        Examples(ids, column, ids[:, 1:3], last, {"last": last["last"][:, None]}, ids, last),
+    )
     write_prompts(Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3]))
     for folder, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
         tiny_model(2, seed).save_pretrained(folder)

@@ -139,7 +139,7 @@ def test_on_a_model_every_search_stays_below_the_best_and_finds_the_missed(seed:
     means = mean_outputs(walker, random_prompts(20, seed=1), MEMORY)
     nodes = sorted(random_circuit(3, 4, 0.3, seed))[:6]
     answer, others = walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6)
-    examples = Examples(IDS, answer, others, AT, IDS, AT)
+    examples = Examples(IDS, answer, others, AT, {}, IDS, AT)
     prepared = Prepared.of(walker, means, examples, MEMORY)
     calls = []
 
@@ -177,7 +177,7 @@ def test_completeness_equals_whole_hooked_passes() -> None:
     circuit = random_circuit(3, 4, 0.4, 0)
     gone = frozenset(sorted(circuit)[::3])
     answer, others = walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6)
-    prepared = Prepared.of(walker, means, Examples(IDS, answer, others, AT, IDS, AT), MEMORY)
+    prepared = Prepared.of(walker, means, Examples(IDS, answer, others, AT, {}, IDS, AT), MEMORY)
     found = completeness(prepared, circuit, {"some": gone, "all": circuit})
     at_mean = {node: means[node.layer, AT[node.position], node.head] for node in gone}
     naive = {
@@ -236,7 +236,7 @@ def test_record_of_a_model() -> None:
     walker = walker_of(random_model("llama"))
     means = mean_outputs(walker, random_prompts(20, seed=1), MEMORY)
     at = AT | {"earlier_object": torch.zeros(6, dtype=torch.long)}
-    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), at, IDS, at)
+    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), at, {}, IDS, at)
     groups = [
         Group("fetch", "last", "logits", None, ((2, 0), (1, 3))),
         Group("bind", "earlier_separator", "fetch", Component.V, ((0, 1),)),
@@ -248,6 +248,8 @@ def test_record_of_a_model() -> None:
         greedy_steps=2,
         greedy_examples=4,
         knockout_window=1,
+        clauses="every",
+        processes=2,
     )
 
     def record(some: Sequence[Group]) -> dict:

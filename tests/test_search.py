@@ -77,7 +77,9 @@ def counting_examples(n: int = 40) -> Examples:
     }
     positions = {name: torch.from_numpy(index) for name, index in at.items()}
     to = torch.from_numpy
-    return Examples(to(ids[0]), to(answer), to(others), positions, to(ids[1]), positions)
+    return Examples(
+        to(ids[0]), to(answer), to(others), positions, {"last": positions["last"][:, None]}, to(ids[1]), positions
+    )
 
 
 def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE) -> PathPatcher:

@@ -126,6 +126,11 @@ def test_examples_mean_what_they_say(boxes: int) -> None:
         assert words_of(examples.input_ids[i])[examples.positions["earlier_object"][i]] == answer
         assert words_of(examples.input_ids[i])[examples.positions["earlier_label"][i]] == label
         assert words_of(examples.input_ids[i])[examples.positions["earlier_separator"][i]] in {",", "."}
+        for name, inside in (
+            ("earlier_object", [name for name, _ in clean]),
+            ("earlier_label", [at for _, at in clean]),
+        ):
+            assert words_of(examples.input_ids[i][examples.every_clause[name][i]]) == inside
         assert len({name for name, _ in clean + corrupt}) == 2 * boxes  # no shared object
         asked, _ = query_of(examples.corrupt_ids[i])
         assert asked not in {where for _, where in clean + corrupt}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from stages.circuits.exchange import Positions
 from stages.circuits.transplant import random_like, transplant
 from stages.circuits.types import Node
 from stages.cmap import patch_both_ways
@@ -18,6 +19,7 @@ from tests.oracles_ablation import (
     random_circuit,
     random_positions,
     random_prompts,
+    several_positions,
 )
 
 MEMORY = 64.0
@@ -33,16 +35,17 @@ def tuned_from(model: PreTrainedModel) -> PreTrainedModel:
     return tuned
 
 
+@pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_transplants_equal_whole_hooked_passes(kind: str) -> None:
+def test_transplants_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     base = random_model(kind)
     tuned = tuned_from(base)
     for receiver, donor in ((base, tuned), (tuned, base)):
         ours, theirs = walker_of(receiver), walker_of(donor)
         clean, given = ours.run(IDS), theirs.run(IDS)
         for nodes in (random_circuit(3, 4, 0.3, 0), frozenset({Node(1, 3, "last"), Node(2, 0, "last")})):
-            naive = naive_exchange(receiver, IDS, outputs_of(donor, IDS, AT, nodes), AT, dict.fromkeys(nodes, 1.0))
-            patched = transplant(ours, clean, given, AT, nodes, MEMORY)[:, 0]
+            naive = naive_exchange(receiver, IDS, outputs_of(donor, IDS, at, nodes), at, dict.fromkeys(nodes, 1.0))
+            patched = transplant(ours, clean, given, at, nodes, MEMORY)[:, 0]
             error, effect = (
                 float((patched - naive).abs().max()),
                 float((clean.logits - naive).detach().abs().max()),
@@ -52,16 +55,17 @@ def test_transplants_equal_whole_hooked_passes(kind: str) -> None:
             assert effect > 1e-3
 
 
-def test_random_controls_equal_whole_hooked_passes() -> None:
+@pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
+def test_random_controls_equal_whole_hooked_passes(at: Positions) -> None:
     base = random_model("llama")
     tuned = tuned_from(base)
     nodes = random_circuit(3, 4, 0.3, 0)
     random = random_like(nodes, 6, 2, 3, 4, np.random.default_rng(0))
     clean, given = walker_of(base).run(IDS), walker_of(tuned).run(IDS)
-    patched = transplant(walker_of(base), clean, given, AT, nodes, MEMORY, random)
+    patched = transplant(walker_of(base), clean, given, at, nodes, MEMORY, random)
     names = sorted({node.position for node in nodes})
     for row in range(6):
-        one = {name: position[row : row + 1] for name, position in AT.items()}
+        one = {name: position[row : row + 1] for name, position in at.items()}
         for draw in range(2):
             drawn = [Node(layer, head, names[site]) for layer, site, head in random[row, draw].nonzero().tolist()]
             assert len(drawn) == len(nodes)
@@ -82,7 +86,7 @@ def test_a_model_transplanted_into_itself_does_not_change() -> None:
 def test_both_ways() -> None:
     base = random_model("llama")
     walkers = walker_of(base), walker_of(tuned_from(base))
-    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, IDS, AT)
+    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
     sets = {"group": [Node(1, 3, "last")], "circuit": sorted(random_circuit(3, 4, 0.3, 0))}
 
     def record(memory: float) -> dict:

@@ -15,7 +15,7 @@ positions every head does. MLPs, embeddings and norms stay. This is exact at a s
 of them on is computed again, on top of a clean run.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 
 import torch
@@ -23,7 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.circuits.exchange import (
+    Positions,
     Sites,
+    at_all_indices,
     exchange_in_parts,
     node_weights,
     rows_that_fit,
@@ -65,7 +67,7 @@ def circuits_in_place(
     walker: Walker,
     background: Run,
     means: Float[Tensor, "layers t h a"],
-    positions: Mapping[str, Int[Tensor, " n"]],
+    positions: Positions,
     circuits: Sequence[Collection[Node]],
     memory_mib: float,
 ) -> Float[Tensor, "n e vocab"]:
@@ -83,6 +85,7 @@ def circuits_in_place(
     at = stack_positions(positions, names)
     sites = Sites.alone(at, means.shape[1], walker.dtype)
     weights = node_weights(circuits, names, walker.n_layers, walker.n_heads)
+    weights = at_all_indices(weights, positions, names)
     return exchange_in_parts(walker, background, sites, means[:, at], weights, memory_mib, ablated=True)
 
 
@@ -91,7 +94,7 @@ def nodes_removed(
     walker: Walker,
     clean: Run,
     means: Float[Tensor, "layers t h a"],
-    positions: Mapping[str, Int[Tensor, " n"]],
+    positions: Positions,
     nodes: Collection[Node],
     memory_mib: float,
 ) -> Float[Tensor, "n vocab"]:
@@ -105,6 +108,7 @@ def nodes_removed(
     names = sorted({node.position for node in nodes})
     at = stack_positions(positions, names)
     weights = node_weights([nodes], names, walker.n_layers, walker.n_heads)
+    weights = at_all_indices(weights, positions, names)
     length = means.shape[1]
     logits = []
     for part in slices(len(at), rows_that_fit(walker, length, length, memory_mib)):

@@ -24,6 +24,10 @@ from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker, Window
 from stages.pipeline.stage import Invalid
 
+# Semantic position -> its index in each prompt, or its indices. A node at a position with several of them is the head
+# at all of them: a head at a clause's label cannot know which clause will be asked for, and does what it does in each.
+Positions = Mapping[str, Int[Tensor, "n ..."]]
+
 
 @dataclass(frozen=True)
 class Sites:
@@ -73,21 +77,31 @@ class Sites:
         return Sites(positions, window, holds.to(dtype), holds.int().argmax(-1))
 
 
-def stack_positions(positions: Mapping[str, Int[Tensor, " n"]], names: Sequence[str]) -> Int[Tensor, "n p"]:
-    """Positions of the named sites as one tensor.
+def stack_positions(positions: Positions, names: Sequence[str]) -> Int[Tensor, "n p"]:
+    """All indices of the named positions, name by name, as one tensor.
 
     Raises:
         Invalid: the prompts have no such position.
     """
     for name in names:
         check_name(name, positions)
-    return torch.stack([positions[name] for name in names], dim=1)
+    return torch.cat(
+        [positions[name].flatten(1) if positions[name].ndim > 1 else positions[name][:, None] for name in names], dim=1
+    )
+
+
+def at_all_indices(
+    weights: Bool[Tensor, "m e layers q h"], positions: Positions, names: Sequence[str]
+) -> Bool[Tensor, "m e layers p h"]:
+    """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`."""
+    indices = torch.tensor([positions[name][0].numel() for name in names])
+    return weights.repeat_interleave(indices, dim=3)
 
 
 def node_weights(
     node_sets: Sequence[Iterable[Node]], names: Sequence[str], n_layers: int, n_heads: int
-) -> Bool[Tensor, "1 e layers p h"]:
-    """True at the nodes of each set; one variant per set, for all examples alike.
+) -> Bool[Tensor, "1 e layers q h"]:
+    """True at the nodes of each set at the q named positions; one variant per set, for all examples alike.
 
     Raises:
         Invalid: a node is outside the model, or at none of the named positions.

@@ -6,15 +6,17 @@ own o_proj; everything above is computed anew, everything else is the receiver's
 becomes as good as the donor, the difference between the two lies in what these heads output.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.exchange import (
+    Positions,
     Sites,
+    at_all_indices,
     exchange_in_parts,
     node_weights,
     outputs_at,
@@ -31,10 +33,10 @@ def transplant(
     receiver: Walker,
     clean: Run,
     donor: Run,
-    positions: Mapping[str, Int[Tensor, " n"]],
+    positions: Positions,
     nodes: Collection[Node],
     memory_mib: float,
-    random: Bool[Tensor, "n r layers p h"] | None = None,
+    random: Bool[Tensor, "n r layers q h"] | None = None,
 ) -> Float[Tensor, "n e vocab"]:
     """Logits of the receiver with the donor's outputs at the nodes, then at r random node sets (e = 1 + r).
 
@@ -59,16 +61,17 @@ def transplant(
     at = stack_positions(positions, names)
     sites = Sites.tail(at, clean.keys.shape[-2], receiver.dtype)
     given = outputs_at(donor.z, at)
-    weights = node_weights([nodes], names, receiver.n_layers, receiver.n_heads)
+    weights = at_all_indices(node_weights([nodes], names, receiver.n_layers, receiver.n_heads), positions, names)
     logits = [exchange_in_parts(receiver, clean, sites, given, weights, memory_mib)]
     if random is not None:
+        random = at_all_indices(random, positions, names)
         logits.append(exchange_in_parts(receiver, clean, sites, given, random, memory_mib))
     return torch.cat(logits, dim=1)
 
 
 def random_like(
     nodes: Collection[Node], n: int, draws: int, n_layers: int, n_heads: int, generator: np.random.Generator
-) -> Bool[Tensor, "n draws layers p h"]:
+) -> Bool[Tensor, "n draws layers q h"]:
     """For each of n prompts, `draws` random node sets with as many nodes per (sorted) position as given."""
     names = sorted({node.position for node in nodes})
     counts = [sum(node.position == name for node in set(nodes)) for name in names]

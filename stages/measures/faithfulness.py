@@ -5,6 +5,11 @@ difference (answer minus mean of the other objects of the context). Faithfulness
 is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4). Retention of
 a circuit in a fine-tuned model is F(C|tuned) / F(C|base): how much of what it did is left, whatever else the
 model has learned.
+
+A node at a token of a clause is kept, or removed, at that token of every clause. Prakash et al. keep it in the queried
+clause alone. But a head that stands before the query cannot know which clause will be asked for, so it does there what
+it does in all clauses; and where it is kept in one alone, all others carry the same mean, which some models read as a
+match of its own kind. The paper's way is `Clauses.QUERIED`, and is measured beside ours.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +25,7 @@ from stages.circuits.scores import logit_difference
 from stages.circuits.types import Node
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import in_processes
-from stages.tasks.examples import Examples
+from stages.tasks.examples import Clauses, Examples
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,18 @@ class Evaluation:
         full: the whole model, one variant.
         in_place: each circuit, everything else mean-ablated.
         without: the model without each set of nodes.
+        in_queried_clause: the first circuit, kept in no other clause; no variant where there is no circuit.
     """
 
     full: Readout
     in_place: Readout
     without: Readout
+    in_queried_clause: Readout
 
 
 def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
-    """The examples in an order in which passes from the earliest named position on are shortest."""
+    """The examples in an order in which passes from the earliest named position on are shortest, as far as it is the
+    queried clause's."""
     if not names:
         return examples
     return examples.select(by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1)))
@@ -96,6 +104,7 @@ def evaluate_circuits(
     circuits: Sequence[Collection[Node]],
     removed: Sequence[Collection[Node]],
     memory_mib: float,
+    clauses: Clauses | str = Clauses.EVERY,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
 ) -> Evaluation:
@@ -108,23 +117,24 @@ def evaluate_circuits(
         circuits: nodes that stay, everything else being mean-ablated.
         removed: nodes that are mean-ablated, everything else being live.
         memory_mib: how much memory a pass may take, roughly.
+        clauses: where nodes at a token of a clause are kept or removed.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
     """
     length = examples.input_ids.shape[1]
 
     @torch.no_grad()
-    def readouts(rows: slice) -> tuple[Readout, Readout, Readout]:
+    def readouts(rows: slice) -> tuple[Readout, ...]:
         part = examples.select(rows)
+        places = part.places(clauses)
         clean = walker.run(part.input_ids)
         background = ablated_run(walker, part.input_ids, means)
-        kept = circuits_in_place(walker, background, means, part.positions, circuits, memory_mib)
-        lost = [nodes_removed(walker, clean, means, part.positions, nodes, memory_mib) for nodes in removed]
+        kept = circuits_in_place(walker, background, means, places, circuits, memory_mib)
+        lost = [nodes_removed(walker, clean, means, places, nodes, memory_mib) for nodes in removed]
         lost = torch.stack(lost, 1) if lost else clean.logits[:, None][:, :0]
-        full, in_place, without = (
-            Readout.of(logits, part.answer, part.others) for logits in (clean.logits[:, None], kept, lost)
-        )
-        return full, in_place, without
+        queried = circuits_in_place(walker, background, means, part.positions, circuits[:1], memory_mib)
+        runs = (clean.logits[:, None], kept, lost, queried)
+        return tuple(Readout.of(logits, part.answer, part.others) for logits in runs)
 
     found = []
     for readout in in_processes(
@@ -132,8 +142,7 @@ def evaluate_circuits(
     ):
         found.append(readout)
         advance(len(readout[0].correct))
-    full, in_place, without = zip(*found, strict=True)
-    return Evaluation(Readout.join(full), Readout.join(in_place), Readout.join(without))
+    return Evaluation(*(Readout.join(parts) for parts in zip(*found, strict=True)))
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

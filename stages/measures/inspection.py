@@ -5,7 +5,7 @@ the logit difference), `size_curve` (nodes in the order of their scores) and `kn
 by the central layer of the window in which one position cannot see another).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ from stages.measures.faithfulness import Readout, in_tail_order
 from stages.measures.minimality import Pruning, by_elimination
 from stages.measures.prepared import Prepared
 from stages.measures.size_curve import areas, enough, share_of_model, sizes
-from stages.tasks.examples import Examples
+from stages.pipeline.processes import in_processes
+from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples
 
-CLAUSE = ("earlier_object", "earlier_label", "earlier_separator")
-PLACES = ("last", "query_label", *CLAUSE)  # that can see and be seen
 OTHER_CLAUSE = "another_clause"  # the control: all named positions of a clause that was not asked for
 FEWER = 4  # knockouts at positions before the last one, which cost more, take every so many-th example
 WORST = "worst_found"  # the set K that the greedy search ends with
@@ -48,25 +47,32 @@ def inspect(
         examples: prompts with answers that the circuit was not found on.
         groups: of the circuit; without one, only what needs no circuit is measured.
         ranking: all nodes, strongest first; empty where there is no circuit.
-        settings: `memory_mib`, `prune_threshold`, `random_subsets`, `greedy_steps`, `greedy_examples`,
-            `knockout_window`.
+        settings: `memory_mib`, `clauses`, `processes`, `prune_threshold`, `random_subsets`, `greedy_steps`,
+            `greedy_examples`, `knockout_window`.
         generator: of the random sets.
     """
     circuit = frozenset(node for group in groups for node in group.nodes)
     positions = {node.position for node in circuit}
-    model = Prepared.of(walker, means, in_tail_order(examples, positions), settings.memory_mib)
-    record: dict[str, Any] = {"n": len(examples), "completeness": None, "minimality": None, "size_curve": None}
-    if circuit:
-        few = Prepared.of(walker, means, _spread(examples, settings.greedy_examples), settings.memory_mib)
+    model = Prepared.of(walker, means, in_tail_order(examples, positions), settings.memory_mib, settings.clauses)
+    few = Prepared.of(walker, means, _spread(examples, settings.greedy_examples), settings.memory_mib, settings.clauses)
+
+    def completeness_of_circuit() -> dict[str, Any]:
         removed: dict[str, Collection[Node]] = {group.name: frozenset(group.nodes) for group in groups}
         drawn = random_subsets(circuit, settings.random_subsets, generator)
         removed |= {f"random_{number}": nodes for number, nodes in enumerate(drawn, start=1)}
         removed[WORST] = greedy_worst(lambda sets: _gaps(few, circuit, sets), circuit, settings.greedy_steps)
-        record["completeness"] = completeness(model, circuit, removed)
-        record["minimality"] = minimality(model, circuit, settings.prune_threshold)
-        record["size_curve"] = size_curve(model, ranking, len(circuit))
-    record["knockout"] = knockout(model, positions, settings.knockout_window)
-    return record
+        return completeness(model, circuit, removed)
+
+    # in an order in which two processes have about the same to do
+    parts: dict[str, Callable[[], dict[str, Any]]] = {}
+    if circuit:
+        parts["completeness"] = completeness_of_circuit
+        parts["minimality"] = lambda: minimality(model, circuit, settings.prune_threshold)
+        parts["size_curve"] = lambda: size_curve(model, ranking, len(circuit))
+    parts["knockout"] = lambda: knockout(model, positions, settings.knockout_window)
+    found = in_processes(lambda name: parts[name](), list(parts), settings.processes)
+    record: dict[str, Any] = {"n": len(examples), "completeness": None, "minimality": None, "size_curve": None}
+    return record | dict(zip(parts, found, strict=True))
 
 
 def minimality(model: Prepared, circuit: Collection[Node], threshold: float) -> dict[str, Any]:
@@ -161,13 +167,15 @@ def _paths(model: Prepared, readers: Collection[str]) -> list[tuple[str, str]]:
     def before(key: str, query: str) -> bool:
         return all(bool((part.examples.positions[key] < part.examples.positions[query]).all()) for part in model.parts)
 
-    paths = [(query, key) for query in PLACES if query in {"last", *readers} for key in PLACES if before(key, query)]
+    paths = [
+        (query, key) for query in POSITIONS if query in {"last", *readers} for key in POSITIONS if before(key, query)
+    ]
     return [*paths, ("last", OTHER_CLAUSE)]
 
 
 def _other_clause(examples: Examples) -> Int[Tensor, "n k"]:
     """Positions of a clause that is not asked for: where the corrupt prompt, of the same form, has its own."""
-    return torch.stack([examples.corrupt_positions[name] for name in CLAUSE], dim=1)
+    return torch.stack([examples.corrupt_positions[name] for name in CLAUSE_POSITIONS], dim=1)
 
 
 def _spread(examples: Examples, n: int) -> Examples:

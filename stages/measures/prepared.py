@@ -16,7 +16,7 @@ from stages.circuits.exchange import rows_that_fit, slices
 from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker
 from stages.measures.faithfulness import Readout
-from stages.tasks.examples import Examples
+from stages.tasks.examples import Clauses, Examples
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,26 @@ class Prepared:
     walker: Walker
     means: Float[Tensor, "layers t h a"]
     memory_mib: float
+    clauses: Clauses | str
     parts: Sequence[Part]
 
     @staticmethod
     @torch.no_grad()
-    def of(walker: Walker, means: Float[Tensor, "layers t h a"], examples: Examples, memory_mib: float) -> "Prepared":
-        """Run the model; examples `faithfulness.in_tail_order` make the questions cheaper."""
+    def of(
+        walker: Walker,
+        means: Float[Tensor, "layers t h a"],
+        examples: Examples,
+        memory_mib: float,
+        clauses: Clauses | str = Clauses.EVERY,
+    ) -> "Prepared":
+        """Run the model; examples `faithfulness.in_tail_order` make the questions cheaper. `clauses` says where nodes
+        at a token of a clause are kept or removed."""
         length = examples.input_ids.shape[1]
         parts = []
         for rows in slices(len(examples), rows_that_fit(walker, length, length, memory_mib)):
             some = examples.select(rows)
             parts.append(Part(some, walker.run(some.input_ids), ablated_run(walker, some.input_ids, means)))
-        return Prepared(walker, means, memory_mib, parts)
+        return Prepared(walker, means, memory_mib, clauses, parts)
 
     def full(self) -> Readout:
         """The whole model, one variant."""
@@ -57,7 +65,7 @@ class Prepared:
         return self._joined(
             [
                 circuits_in_place(
-                    self.walker, part.ablated, self.means, part.examples.positions, circuits, self.memory_mib
+                    self.walker, part.ablated, self.means, part.examples.places(self.clauses), circuits, self.memory_mib
                 )
                 for part in self.parts
             ]
@@ -70,7 +78,12 @@ class Prepared:
                 torch.stack(
                     [
                         nodes_removed(
-                            self.walker, part.clean, self.means, part.examples.positions, nodes, self.memory_mib
+                            self.walker,
+                            part.clean,
+                            self.means,
+                            part.examples.places(self.clauses),
+                            nodes,
+                            self.memory_mib,
                         )
                         for nodes in removed
                     ],

@@ -216,6 +216,7 @@ class Discover(Section):
 
 class Evaluate(Section):
     processes: Count
+    clauses: Literal["every", "queried"]
     random_circuits: Annotated[int, Field(ge=20)]
     prune_threshold: Positive
     random_subsets: Count
@@ -239,6 +240,7 @@ class Dcm(Section):
 
 class Cmap(Section):
     processes: Count
+    clauses: Literal["every", "queried"]
     random_draws: Count
     memory_mib: Positive
 

@@ -18,7 +18,7 @@ from stages.tasks.contexts import (
     draw_contexts,
     draw_other_clauses,
 )
-from stages.tasks.examples import POSITIONS, Examples
+from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples
 from stages.tasks.relations import CONTAINS, render_queries
 from stages.tasks.templates import STANDARD, context_pattern
 from stages.tasks.vocabulary import LABELS, Vocabulary
@@ -63,6 +63,7 @@ def draw_examples(
         torch.from_numpy(objects[rows, clauses]),
         torch.from_numpy(objects[others].reshape(n, boxes - 1)),
         positions(boxes, clauses),
+        every_clause(boxes, n),
         torch.from_numpy(corrupt_ids),
         positions(boxes, corrupt_clauses),
     )
@@ -74,6 +75,12 @@ def positions(boxes: int, clauses: Int[np.ndarray, "n"]) -> dict[str, Int[Tensor
     last = np.full(len(clauses), len(pattern) + 3)
     indices = (last, last - 2, pattern.labels[clauses], pattern.objects[clauses], pattern.separators[clauses])
     return {name: torch.from_numpy(index) for name, index in zip(POSITIONS, indices, strict=True)}
+
+
+def every_clause(boxes: int, n: int) -> dict[str, Int[Tensor, "n boxes"]]:
+    """Indices, in standard prompts, of every semantic position inside a clause: those of all clauses."""
+    each = positions(boxes, np.arange(boxes))
+    return {name: each[name].expand(n, boxes) for name in CLAUSE_POSITIONS}
 
 
 def standard_prompts(vocabulary: Vocabulary, contexts: Contexts, clauses: Int[np.ndarray, "n"]) -> Int[Tensor, "n t"]:

@@ -1,6 +1,7 @@
 """Sets of equally long prompts with named positions, and their parquet files."""
 
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,14 @@ from stages.pipeline.files import replacing_file
 # Semantic positions: the last token, the label in the query, and label, object and separator of the queried
 # clause.
 POSITIONS = ("last", "query_label", "earlier_label", "earlier_object", "earlier_separator")
+CLAUSE_POSITIONS = POSITIONS[2:]
+
+
+class Clauses(StrEnum):
+    """Where a head at a token of a clause is meant."""
+
+    EVERY = "every"  # at that token of every clause: it cannot know which one will be asked for
+    QUERIED = "queried"  # in the queried clause alone, as in Prakash et al. 2024
 
 
 _Set = TypeVar("_Set", bound="_Rows")
@@ -48,6 +57,7 @@ class Examples(_Rows):
         answer: token id of the object in the queried box.
         others: token ids of the other objects of the context.
         positions: semantic position -> index into `input_ids`, for each example.
+        every_clause: the same for the positions inside a clause, with the indices in all clauses.
         corrupt_ids: another context, without a shared object, that asks for a box of neither context.
         corrupt_positions: positions in `corrupt_ids`; "earlier_*" are those of a random clause other than the
             clean one.
@@ -57,8 +67,13 @@ class Examples(_Rows):
     answer: Int[Tensor, "n"]
     others: Int[Tensor, "n k"]
     positions: dict[str, Int[Tensor, "n"]]
+    every_clause: dict[str, Int[Tensor, "n boxes"]]
     corrupt_ids: Int[Tensor, "n t"]
     corrupt_positions: dict[str, Int[Tensor, "n"]]
+
+    def places(self, clauses: Clauses | str) -> dict[str, Int[Tensor, "n ..."]]:
+        """Semantic position -> the index or indices at which its heads are kept, removed or transplanted."""
+        return {**self.positions, **(self.every_clause if clauses == Clauses.EVERY else {})}
 
 
 @dataclass(frozen=True)
