@@ -55,11 +55,7 @@ def mean_outputs(
 @torch.no_grad()
 def ablated_run(walker: Walker, input_ids: Int[Tensor, "n t"], means: Float[Tensor, "layers t h a"]) -> Run:
     """The run in which every head gives its mean at every position: the background of all circuits."""
-
-    def edit(layer: int, name: str, x: Tensor, first: int) -> Tensor:
-        return means[layer].expand_as(x) if name == "z" else x
-
-    return walker.run(input_ids, edit)
+    return walker.run(input_ids, outputs=means[:, None])
 
 
 @torch.no_grad()
@@ -81,12 +77,19 @@ def circuits_in_place(
         circuits: the nodes of each circuit; an empty one gives the background.
         memory_mib: how much memory a pass may take, roughly.
     """
-    names = sorted({node.position for circuit in circuits for node in circuit} | {LAST})
-    at = stack_positions(positions, names)
-    sites = Sites.alone(at, means.shape[1], walker.dtype)
-    weights = node_weights(circuits, names, walker.n_layers, walker.n_heads)
-    weights = at_all_indices(weights, positions, names)
-    return exchange_in_parts(walker, background, sites, means[:, at], weights, memory_mib, ablated=True)
+    having: dict[frozenset[str], list[int]] = {}  # circuits that need the same positions share their passes
+    for number, circuit in enumerate(circuits):
+        having.setdefault(frozenset({node.position for node in circuit} | {LAST}), []).append(number)
+    logits = background.logits[:, None].repeat(1, len(circuits), 1)
+    for needed, numbers in having.items():
+        names = sorted(needed)
+        at = stack_positions(positions, names)
+        sites = Sites.alone(at, means.shape[1], walker.dtype)
+        weights = node_weights([circuits[number] for number in numbers], names, walker.n_layers, walker.n_heads)
+        weights = at_all_indices(weights, positions, names)
+        kept = exchange_in_parts(walker, background, sites, means[:, at], weights, memory_mib, ablated=True)
+        logits[:, numbers] = kept
+    return logits
 
 
 @torch.no_grad()

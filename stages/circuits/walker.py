@@ -177,8 +177,13 @@ class Walker:
         """The key-value head that a query head reads from (grouped-query attention)."""
         return head // (self.n_heads // self.n_kv_heads)
 
-    def run(self, input_ids: Int[Tensor, "n t"], edit: Edit | None = None) -> Run:
-        """A full forward pass over prompts of equal length.
+    def run(
+        self,
+        input_ids: Int[Tensor, "n t"],
+        edit: Edit | None = None,
+        outputs: Float[Tensor, "layers #n t h a"] | None = None,
+    ) -> Run:
+        """A full forward pass over prompts of equal length. With `outputs` heads give these, and nothing attends.
 
         Raises:
             Invalid: a token id is outside the vocabulary, or the prompts are longer than the model can take.
@@ -188,7 +193,9 @@ class Walker:
         empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
         record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "z", "keys", "values")}
         x = self.architecture.embed(input_ids)[:, None]
-        logits = self._pass(x, 0, Window.tail(n, 0, length, self.dtype, self.device), empty, empty, edit, record)
+        logits = self._pass(
+            x, 0, Window.tail(n, 0, length, self.dtype, self.device), empty, empty, edit, record, outputs
+        )
         stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
         return Run(logits=logits[:, 0], **stacked)
 
@@ -211,7 +218,7 @@ class Walker:
         """
         reach = window.sees_background.shape[-1]
         keys, values = background.keys[..., :reach, :], background.values[..., :reach, :]
-        return self._pass(residual, layer, window, keys, values, edit, None, join, tokens)
+        return self._pass(residual, layer, window, keys, values, edit, None, None, join, tokens)
 
     def logits(
         self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
@@ -252,6 +259,7 @@ class Walker:
         values: Float[Tensor, "layers n g b a"],
         edit: Edit | None,
         record: dict[str, list[Tensor]] | None,
+        outputs: Float[Tensor, "layers #n s h a"] | None = None,
         join: Join | None = None,
         tokens: Int[Tensor, "n k"] | None = None,
     ) -> Float[Tensor, "n f logits"]:
@@ -265,7 +273,9 @@ class Walker:
             reach = self.architecture.reach(layer)
             if reach not in windows:
                 windows[reach] = window.within(reach)
-            k, v, z = self._attention(layer, x, first, rotary[layer], windows[reach], keys[layer], values[layer], edit)
+            background = keys[layer], values[layer]
+            given = None if outputs is None else outputs[layer][:, None].expand(*x.shape[:3], -1, -1)
+            k, v, z = self._attention(layer, x, first, rotary[layer], windows[reach], *background, edit, given)
             if record is not None:
                 record["residual"].append(x)
                 record["z"].append(z)
@@ -286,14 +296,18 @@ class Walker:
         keys: Float[Tensor, "n g b a"],
         values: Float[Tensor, "n g b a"],
         edit: Edit | None,
+        given: Float[Tensor, "n e s h a"] | None = None,
     ) -> tuple[Float[Tensor, "n e s g a"], Float[Tensor, "n e s g a"], Float[Tensor, "n e w h a"]]:
-        """Keys, values and head outputs of one layer; head outputs only of the window slots from `first` on."""
+        """Keys, values and head outputs of one layer; head outputs only of the window slots from `first` on, and as
+        they are given, if they are."""
         family = self.architecture
         q, k, v = family.projections(layer, family.normed(layer, x), first)
         if edit is not None:
             q, k, v = edit(layer, "q", q, first), edit(layer, "k", k, 0), edit(layer, "v", v, 0)
         of_queries = rotary if rotary is None else (rotary[0][:, :, first:], rotary[1][:, :, first:])
         q, k = family.place(layer, "q", q, of_queries), family.place(layer, "k", k, rotary)
+        if given is not None:
+            return k, v, given[:, :, first:]
         seen = window.sees_background[:, first:], window.sees_window[:, first:]
         z = _attend(q, k, v, keys, values, *seen, family.scaling(layer), family.softcap(layer))
         return k, v, z if edit is None else edit(layer, "z", z, first)
