@@ -19,6 +19,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from stages.learning.settings import CurveRow, Training
+from stages.pipeline.memory import keep_freed_memory
 from stages.pipeline.stage import Invalid
 
 
@@ -105,6 +106,7 @@ def available_cores() -> int:
 def _work(job: Job, send: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
+    keep_freed_memory()
     try:
         from stages.learning.worker import run_job
 

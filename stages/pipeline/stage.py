@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from stages.pipeline.memory import keep_freed_memory
+
 PARAMS_FILE = Path("params.yaml")
 PIPELINE_FILE = Path("dvc.yaml")
 
@@ -66,6 +68,7 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
                 raise Invalid(f"{axis} = '{value}': must be one of {', '.join(valid)}, as {axis}s in params.yaml say")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        keep_freed_memory()
         work(Cell(stage, item))
     except Invalid as error:
         print(f"error: {error}", file=sys.stderr)
