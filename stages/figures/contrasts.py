@@ -63,9 +63,10 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
         if len(counted):
             mean = counted["value"].mean()
             axes.plot([mean, mean], [row - 0.3, row + 0.3], color=style.colour, linewidth=3, zorder=2)
-        else:
-            text = "not compared" if len(part) else "not identifiable"
-            axes.annotate(text, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT)
+        elif part.empty:
+            axes.annotate(
+                "not identifiable", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT
+            )
     axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.75)
     axes.set_xlabel(axis_label)

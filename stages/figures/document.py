@@ -253,7 +253,8 @@ def _circuit_tests(summary: Mapping[str, Any]) -> Table:
     ]
     return Table(
         "Is the base's circuit minimal and complete? Pruning split, means over all bases, and over the "
-        "seeds at which an arm reached the level. Minimal: heads that are missed (core), heads that could replace one of them (stand-ins) and heads that are "
+        "seeds at which an arm reached the level. Minimal: heads that are missed (core), "
+        "heads that could replace one of them (stand-ins) and heads that are "
         "not missed (idle), with the share of the circuit's accuracy that the core keeps. Complete: how far "
         "apart the accuracies of circuit and model are when the same heads are taken out of both, on average "
         "over groups and over random sets, and for the worst set that was found; 0 is complete. CPR and CMD "
