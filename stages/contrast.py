@@ -26,6 +26,7 @@ def main(cell: Cell) -> None:
     plan = Plan(
         primary=section.primary_measure,
         secondary=tuple(section.secondary_measures),
+        base_faithfulness=section.base_faithfulness,
         contrasts=tuple((arm, reference) for arm, reference in section.contrasts),
         confidence=section.confidence,
         alpha=section.alpha,

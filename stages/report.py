@@ -50,7 +50,8 @@ def figures(
     primary, level, shortcut = plan["primary"], summary["level"], summary["shortcut"]
     base_old, n = summary["base"]["old_accuracy"], len(cells.seeds)
     seed = cells.seeds[0]
-    values = frames.seed_values(cells, ("evaluate.new_accuracy", primary))
+    left_out = [entry["seed"] for entry in summary["bases_left_out"]]
+    values = frames.seed_values(cells, ("evaluate.new_accuracy", primary), left_out)
     values = values.rename(columns={"evaluate.new_accuracy": "new_accuracy", primary: "value"})
     arms_only = values[values["model"] != BASE]
     curves = frames.training_curves(CELLS, cells)

@@ -34,6 +34,7 @@ class Experiment:
         seeds, arms: the axes.
         unreached: (arm, seed) pairs that never reach the level.
         hidden: seeds whose base has no identifiable circuit.
+        weak: seeds whose base circuit does not work in place.
         effect: added to what every RL arm keeps.
         spread: standard deviation between seeds.
     """
@@ -42,6 +43,7 @@ class Experiment:
     arms: Sequence[str] = ARMS
     unreached: frozenset[tuple[str, int]] = frozenset()
     hidden: frozenset[int] = frozenset()
+    weak: frozenset[int] = frozenset()
     effect: float = 0.0
     spread: float = 0.04
     contrasts: Sequence[tuple[str, str]] = field(
@@ -63,6 +65,7 @@ class Experiment:
             "models": ["base", *self.arms],
             "new_task": "adjacent",
             "contrast": SimpleNamespace(
+                base_faithfulness=0.9,
                 primary_measure="evaluate.circuit.retention",
                 secondary_measures=[
                     "evaluate.circuit.retention_ld",
@@ -161,6 +164,8 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "retention": kept,
         "retention_ld": kept - 0.02 * (model != "base"),
     }
+    if seed in experiment.weak:
+        scores["faithfulness"] *= 0.5
     random = [float(value) for value in draw.uniform(0.0, 0.08, 20)]
     evaluated = {
         "model": model,

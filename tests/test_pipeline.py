@@ -128,6 +128,9 @@ BAD = [
     ("match.level", 0.1, "match.level"),
     ("match.learning_rate", 0.77, "match.learning_rate"),
     ("match.noise_like", "ppo", "match.noise_like"),
+    ("contrast.contrasts", [["grpo", "ppo"]], "ppo"),
+    ("contrast.base_faithfulness", 1.1, "contrast.base_faithfulness"),
+    ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from stages import contrast, report
@@ -170,11 +171,103 @@ def test_images_exist_and_show_something(written: Path) -> None:
 
 def test_what_is_left_out_is_said(written: Path) -> None:
     text = (written / "report.md").read_text()
-    assert "seed 2: undefined for GRPO and SFT (gold)" in text
+    assert "seed 2: its base has no identifiable circuit" in text
     assert "seed 3: level not reached by GRPO" in text
     assert "Matching level not reached: GRPO at seed 3" in text
     assert "not identifiable" in text and "Base at seed 2" in text
     assert "2 pairs left out" in text.split("## ")[0]  # beside the answer
+
+
+def _held(reports: Path) -> dict[str, bool | None]:
+    return read_json(reports / "summary.json")["checks"]
+
+
+def test_checks(written: Path) -> None:
+    held = _held(written)
+    assert list(held) == [
+        "base_circuit_faithfulness",
+        "base_old_accuracy",
+        "groups_carry",
+        "noise_over_sft_gold",
+        "random_circuits",
+        "reached_grpo",
+        "reached_noise",
+        "reached_sft_gold",
+        "reached_sft_replay",
+        "sft_replay_over_sft_gold",
+    ]
+    assert {name for name, holds in held.items() if not holds} == {"base_circuit_faithfulness", "reached_grpo"}
+    rows = {row["name"]: row["found"] for row in read_json(written / "summary.json")["table_checks"]}
+    assert rows["base_circuit_faithfulness"] == "3 of 4 bases; seed 2: –"
+    assert rows["random_circuits"] == "3 of 3 bases"
+    assert rows["reached_grpo"] == "3 of 4 seeds; not seed 3"
+    text = (written / "report.md").read_text()
+    assert "| GRPO reaches the matching level at every seed | fail | 3 of 4 seeds; not seed 3 |" in text
+
+
+def test_checks_can_fail(tmp_path: Path) -> None:
+    """A base that lacks the old task, a random circuit that works, a group that carries nothing."""
+    SMALL.write(tmp_path)
+    path = tmp_path / "reports/cells/evaluate/base/0.json"
+    record = read_json(path)
+    record["old_accuracy"] = 0.9
+    record["random"]["faithfulness"][3] = 0.31
+    path.write_text(json.dumps(record))
+    path = tmp_path / "reports/cells/dcm/base/0.json"
+    record = read_json(path)
+    for scores in record["groups"]["q_last"].values():
+        scores["accuracy"] = scores["floor"]
+    path.write_text(json.dumps(record))
+    _run(tmp_path, SMALL)
+    held = _held(tmp_path / "reports")
+    assert {name for name, holds in held.items() if not holds} == {
+        "base_old_accuracy",
+        "random_circuits",
+        "groups_carry",
+    }
+    assert "| fail | 5 of 6 groups; seed 0: q_last |" in (tmp_path / "reports/report.md").read_text()
+
+
+@pytest.mark.parametrize("weak", [{2}, {0, 2}, {0, 1, 2}], ids=["two left", "one left", "none left"])
+def test_weak_bases_are_left_out_and_named(tmp_path: Path, weak: set[int]) -> None:
+    experiment = Experiment(
+        seeds=range(3), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),), weak=frozenset(weak)
+    )
+    experiment.write(tmp_path)
+    _run(tmp_path, experiment)
+    summary = read_json(tmp_path / "reports/summary.json")
+    assert [entry["seed"] for entry in summary["bases_left_out"]] == [str(seed) for seed in sorted(weak)]
+    assert summary["base"]["left_out"] == len(weak)
+    assert (
+        summary["headline"]["verdict"] in {1: ("undecided", "suggestive"), 2: ("one pair",), 3: ("no pair",)}[len(weak)]
+    )
+    assert summary["checks"]["base_circuit_faithfulness"] is False
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "reports" / name).read_text()
+        for seed in weak:
+            assert f"Seed {seed}: its base circuit reaches 0.484 of the model; it is left out" in text
+        assert not re.search(r"\b(nan|None)\b", re.sub(r'src="[^"]*"', "", text))
+    text = re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b", "", (tmp_path / "reports/report.md").read_text())
+    assert _unknown_numbers(text, _derived(summary)) == []
+
+
+def test_no_text_of_a_figure_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all arms in the legends, and with the entries that are there only when something was left out."""
+    experiment = Experiment(unreached=frozenset({("grpo", 1)}), weak=frozenset({2}))
+    experiment.write(tmp_path)
+    draw, beyond = report.png, []
+
+    def checked(figure: Figure, dpi: int) -> bytes:
+        figure.set_dpi(dpi)  # letters are a little wider at few pixels
+        figure.draw_without_rendering()
+        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        beyond.append(max(-drawn.x0, -drawn.y0, drawn.x1 - width, drawn.y1 - height))
+        return draw(figure, dpi)
+
+    monkeypatch.setattr(report, "png", checked)
+    _run(tmp_path, experiment)
+    print("inches beyond the edge, largest of each figure", beyond)
+    assert len(beyond) == 10 and max(beyond) <= 0.01
 
 
 def test_a_rerun_gives_the_same_bytes(small: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_power_note() -> None:
     assert "nothing can be tested" in power_note(0, 0.05, 6)
 
 
-PLAN = Plan("evaluate.circuit.retention", ("drift.old.kl",), (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0)
+PLAN = Plan("evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0)
 
 
 def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:
@@ -122,17 +123,41 @@ def test_pairs_that_do_not_count_are_named(tmp_path: Path) -> None:
     assert sorted(primary["values"]) == ["0", "2", "3"] and primary["n"] == 3
     assert primary["excluded"] == [
         {"seed": "1", "reason": "level not reached by", "models": ["grpo"]},
-        {"seed": "4", "reason": "undefined for", "models": ["grpo", "sft_gold"]},
+        {"seed": "4", "reason": "base left out", "models": ["base"], "faithfulness": None},
     ]
-    assert drift["n"] == 4  # the drift of seed 4 is known
+    assert drift["n"] == 3  # the drift of seed 4 is known, but not compared either
+    assert found["bases_left_out"] == [{"seed": "4", "faithfulness": None}] and found["n_pairs"] == 4
     assert found["reach"]["grpo"] == {"reached": 4, "of": 5}
     grpo = found["measures"]["evaluate.circuit.retention"]["grpo"]
-    assert [entry["reason"] for entry in grpo["excluded"]] == ["level not reached", "undefined"]
+    assert [entry["reason"] for entry in grpo["excluded"]] == ["level not reached", "base left out"]
     record = json.loads((tmp_path / "reports/cells/evaluate/grpo/0.json").read_text())
     reference = json.loads((tmp_path / "reports/cells/evaluate/sft_gold/0.json").read_text())
     difference = record["circuit"]["retention"] - reference["circuit"]["retention"]
     assert primary["values"]["0"] == pytest.approx(difference, abs=1e-15)
     assert primary["difference"] == pytest.approx(primary["arm_mean"] - primary["reference_mean"])
+
+
+def test_weak_bases_count_in_no_contrast(tmp_path: Path) -> None:
+    """Left out below the threshold; at it, a base counts."""
+    experiment = Experiment(seeds=range(3), arms=("sft_gold", "grpo"), weak=frozenset({1}))
+    found = _compared(tmp_path, experiment)
+    faithfulness = json.loads((tmp_path / "reports/cells/evaluate/base/1.json").read_text())["circuit"]["faithfulness"]
+    assert found["bases_left_out"] == [{"seed": "1", "faithfulness": faithfulness}]
+    assert all(sorted(entry["values"]) == ["0", "2"] for entry in found["contrasts"])
+    for model in ("base", "grpo"):
+        assert found["measures"]["evaluate.circuit.retention"][model]["n"] == 2
+    lenient = _compared(tmp_path, experiment, replace(PLAN, base_faithfulness=faithfulness))
+    assert lenient["bases_left_out"] == [] and lenient["contrasts"][0]["n"] == 3
+
+
+def test_a_measure_that_is_undefined_is_named(tmp_path: Path) -> None:
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
+    experiment.write(tmp_path)
+    path = tmp_path / "reports/cells/evaluate/grpo/1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"circuit": None}))
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    primary = compare(cells, PLAN)["contrasts"][0]
+    assert primary["excluded"] == [{"seed": "1", "reason": "undefined for", "models": ["grpo"]}]
 
 
 def test_no_pair_at_all(tmp_path: Path) -> None:

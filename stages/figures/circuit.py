@@ -75,6 +75,8 @@ def draw(
                 arm = arms[place]
                 _arm(panel, heads, changes[changes["arm"] == arm], places, positions, n_layers, scale)
                 panel.set_title(f"{label(arm)}", fontsize=10, pad=16)
+                if place % columns == 0:
+                    panel.set_ylabel("Layer", fontsize=8)
                 panel.text(0, 1.02, notes.get(arm, ""), transform=panel.transAxes, fontsize=8, color=SOFT)
             bar = lower.colorbar(
                 ScalarMappable(scale, _MAP), ax=panels, location="right", shrink=0.9, pad=0.01, aspect=30
@@ -168,11 +170,15 @@ def _arrows(axes: Axes, paths: pd.DataFrame, centres: dict[str, Point], colours:
         fed.setdefault((group, receiver), []).extend([] if pd.isna(component) else [str(component)])
     axes.figure.get_figure(root=True).draw_without_rendering()  # fixes the layout, so that points on the page are known
     to_page = axes.transData
+    drawn: list[tuple[Point, str]] = []
     for (group, receiver), components in fed.items():
         if group not in centres or receiver not in centres:
             continue
         start, end = np.array(centres[group]), np.array(centres[receiver])
+        beside = sum(to == receiver and abs(place[0] - start[0]) < 0.5 for place, to in drawn)
+        drawn.append((centres[group], receiver))
         bend = 0.0 if receiver == LOGITS else (-0.35 if abs(start[0] - end[0]) < 0.5 else 0.12)
+        bend += 0.08 * beside * (-1 if bend < 0 else 1)  # arrows that would lie on one another fan out
         axes.add_patch(
             FancyArrowPatch(
                 tuple(start),

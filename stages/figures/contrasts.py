@@ -21,7 +21,7 @@ def draw(
     """Two panels: each arm's level with its seeds; arm minus reference for each contrast.
 
     Args:
-        levels: model, seed, reached, value.
+        levels: model, seed, compared, value.
         contrasts: name, arm, reference, n, difference, low, high, p, values (list of per-seed differences).
         axis_label: what is measured.
         ceiling: what an undamaged model would have.
@@ -47,7 +47,7 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
     for row, arm in enumerate(arms):
         part = levels[levels["model"] == arm].dropna(subset=["value"])
         style = look(arm)
-        counted = part[part["reached"]]
+        counted = part[part["compared"]]
         jitter = np.linspace(-0.16, 0.16, len(part)) if len(part) > 1 else np.zeros(len(part))
         for shift, entry in zip(jitter, part.to_dict("records"), strict=True):
             axes.plot(
@@ -55,7 +55,7 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
                 row + shift,
                 style.marker,
                 color=style.colour,
-                markerfacecolor=style.colour if entry["reached"] else "white",
+                markerfacecolor=style.colour if entry["compared"] else "white",
                 markersize=6,
                 alpha=0.75,
                 zorder=3,
@@ -63,9 +63,10 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
         if len(counted):
             mean = counted["value"].mean()
             axes.plot([mean, mean], [row - 0.3, row + 0.3], color=style.colour, linewidth=3, zorder=2)
-        else:
-            text = "level not reached" if len(part) else "not identifiable"
-            axes.annotate(text, (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT)
+        elif part.empty:
+            axes.annotate(
+                "not identifiable", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=SOFT
+            )
     axes.set_yticks(range(len(arms)), [label(arm) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.75)
     axes.set_xlabel(axis_label)
@@ -88,7 +89,7 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
                 fontsize=8,
                 color=SOFT,
             )
-    if not levels["reached"].all():
+    if not levels["compared"].all():
         handle = Line2D(
             [],
             [],
@@ -96,7 +97,7 @@ def _levels(axes: Axes, levels: pd.DataFrame, axis_label: str, ceiling: float | 
             linestyle="none",
             markerfacecolor="white",
             color=SOFT,
-            label="level not reached",
+            label="left out of the contrasts",
         )
         axes.legend(handles=[handle], loc="lower left", fontsize=8)
 

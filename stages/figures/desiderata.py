@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stages.figures.bars import bar_handles, group_labels, grouped_bars
-from stages.figures.style import empty, model_handles, plt, styled
+from stages.figures.style import empty, legend_below, model_handles, plt, styled
 
 TITLES = {
     "positional": "Positional: the place of the box among the boxes",
@@ -43,10 +43,10 @@ def draw(frame: pd.DataFrame, groups: list[str], counts: dict[str, int], n_seeds
             part = frame[frame["desideratum"] == name]
             grouped_bars(axes, part, groups, models, "floor")
             axes.set_title(TITLES.get(name, name))
-            axes.set_ylabel("Answers moved")
+            axes.set_ylabel("Share of answers moved")
         panels[-1, 0].set_xticks(range(len(groups)), group_labels(groups, counts, n_seeds))
         handles = model_handles(models, "s") + bar_handles(
             "floor: nothing swapped", bool(frame["random"].notna().any())
         )
-        figure.legend(handles=handles, loc="outside lower center", ncols=5)
+        legend_below(figure, handles)
         return figure

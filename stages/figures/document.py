@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.figures.style import label
-from stages.statistics.wording import count, number, phrase, reasons, short_name
+from stages.statistics.wording import count, left_out, number, phrase, reasons, short_name
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -58,7 +58,7 @@ class Document:
 
     Attributes:
         title, question, answer: at its head.
-        limits: what the number of pairs allows to say.
+        limits: which bases are left out, and what the number of pairs allows to say.
         how_to_read: one line for those who were not there.
         sections: in order.
     """
@@ -80,17 +80,20 @@ def document(summary: Mapping[str, Any]) -> Document:
             "reinforcement learning (RL), keeps the circuit of its old task?"
         ),
         answer=summary["headline"]["sentence"],
-        limits=summary["power_note"],
+        limits=f"{left_out(summary['bases_left_out'])} {summary['power_note']}".strip(),
         how_to_read=(
             "Every seed gives one base model that solves the old task; all arms start from that base and "
             "are compared at the same accuracy in the new task. Warm colours are SFT, blue is RL, purple "
             f"and grey are controls; {label('base')} is black. A dot is a seed; filled means compared, "
-            "hollow means that the arm never reached the matching level; bars and means leave such models "
-            "out. Retention is the share of what the base's circuit did alone in the base that it still "
-            "does alone in the tuned model (everything else mean-ablated): 1 is untouched."
+            "hollow means left out of the contrasts, because the arm never reached the matching level or "
+            "because the base's own circuit does not work. Means in the contrasts and their tables are of what "
+            "is compared; the figures after them include every base. Retention is the share of what the base's "
+            "circuit did alone in the base that it still does alone in the tuned model (everything else "
+            "mean-ablated): 1 is untouched."
         ),
         sections=(
             _answer(summary),
+            _checks(summary),
             _tasks(summary),
             _circuit(summary),
             _distance(),
@@ -121,10 +124,6 @@ def _answer(summary: Mapping[str, Any]) -> Section:
             number(e["p_equivalent"], 4),
         )
         for e in entries
-    ]
-    check_rows = [
-        (c["what"], {True: "holds", False: "does not hold", None: "no data"}[c["holds"]], _check(c))
-        for c in summary["checks"]
     ]
     percent = f"{100 * plan['confidence']:g} %"
     return Section(
@@ -163,14 +162,17 @@ def _answer(summary: Mapping[str, Any]) -> Section:
                 rows,
                 2,
             ),
-            Table(
-                "Could this experiment have shown anything?",
-                ("What should hold", "Verdict", "Found"),
-                check_rows,
-                3,
-            ),
         ),
     )
+
+
+def _checks(summary: Mapping[str, Any]) -> Section:
+    verdicts = {True: "pass", False: "fail", None: "no data"}
+    rows = [(check["what"], verdicts[check["holds"]], check["found"]) for check in summary["table_checks"]]
+    table = Table(
+        "A check that fails limits what the contrasts can say.", ("What should hold", "Check", "Found"), rows, 3
+    )
+    return Section("Could this experiment have shown anything?", tables=(table,))
 
 
 def _tasks(summary: Mapping[str, Any]) -> Section:
@@ -216,7 +218,7 @@ def _circuit(summary: Mapping[str, Any]) -> Section:
                 "nulls",
                 "Share of a model's accuracy that a circuit alone keeps. Filled: the base's circuit in "
                 "that model. Hollow: the circuit found anew in that model. Dashes: random circuits of the "
-                "same shape.",
+                "same shape. Each model has a place for every seed, in order.",
             ),
             Picture(
                 "sizes",
@@ -250,8 +252,9 @@ def _circuit_tests(summary: Mapping[str, Any]) -> Table:
         for e in summary["table_circuits"]
     ]
     return Table(
-        "Is the base's circuit minimal and complete? Pruning split, means over the seeds that count. Minimal: "
-        "heads that are missed (core), heads that could replace one of them (stand-ins) and heads that are "
+        "Is the base's circuit minimal and complete? Pruning split, means over all bases, and over the "
+        "seeds at which an arm reached the level. Minimal: heads that are missed (core), "
+        "heads that could replace one of them (stand-ins) and heads that are "
         "not missed (idle), with the share of the circuit's accuracy that the core keeps. Complete: how far "
         "apart the accuracies of circuit and model are when the same heads are taken out of both, on average "
         "over groups and over random sets, and for the worst set that was found; 0 is complete. CPR and CMD "
@@ -400,7 +403,7 @@ def _tables(summary: Mapping[str, Any]) -> Section:
         (),
         (
             Table(
-                "Means over the seeds at which the arm reached the level, ± standard deviation between seeds.",
+                "Means over the seeds that count in the contrasts, ± standard deviation between seeds.",
                 ("Model", "Reached", *names),
                 models,
                 1,
@@ -425,7 +428,13 @@ def _left_out(summary: Mapping[str, Any]) -> Section:
             lines.append(
                 f"{entry['name']}: {count(len(entry['excluded']), 'pair')} left out ({reasons(entry, names)})."
             )
-    if not lines:
+    if bases := left_out(summary["bases_left_out"]):
+        lines.insert(
+            0,
+            f"{bases} A circuit that does not work in the base cannot say what fine-tuning keeps, so a seed counts "
+            f"only where the base circuit reaches at least {plan['base_faithfulness']:g} of the model.",
+        )
+    elif not lines:
         lines.append("No pair of the primary contrasts was left out.")
     unreached = _cell_list(summary["unreached"])
     lines.append(f"Matching level not reached: {unreached}." if unreached else "Every run reached the matching level.")
@@ -475,11 +484,6 @@ def _provenance(summary: Mapping[str, Any]) -> Section:
 
 def _cell_list(entries: Sequence[Mapping[str, str]]) -> str:
     return ", ".join(f"{label(entry['model'])} at seed {entry['seed']}" for entry in entries)
-
-
-def _check(check: Mapping[str, Any]) -> str:
-    texts = [str(value) if isinstance(value, int) else number(value, signed=True) for value in check["numbers"]]
-    return check["text"].format(*texts)
 
 
 def _reach(summary: Mapping[str, Any], model: str) -> str:

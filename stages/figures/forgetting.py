@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stages.figures.style import look, mean_and_seeds, model_handles, plt, reference_line, styled, zoomed
+from stages.figures.style import legend_below, look, mean_and_seeds, model_handles, plt, reference_line, styled, zoomed
 
 _DISTANCES = (
     ("kl_new", "KL(base || tuned) on new-task prompts, nats"),
@@ -49,5 +49,5 @@ def draw(curves: pd.DataFrame, base_old: float | None, rate: float) -> Figure:
         panels[0].set_ylabel("Old-task accuracy")
         panels[0].set_title("Moved in outputs")
         panels[1].set_title("Moved in weights")
-        figure.legend(handles=model_handles(arms), loc="outside lower center", ncols=min(4, len(arms)))
+        legend_below(figure, model_handles(arms))
         return figure

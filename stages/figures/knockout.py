@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages.figures.style import SOFT, empty, look, mean_and_seeds, plt, share_axis, styled
+from stages.figures.style import SOFT, empty, legend_below, look, mean_and_seeds, plt, share_axis, styled
 
 MOST_COLUMNS = 4
 # positions in the order of the panels; those of the queried clause have no other name here
@@ -53,7 +53,7 @@ def draw(frame: pd.DataFrame, window: int) -> Figure:
         names = list(dict.fromkeys(frame["model"]))
         handles = [Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in names]
         square = Line2D([], [], color=SOFT, marker="s", linestyle="none", markersize=5, label="not in any layer")
-        figure.legend(handles=[*handles, square], loc="outside lower center", ncols=min(8, len(handles) + 1))
+        legend_below(figure, [*handles, square])
         return figure
 
 

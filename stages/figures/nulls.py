@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages.figures.style import SOFT, empty, label, look, plt, reference_line, styled
+from stages.figures.style import SOFT, empty, label, legend_below, look, plt, reference_line, styled
 
 
 def draw(frame: pd.DataFrame) -> Figure:
@@ -81,5 +81,5 @@ def draw(frame: pd.DataFrame) -> Figure:
                 label="random circuit, same shape",
             ),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        legend_below(figure, handles)
         return figure

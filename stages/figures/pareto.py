@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from stages.figures.style import (
     SOFT,
     empty,
+    legend_below,
     look,
     mean_and_seeds,
     model_handles,
@@ -33,7 +34,7 @@ def draw(
         curves: arm, seed, learning_rate, step, new_accuracy, old_accuracy, picked.
         matched: arm, seed, reached, new_accuracy, old_accuracy, learning_rate of models without a training
             path.
-        endpoints: model, seed, reached, new_accuracy, kept (evaluation split).
+        endpoints: model, seed, compared, new_accuracy, kept (evaluation split).
         level: the matching level.
         shortcut: best new-task accuracy without the skill.
         base_old: old-task accuracy of the base.
@@ -102,18 +103,18 @@ def draw(
                     entry["kept"],
                     style.marker,
                     color=style.colour,
-                    markerfacecolor=style.colour if entry["reached"] else "white",
-                    markersize=(11 if entry["model"] == "base" else 8) if entry["reached"] else 6,
-                    markeredgecolor="white" if entry["reached"] else style.colour,
+                    markerfacecolor=style.colour if entry["compared"] else "white",
+                    markersize=(11 if entry["model"] == "base" else 8) if entry["compared"] else 6,
+                    markeredgecolor="white" if entry["compared"] else style.colour,
                     zorder=4,
                 )
             last.set_title("Circuit kept, matched models")
             last.set_ylabel(circuit_label)
-            _frame(last, across, zoomed(list(points["kept"])), level, shortcut)
+            _frame(last, across, zoomed(list(points["kept"])), level, shortcut, named=not rates)
         else:
             empty(last, "No circuit was identifiable\nin the base: nothing to show.")
         handles = model_handles(["base", *arms])
-        if not endpoints["reached"].all():
+        if not endpoints["compared"].all():
             handles.append(
                 Line2D(
                     [],
@@ -122,10 +123,10 @@ def draw(
                     linestyle="none",
                     color=SOFT,
                     markerfacecolor="white",
-                    label="level not reached",
+                    label="left out of the contrasts",
                 )
             )
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        legend_below(figure, handles)
         return figure
 
 
@@ -135,12 +136,13 @@ def _frame(
     up: tuple[float, float],
     level: float | None,
     shortcut: float | None,
+    named: bool = True,
 ) -> None:
     axes.set_xlim(*across)
     axes.set_ylim(*up)
     axes.grid()
     axes.set_xlabel("New-task accuracy")
     if level is not None:
-        reference_line(axes, level, "matching level", horizontal=False)
+        reference_line(axes, level, "matching level" if named else "", horizontal=False)
     if shortcut is not None:
-        reference_line(axes, shortcut, "best shortcut", horizontal=False, style=":")
+        reference_line(axes, shortcut, "best shortcut" if named else "", horizontal=False, style=":")

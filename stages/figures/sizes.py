@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from stages.figures.style import SOFT, empty, look, mean_and_seeds, plt, reference_line, styled
+from stages.figures.style import SOFT, empty, legend_below, look, mean_and_seeds, plt, reference_line, styled
 
 
 def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
@@ -45,5 +45,5 @@ def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
         both[0].set_ylabel("Share of the model's own score\n(no node = 0)")
         handles = [Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in models]
         handles.append(Line2D([], [], color=SOFT, linestyle=":", label="size of a base's circuit"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)))
+        legend_below(figure, handles)
         return figure

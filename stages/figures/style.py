@@ -131,6 +131,16 @@ def model_handles(names: Sequence[str], marker: str | None = None) -> list[Line2
     ]
 
 
+def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """One legend for all panels, below them, in as few rows as fit the width of the figure."""
+    for rows in range(1, len(handles) + 1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))
+        if legend.get_window_extent().width < 0.95 * figure.bbox.width:  # letters are wider at few pixels
+            return
+        if rows < len(handles):
+            legend.remove()
+
+
 def reference_line(
     axes: Axes, value: float, text: str, horizontal: bool = True, style: str = "--", side: str = "right"
 ) -> None:

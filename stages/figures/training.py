@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from stages.figures.style import SOFT, look, mean_and_seeds, plt, reference_line, share_axis, styled
+from stages.figures.style import SOFT, legend_below, look, mean_and_seeds, plt, reference_line, share_axis, styled
 
 
 def draw(base: pd.DataFrame, arms: pd.DataFrame, level: float | None, shortcut: float | None) -> Figure:
@@ -51,7 +51,7 @@ def draw(base: pd.DataFrame, arms: pd.DataFrame, level: float | None, shortcut: 
                     axes.set_xlabel("Gradient step (log)")
         names = list(dict.fromkeys(trained["arm"]))
         handles = [Line2D([], [], color=look(name).colour, linewidth=3, label=look(name).label) for name in names]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+        legend_below(figure, handles)
         return figure
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stages.figures.bars import bar_handles, group_labels, grouped_bars
-from stages.figures.style import empty, model_handles, plt, reference_line, styled
+from stages.figures.style import empty, legend_below, model_handles, plt, reference_line, styled
 
 _DIRECTIONS = (
     ("tuned_to_base", "Tuned head outputs in the base: is the tuned head still good for the old task?"),
@@ -43,5 +43,5 @@ def draw(
                 reference_line(axes, base_old, "base")
         panels[1].set_xticks(range(len(groups)), group_labels(groups, counts, n_seeds))
         handles = model_handles(models, "s") + bar_handles("receiving model alone", bool(frame["random"].notna().any()))
-        figure.legend(handles=handles, loc="outside lower center", ncols=5)
+        legend_below(figure, handles)
         return figure

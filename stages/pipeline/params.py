@@ -250,6 +250,7 @@ class Drift(Section):
 
 
 class Contrast(Section):
+    base_faithfulness: Fraction
     primary_measure: str
     secondary_measures: list[str]
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]

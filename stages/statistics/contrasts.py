@@ -1,8 +1,9 @@
 """Arms against arms, paired over seeds: the numbers of reports/statistics.json.
 
 The unit is the pair (base seed, fine-tuning seed); the arms of a seed share the base, the prompts and their
-order, so a contrast is the mean of within-seed differences. A pair counts when both arms reached the matching
-level and both have the measure; every pair that does not count is listed with its reason. The contrasts of
+order, so a contrast is the mean of within-seed differences. A pair counts when the circuit of its base works in
+place (a circuit that does not cannot say what fine-tuning keeps of it), both arms reached the matching level and
+both have the measure; every pair that does not count is listed with its reason. The contrasts of
 the primary measure form one family for Holm's correction; those of the secondary measures describe, and are
 not corrected.
 """
@@ -32,6 +33,7 @@ class Plan:
     Attributes:
         primary: measure, "<stage>.<dotted path in its record>".
         secondary: further measures.
+        base_faithfulness: smallest faithfulness of a base's circuit in place at which the seed counts.
         contrasts: (arm, reference) pairs; their order names them H1, H2, ...
         confidence: coverage of intervals.
         alpha: level of tests.
@@ -42,6 +44,7 @@ class Plan:
 
     primary: str
     secondary: tuple[str, ...]
+    base_faithfulness: float
     contrasts: tuple[tuple[str, str], ...]
     confidence: float
     alpha: float
@@ -53,6 +56,7 @@ class Plan:
 def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     """All of statistics.json."""
     measures = (plan.primary, *plan.secondary)
+    left_out = left_out_bases(cells, plan)
     contrasts = [
         contrast(cells, plan, measure, f"H{number}", arm, reference)
         for measure in measures
@@ -63,7 +67,8 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
         entry["p_holm"] = adjusted
     return {
         "unit": "pair (base seed, fine-tuning seed)",
-        "n_pairs": len(cells.seeds),
+        "n_pairs": len(cells.seeds) - len(left_out),
+        "bases_left_out": [{"seed": seed, "faithfulness": value} for seed, value in left_out.items()],
         "plan": asdict(plan)
         | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
         "measures": {
@@ -79,12 +84,26 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     }
 
 
+def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
+    """Seeds that no contrast counts -> faithfulness of the base's circuit there, None where it has no circuit."""
+    found = {}
+    for seed in cells.seeds:
+        identifiable = cells.record("circuit", BASE, seed)["identifiable"]
+        value = cells.value("evaluate.circuit.faithfulness", BASE, seed) if identifiable else None
+        if value is None or value < plan.base_faithfulness:
+            found[seed] = value
+    return found
+
+
 def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, Any]:
     """Mean, spread and interval of a measure over the seeds at which the model counts."""
     values, excluded = {}, []
+    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         value = cells.value(measure, model, seed)
-        if model != BASE and not cells.reached(model, seed):
+        if seed in left_out:
+            excluded.append({"seed": seed, "reason": "base left out", "value": value})
+        elif model != BASE and not cells.reached(model, seed):
             excluded.append({"seed": seed, "reason": "level not reached", "value": value})
         elif value is None:
             excluded.append({"seed": seed, "reason": "undefined", "value": None})
@@ -105,12 +124,15 @@ def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, refere
     """One contrast of one measure: arm minus reference."""
     values: dict[str, float] = {}
     sides: list[tuple[float, float]] = []
-    excluded = []
+    excluded: list[dict[str, Any]] = []
+    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         pair = [cells.value(measure, model, seed) for model in (arm, reference)]
         unreached = [model for model in (arm, reference) if not cells.reached(model, seed)]
         undefined = [model for model, value in zip((arm, reference), pair, strict=True) if value is None]
-        if unreached:
+        if seed in left_out:
+            excluded.append({"seed": seed, "reason": "base left out", "models": [BASE], "faithfulness": left_out[seed]})
+        elif unreached:
             excluded.append({"seed": seed, "reason": "level not reached by", "models": unreached})
         elif undefined:
             excluded.append({"seed": seed, "reason": "undefined for", "models": undefined})

@@ -1,5 +1,6 @@
 """Tidy tables for the figures: one row per mark, made from the records."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ POSITIONS = (
 )  # in reading order
 
 
-def seed_values(cells: Cells, measures: tuple[str, ...]) -> pd.DataFrame:
-    """model, seed, reached, and one column for each measure; empty where undefined."""
+def seed_values(cells: Cells, measures: tuple[str, ...], left_out: Collection[str]) -> pd.DataFrame:
+    """model, seed, compared, and one column for each measure; empty where undefined.
+
+    Args:
+        cells: all records.
+        measures: columns.
+        left_out: seeds that no contrast counts, because of their base.
+    """
     rows = [
-        {"model": model, "seed": seed, "reached": model == BASE or cells.reached(model, seed)}
+        {"model": model, "seed": seed, "compared": _counts(cells, model, seed) and seed not in left_out}
         | {measure: cells.value(measure, model, seed) for measure in measures}
         for model in cells.models
         for seed in cells.seeds

@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,11 @@ def provenance(cells: Cells, root: Path, params: Mapping[str, Any]) -> dict[str,
     files = [{"file": file, "md5": hashlib.md5((root / file).read_bytes()).hexdigest()} for file in sorted(cells.files)]
     return {
         "versions": [{"package": "python", "version": platform.python_version()}]
-        + [{"package": name, "version": _version(name)} for name in PACKAGES]
-        + [{"package": "module hooks", "version": _hooks()}],
+        + [{"package": name, "version": _version(name)} for name in PACKAGES],
         "settings": [{"name": name, "value": _text(value)} for name, value in params.items()] + _settings(cells),
         "files": files,
         "stages": [_of_stage(stage, files) for stage in dict.fromkeys(entry["file"].split("/")[0] for entry in files)],
     }
-
-
-def _hooks() -> str:
-    """What `stages/circuits/trace.py` hooks modules with."""
-    return "baukit" if find_spec("baukit") else "stages.circuits.trace (baukit is not installed)"
 
 
 def _of_stage(stage: str, files: list[dict[str, str]]) -> dict[str, Any]:

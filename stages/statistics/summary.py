@@ -5,17 +5,20 @@ few numbers that experiments are compared by stand in dictionaries with stable k
 lists.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from stages.statistics.cells import BASE, Cells
-from stages.statistics.contrasts import Plan, describe
-from stages.statistics.wording import headline, verdict
+from stages.statistics.contrasts import Plan, describe, left_out_bases
+from stages.statistics.wording import headline, number, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
+
+LEAST_OLD_ACCURACY = 0.95  # a base below it does not know the task whose circuit is sought
+MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do well whichever they are
 
 
 def plan_of(statistics: Mapping[str, Any]) -> Plan:
@@ -45,6 +48,7 @@ def summarise(
     level = levels.pop() if len(levels) == 1 else None
     shortcut = max(shortcuts.items(), key=lambda item: item[1]) if shortcuts else (None, None)
     first = primary[0] if primary else None
+    found = checks(cells, plan, primary, names)
     return {
         "headline": {
             "sentence": headline(first, names, statistics["plan"], level) if first else "No contrast was planned.",
@@ -56,8 +60,9 @@ def summarise(
         "shortcut_name": shortcut[0],
         "n_pairs": statistics["n_pairs"],
         "power_note": statistics["power_note"],
-        "base": _base(cells),
-        "random_floor": random_floor(cells, plan.primary),
+        "base": _base(cells) | {"left_out": len(statistics["bases_left_out"])},
+        "bases_left_out": list(statistics["bases_left_out"]),
+        "random_floor": random_floor(cells, plan),
         "arms": {
             arm: dict(statistics["reach"][arm])
             | {key(m): described[arm][m]["mean"] for m in measures}
@@ -120,7 +125,8 @@ def summarise(
         "unreached": [
             {"model": arm, "seed": seed} for arm in cells.arms for seed in cells.seeds if not cells.reached(arm, seed)
         ],
-        "checks": checks(cells, primary, names),
+        "checks": {check["name"]: check["holds"] for check in found},
+        "table_checks": found,
     }
 
 
@@ -179,56 +185,98 @@ def _gaps(cells: Cells, model: str, seed: str) -> dict[str, list[float]]:
     return {"group": others, "random": random}
 
 
-def random_floor(cells: Cells, measure: str) -> float | None:
-    """What random circuits of the same shape have in the base, in the unit of a circuit measure or None."""
+def random_floor(cells: Cells, plan: Plan) -> float | None:
+    """What random circuits of the same shape have in the bases that count, in the unit of the primary measure if that
+    is of the circuit, else None."""
     values: list[float | None] = []
-    for seed in cells.seeds:
+    left_out = left_out_bases(cells, plan)
+    for seed in (seed for seed in cells.seeds if seed not in left_out):
         for kind in ("", "_ld"):
             null = _mean(_random(cells, seed, f"faithfulness{kind}"))
             circuit = cells.value(f"evaluate.circuit.faithfulness{kind}", BASE, seed)
-            if measure == f"evaluate.circuit.retention{kind}" and null is not None and circuit:
+            if plan.primary == f"evaluate.circuit.retention{kind}" and null is not None and circuit:
                 values.append(null / circuit)
-            elif measure == f"evaluate.circuit.faithfulness{kind}":
+            elif plan.primary == f"evaluate.circuit.faithfulness{kind}":
                 values.append(null)
     return _mean(values)
 
 
-def checks(cells: Cells, primary: list[Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Could the experiment have shown anything? What should hold, what was found, and whether it holds."""
-    n = len(cells.seeds)
-    known = [cells.value("evaluate.circuit.faithfulness", BASE, seed) for seed in cells.seeds]
-    best = [max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds]
-    beats = [a > b for a, b in zip(known, best, strict=True) if a is not None and b is not None]
-    reached = sum(cells.reached(arm, seed) for arm in cells.arms for seed in cells.seeds)
-    cell_count = len(cells.arms) * n
+def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Could the experiment have shown anything? For each check its name, what should hold, what was found, and whether
+    it holds (None without data)."""
+    faithfulness = dict(zip(cells.seeds, _base_values(cells, "evaluate.circuit.faithfulness"), strict=True))
+    random = {seed: max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds}
     found = [
-        {
-            "what": "The base's circuit beats every random circuit of its shape, at every seed",
-            "numbers": [sum(beats), n],
-            "text": "{} of {} bases",
-            "holds": sum(beats) == n if beats else None,
-        },
-        {
-            "what": "Every arm reaches the matching level at every seed",
-            "numbers": [reached, cell_count],
-            "text": "{} of {} runs",
-            "holds": reached == cell_count,
-        },
+        _of_bases(
+            "base_old_accuracy",
+            f"Every base knows the old task (accuracy at least {LEAST_OLD_ACCURACY:g})",
+            dict(zip(cells.seeds, _base_values(cells, "evaluate.old_accuracy"), strict=True)),
+            lambda value: value >= LEAST_OLD_ACCURACY,
+        ),
+        _of_bases(
+            "base_circuit_faithfulness",
+            f"Every base's circuit in place keeps at least {plan.base_faithfulness:g} of the base's accuracy",
+            faithfulness,
+            lambda value: value >= plan.base_faithfulness,
+        ),
+        _of_bases(
+            "random_circuits",
+            f"No random circuit of the same shape keeps more than {MOST_RANDOM_FAITHFULNESS:g} (highest of each base)",
+            {seed: value for seed, value in random.items() if value is not None},
+            lambda value: value <= MOST_RANDOM_FAITHFULNESS,
+        ),
     ]
+    for arm in cells.arms:
+        missed = [seed for seed in cells.seeds if not cells.reached(arm, seed)]
+        n = len(cells.seeds)
+        text = f"{n - len(missed)} of {n} seeds" + "".join(f"; not seed {seed}" for seed in missed)
+        found.append(
+            _entry(f"reached_{arm}", f"{names[arm]} reaches the matching level at every seed", text, not missed)
+        )
+    found += _groups_carry(cells)
     for entry in primary:
         if entry["arm"] in ("sft_replay", "noise"):
             arm, reference = names[entry["arm"]], names[entry["reference"]]
-            found.append(
-                {
-                    "what": f"Positive control: {arm} keeps more than {reference}"
-                    if entry["arm"] == "sft_replay"
-                    else f"Sham control: {arm}, weights moved equally far, keeps more than {reference}",
-                    "numbers": [entry["difference"]],
-                    "text": "difference {}",
-                    "holds": None if entry["difference"] is None else entry["difference"] > 0,
-                }
+            what = (
+                f"Positive control: {arm} keeps more than {reference}"
+                if entry["arm"] == "sft_replay"
+                else f"Sham control: {arm}, weights moved equally far, keeps more than {reference}"
             )
+            difference = entry["difference"]
+            text = f"difference {number(difference, signed=True)}"
+            holds = None if difference is None else difference > 0
+            found.append(_entry(f"{entry['arm']}_over_{entry['reference']}", what, text, holds))
     return found
+
+
+def _of_bases(
+    name: str, what: str, values: Mapping[str, float | None], holds: Callable[[float], bool]
+) -> dict[str, Any]:
+    """A check of one number of every base; the bases that fail are named."""
+    failed = {seed: value for seed, value in values.items() if value is None or not holds(value)}
+    text = f"{len(values) - len(failed)} of {len(values)} bases"
+    text += "".join(f"; seed {seed}: {number(value)}" for seed, value in failed.items())
+    return _entry(name, what, text, not failed if values else None)
+
+
+def _groups_carry(cells: Cells) -> list[dict[str, Any]]:
+    """The check of stage `dcm`; none where it left no record of a group."""
+    failed, n = [], 0
+    for seed in cells.seeds:
+        groups = cells.records.get(("dcm", BASE, seed), {}).get("groups") or {}
+        n += len(groups)
+        failed += [
+            f"; seed {seed}: {group}"
+            for group, scores in groups.items()
+            if not any(s["accuracy"] > max(s["floor"], s.get("random_accuracy") or 0.0) for s in scores.values())
+        ]
+    what = "Every group of a base's circuit moves more answers than the floor and random heads, for some desideratum"
+    text = f"{n - len(failed)} of {n} groups" + "".join(failed)
+    return [_entry("groups_carry", what, text, not failed)] if n else []
+
+
+def _entry(name: str, what: str, text: str, holds: bool | None) -> dict[str, Any]:
+    return {"name": name, "what": what, "found": text, "holds": holds}
 
 
 def _base_values(cells: Cells, measure: str) -> list[float | None]:

@@ -3,7 +3,7 @@
 A sentence says no more than its numbers allow; which sentence it is, is decided by `verdict`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # measure -> (short name for axes and tables, the same inside a sentence: "kept 0.9 of ...")
@@ -150,6 +150,24 @@ def count(n: int, what: str) -> str:
 def reasons(contrast: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Why pairs of a contrast were left out; empty when none was."""
     return "; ".join(
-        f"seed {entry['seed']}: {entry['reason']} {' and '.join(names[model] for model in entry['models'])}"
+        f"seed {entry['seed']}: {weakness(entry['faithfulness'])}"
+        if entry["reason"] == "base left out"
+        else f"seed {entry['seed']}: {entry['reason']} {' and '.join(names[model] for model in entry['models'])}"
         for entry in contrast["excluded"]
     )
+
+
+def weakness(faithfulness: float | None) -> str:
+    """Why a seed is left out because of its base.
+
+    Args:
+        faithfulness: of the base's circuit in place; None where none was identifiable.
+    """
+    if faithfulness is None:
+        return "its base has no identifiable circuit"
+    return f"its base circuit reaches {number(faithfulness)} of the model"
+
+
+def left_out(bases: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence for each base that is left out of the contrasts."""
+    return " ".join(f"Seed {e['seed']}: {weakness(e['faithfulness'])}; it is left out of the contrasts." for e in bases)
