@@ -6,8 +6,9 @@ reads  models/<model>/<seed>, data/old/discovery.parquet
 writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
          scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers, heads]
-         record.json    accuracy, settings, and every hop that was tried: its effect, what its heads feed (receiver and
-                        component), and what they read (the semantic position they attend to most)
+         record.json    accuracy, settings (with the implementation of hooks that was used, see `circuits/trace.py`),
+                        and every hop that was tried: its effect, what its heads feed (receiver and component), and
+                        what they read (the semantic position they attend to most)
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Hop, paper_hops, search
 from stages.circuits.selection import Rule
+from stages.circuits.trace import BACKEND
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
@@ -71,7 +73,7 @@ def main(cell: Cell) -> None:
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
                 "hops": [_record(hop, attention) for hop in hops],
-                "settings": settings.model_dump(mode="json"),
+                "settings": settings.model_dump(mode="json") | {"hooks": BACKEND},
             },
         )
 

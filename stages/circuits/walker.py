@@ -17,6 +17,7 @@ width. Window slots are in increasing position order.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from stages.circuits.architectures import Rotary, architecture_of
 from stages.circuits.checks import check_tokens
+from stages.circuits.trace import Trace
 from stages.pipeline.stage import Invalid
 
 # edit(layer, site, x, first): site is "q", "k", "v" (as projected, see `architectures`) or "z" (head outputs); x is
@@ -338,20 +340,13 @@ class Walker:
 
     def _hugging_face(self, ids: Int[Tensor, "n t"]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The model's own logits at the last position, and what enters and leaves its output projections."""
-        z: list[Tensor] = []
-        whole: list[Tensor] = []
-
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            z.append(arguments[0])
-            whole.append(output)
-
-        hooks = [self.architecture.output_projection(at).register_forward_hook(keep) for at in range(self.n_layers)]
-        try:
+        with ExitStack() as stack:
+            traces = [
+                stack.enter_context(Trace(self.architecture.output_projection(layer), retain_input=True))
+                for layer in range(self.n_layers)
+            ]
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return logits, z, whole
+        return logits, [trace.input for trace in traces], [trace.output for trace in traces]
 
     def _check_heads(self, ids: Int[Tensor, "1 t"]) -> None:
         """Move the values of one key-value head at a time: just the query heads that `kv_head` names must follow."""
