@@ -176,6 +176,7 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "new_valid_mass": 0.5,
         "flips": {"lost": 0.1, "gained": 0.01},
         "circuit": None if hidden else scores,
+        "circuit_in_queried_clause": None if hidden else scores | {"faithfulness": 0.8 * kept / old},
         "own_circuit": None if hidden else scores | {"faithfulness": min(1.0, 0.93 * kept / old + 0.03)},
         "groups": {name: {"accuracy_without": 0.2, "accuracy_drop": 0.7} for name, *_ in groups},
         "random": None

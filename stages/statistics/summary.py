@@ -141,6 +141,7 @@ def _base(cells: Cells) -> dict[str, float | None]:
         "new_accuracy": "evaluate.new_accuracy",
         "circuit_size": "evaluate.circuit.size",
         "circuit_faithfulness": "evaluate.circuit.faithfulness",
+        "queried_clause_faithfulness": "evaluate.circuit_in_queried_clause.faithfulness",
     }
     found: dict[str, float | None] = {name: _mean(_base_values(cells, m)) for name, m in measures.items()}
     null = [value for seed in cells.seeds for value in _random(cells, seed, "faithfulness")]
