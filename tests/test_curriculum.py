@@ -143,6 +143,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Pat
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_attention_of_the_training_is_the_eager_one() -> None:
+    batch = draw_batch(np.random.default_rng(4), VOCABULARY, phase(), 12, 7)
+    model = build_model(VOCABULARY, tiny().model, 0).double()
+    found = []
+    for attention in (model.config._attn_implementation, "eager"):
+        model.set_attn_implementation(attention)
+        logits = model(batch.ids, use_cache=False).logits
+        loss = torch.stack(loss_sums(logits, batch, PAD_ID)).sum()
+        found.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)  # the eager softmax is a float32 one
+
+
 def test_the_number_of_processes_changes_no_bit_of_the_base() -> None:
     one, curve = train(VOCABULARY, tiny(), 4, [0, 0])
     two, other_curve = train(VOCABULARY, tiny(processes=2), 4, [0, 0])

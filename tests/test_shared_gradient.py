@@ -45,7 +45,7 @@ def test_it_is_the_gradient_of_the_whole_batch_and_an_optimiser_moves_the_model(
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with SharedGradient(model, lambda piece: model(piece).square().sum(), 5, 2) as gradient:
-        assert gradient.compute(PIECES) == pytest.approx(float(loss), rel=1e-6)
+        assert gradient.compute(PIECES) == pytest.approx(loss.item(), rel=1e-6)
         assert gradient.weights.grad is not None
         torch.testing.assert_close(gradient.weights.grad, expected)
         torch.optim.SGD([gradient.weights], lr=1.0).step()
