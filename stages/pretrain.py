@@ -29,7 +29,7 @@ def main(cell: Cell) -> None:
     words = vocabulary()
     if tokenizer.get_vocab() != words.ids:
         raise Invalid("data/tokenizer has another vocabulary than stages/tasks/vocabulary.py; run stage synthesize")
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
     model, curve, stuck = train_with_retries(words, settings, boxes, seed, settings.retries)

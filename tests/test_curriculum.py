@@ -40,6 +40,7 @@ def tiny(**changes: Any) -> Any:
     until = SimpleNamespace(template="standard", boxes=3, accuracy=0.0)
     optimiser = {"learning_rate": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.02}
     settings = {
+        "processes": 1,
         "model": SimpleNamespace(layers=2, heads=2, head_dim=4, width=8, mlp=16, rope_theta=1e4, init_std=0.02),
         "optimiser": SimpleNamespace(**optimiser, clip=1.0, warmup=2, final=0.1),
         "batch": 20,
@@ -140,6 +141,26 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Pat
     ids, _ = draw_queries(np.random.default_rng(0), VOCABULARY, "standard", Split.SELECTION, 4, 4)
     model, _ = train(VOCABULARY, tiny(), 4, [0, 0])
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_attention_of_the_training_is_the_eager_one() -> None:
+    batch = draw_batch(np.random.default_rng(4), VOCABULARY, phase(), 12, 7)
+    model = build_model(VOCABULARY, tiny().model, 0).double()
+    found = []
+    for attention in (model.config._attn_implementation, "eager"):
+        model.set_attn_implementation(attention)
+        logits = model(batch.ids, use_cache=False).logits
+        loss = torch.stack(loss_sums(logits, batch, PAD_ID)).sum()
+        found.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)  # the eager softmax is a float32 one
+
+
+def test_the_number_of_processes_changes_no_bit_of_the_base() -> None:
+    one, curve = train(VOCABULARY, tiny(), 4, [0, 0])
+    two, other_curve = train(VOCABULARY, tiny(processes=2), 4, [0, 0])
+    assert curve == other_curve
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_training_leaves_the_matmul_precision_as_it_was() -> None:

@@ -6,7 +6,8 @@
 2. The loss of a step is the cross-entropy with the soft targets of `curriculum.py`, plus a small
    language-model loss on all tokens.
 3. The learning rate warms up, stays, and falls as a cosine during the last phase.
-4. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
+4. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
+5. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
    weights and batches of the next derived seed.
 """
 
@@ -20,11 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from stages.learning.curriculum import Batch, Phase, draw_batch, draw_queries, draw_repeats
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.learning.shared_gradient import SharedGradient
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
 from stages.tasks.relations import NEW_TASKS, draw_prompts
@@ -80,6 +84,7 @@ class TrainingPhase(Phase, Protocol):
 class Settings(Protocol):
     """The section `pretrain` of params.yaml, as far as training needs it."""
 
+    processes: int
     model: ModelSize
     optimiser: Optimiser
     batch: int
@@ -111,6 +116,7 @@ Report = Callable[[str, int, int, Progress | None], None]
 # Multiplications of float32 matrices may round their inputs to bfloat16 where the processor is faster at
 # that. Only training does so; whatever is measured later is computed in float32.
 MATMUL_PRECISION = "medium"
+_ATTENTION = "stages_training"  # the fused kernels suit longer texts; here they are slower
 ROWS_AT_ONCE = 16  # rows of one forward and backward; more fall out of the processor's cache
 REPEATS = "repeats"  # the `until.template` that means strings said twice
 _INDUCTION_LENGTH = 16
@@ -137,8 +143,22 @@ def build_model(vocabulary: Vocabulary, size: ModelSize, seed: int) -> LlamaForC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.set_attn_implementation("eager")  # faster here than the fused one, whose kernels suit longer texts
+    model.set_attn_implementation(_ATTENTION)
     return model
+
+
+def _attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Eager attention that passes over the large matrix of scores as seldom as it can: the scale goes into the
+    queries, and the mask is added inside the multiplication."""
+    scores = torch.baddbmm(mask[0], (query * scaling).flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+    mixed = torch.bmm(scores.softmax(dim=-1), value.flatten(0, 1))
+    return mixed.view(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, eager_mask)
 
 
 def train(
@@ -171,6 +191,15 @@ def train(
         torch.set_float32_matmul_precision(before)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a batch, and what the summed losses of the whole batch are divided by."""
+
+    rows: Batch
+    answers: int
+    following: int
+
+
 def _train(
     vocabulary: Vocabulary, settings: Settings, boxes: int, seed: list[int], report: Report
 ) -> tuple[LlamaForCausalLM, list[Progress]]:
@@ -178,12 +207,41 @@ def _train(
     model = build_model(vocabulary, settings.model, int(weights_seed)).train()
     rng = np.random.default_rng(batches_seed)
     checks = _Checks(vocabulary, settings, boxes, np.random.default_rng(checks_seed))
-    optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.optimiser.learning_rate,
-        betas=settings.optimiser.betas,
-        weight_decay=settings.optimiser.weight_decay,
-    )
+
+    def loss(piece: _Piece) -> Tensor:
+        logits = model(piece.rows.ids, use_cache=False).logits
+        answers, language = loss_sums(logits, piece.rows, vocabulary.ids[PAD])
+        return answers / piece.answers + settings.language_model_weight * language / piece.following
+
+    most_pieces = math.ceil(settings.batch / ROWS_AT_ONCE)
+    with SharedGradient(model, loss, most_pieces, settings.processes) as gradient:
+        optimiser = torch.optim.AdamW(
+            [gradient.weights],
+            lr=settings.optimiser.learning_rate,
+            betas=settings.optimiser.betas,
+            weight_decay=settings.optimiser.weight_decay,
+        )
+
+        def step(phase: Phase, learning_rate: float) -> float:
+            batch = draw_batch(rng, vocabulary, phase, settings.batch, boxes)
+            total = gradient.compute(_pieces(batch))
+            torch.nn.utils.clip_grad_norm_([gradient.weights], settings.optimiser.clip)
+            optimiser.param_groups[0]["lr"] = learning_rate
+            optimiser.step()
+            return total
+
+        curve = _take_phases(settings, step, model, checks, report)
+    return model.eval(), curve
+
+
+def _take_phases(
+    settings: Settings,
+    take_step: Callable[[Phase, float], float],
+    model: LlamaForCausalLM,
+    checks: "_Checks",
+    report: Report,
+) -> list[Progress]:
+    """All phases in turn; `take_step` is given the phase and the learning rate, and returns the loss."""
     curve: list[Progress] = []
     losses: list[float] = []
     step = 0
@@ -192,25 +250,27 @@ def _train(
         passed = False
         for phase_step in range(1, phase.most_steps + 1):
             fall = phase_step / phase.most_steps if name == last else 0.0
-            for group in optimiser.param_groups:
-                group["lr"] = _learning_rate(settings.optimiser, step, fall)
-            batch = draw_batch(rng, vocabulary, phase, settings.batch, boxes)
-            losses.append(_step(model, optimiser, batch, settings, vocabulary.ids[PAD]))
+            losses.append(take_step(phase, _learning_rate(settings.optimiser, step, fall)))
             step += 1
             if phase_step % settings.check_every == 0 or phase_step == phase.most_steps:
                 curve.append(checks.progress(model, step, name, float(np.mean(losses))))
                 losses.clear()
-                passed = phase.until is None or checks.accuracy(model, phase.until) >= phase.until.accuracy
+                passed = phase.until is None or checks.reached(model, phase.until, curve[-1]) >= phase.until.accuracy
             report(name, phase_step, phase.most_steps, curve[-1] if curve else None)
             if passed and phase.until is not None and name != last:
                 break
         if not passed and phase.until is not None:
-            reached = checks.accuracy(model, phase.until)
+            reached = checks.reached(model, phase.until, curve[-1])
             raise Stuck(
                 f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after"
                 f" {phase.most_steps} steps, and needs {phase.until.accuracy:.2f}"
             )
-    return model.eval(), curve
+    return curve
+
+
+def _pieces(batch: Batch) -> list[_Piece]:
+    following = int(batch.lengths.sum()) - len(batch.ids)
+    return [_Piece(rows, len(batch.place), following) for rows in batch.pieces(ROWS_AT_ONCE)]
 
 
 def _learning_rate(optimiser: Optimiser, step: int, fall: float) -> float:
@@ -218,24 +278,6 @@ def _learning_rate(optimiser: Optimiser, step: int, fall: float) -> float:
     warm = min(1.0, (step + 1) / max(1, optimiser.warmup))
     cosine = optimiser.final + (1 - optimiser.final) * (1 + math.cos(math.pi * fall)) / 2
     return optimiser.learning_rate * warm * cosine
-
-
-def _step(
-    model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, batch: Batch, settings: Settings, pad: int
-) -> float:
-    """One step of the optimiser; returns the loss. The pieces of a batch fit the processor's cache."""
-    optimiser.zero_grad()
-    following = int(batch.lengths.sum()) - len(batch.ids)
-    total = 0.0
-    for piece in batch.pieces(ROWS_AT_ONCE):
-        logits = model(piece.ids, use_cache=False).logits
-        answers, language = loss_sums(logits, piece, pad)
-        loss = answers / len(batch.place) + settings.language_model_weight * language / following
-        loss.backward()
-        total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimiser.clip)
-    optimiser.step()
-    return total
 
 
 def loss_sums(logits: Float[Tensor, "b t v"], batch: Batch, pad: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -269,10 +311,14 @@ class _Checks:
         correct, probability = old_task(model, *self.prompts[STANDARD, self.boxes])
         return Progress(step, phase, loss, float(correct.mean()), float(probability.mean()), self._induction(model))
 
-    def accuracy(self, model: LlamaForCausalLM, until: Until) -> float:
+    def reached(self, model: LlamaForCausalLM, until: Until, check: Progress) -> float:
+        """Accuracy at what ends a phase; `check` has just been made and may hold it already."""
         if until.template == REPEATS:
-            return self._induction(model)
-        correct, _ = old_task(model, *self.prompts[until.template, min(until.boxes, self.boxes)])
+            return check.induction
+        asked = until.template, min(until.boxes, self.boxes)
+        if asked == (STANDARD, self.boxes):
+            return check.accuracy
+        correct, _ = old_task(model, *self.prompts[asked])
         return float(correct.mean())
 
     @torch.no_grad()

@@ -118,7 +118,7 @@ class Phase(Section):
 class Pretrain(Section):
     """The base."""
 
-    threads: Count
+    processes: Count
     retries: NotNegativeCount
     batch: Count
     language_model_weight: NotNegative
