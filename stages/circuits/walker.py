@@ -196,6 +196,26 @@ class Walker:
         stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
         return Run(logits=logits[:, 0], **stacked)
 
+    def head_outputs(self, input_ids: Int[Tensor, "n t"], layers: int) -> Float[Tensor, "layers n t h a"]:
+        """z of the first layers of a full forward pass, without the layers above them.
+
+        Raises:
+            Invalid: as `run`.
+        """
+        check_tokens(input_ids, self.vocab_size, self.architecture.longest)
+        n, length = input_ids.shape
+        empty = torch.empty(n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
+        x = self.architecture.embed(input_ids)[:, None]
+        window = Window.tail(n, 0, length, self.dtype, self.device)
+        rotary = self.architecture.rotary(x, window.positions)
+        found: list[Tensor] = []
+        for layer in range(layers):
+            if layer > 0:
+                x = self.after_attention(layer - 1, x, self.attention_output(layer - 1, found[-1]))
+            seen = window.within(self.architecture.reach(layer))
+            found.append(self._attention(layer, x, 0, rotary[layer], seen, empty, empty, None)[2])
+        return torch.stack([z[:, 0] for z in found])
+
     def continue_from(
         self,
         background: Run | Prefix,
