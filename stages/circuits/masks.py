@@ -139,7 +139,7 @@ class PairRuns:
     target: Int[Tensor, " n"]
     desideratum: Int[Tensor, " n"]
 
-    def at(self, position: str, part: slice | Tensor) -> tuple[Run, Sites, Float[Tensor, "layers n 1 h a"]]:
+    def at(self, position: str, part: slice) -> tuple[Run, Sites, Float[Tensor, "layers n 1 h a"]]:
         """What an exchange at one site needs for some pairs: base run, sites, outputs of the source."""
         base = self.base.select(part)
         sites = Sites.tail(self.positions[position][part, None], base.keys.shape[-2], base.keys.dtype)
@@ -290,7 +290,7 @@ def train_masks(
     for batch in batches:
         fit = rows_that_fit(walker, *_tail_shape(batch, group.position), settings.memory_mib)
         parts = []
-        for part in _tails(batch.positions[group.position], fit):
+        for part in slices(len(batch.target), min(fit, TAIL_ROWS)):  # in order of their sites
             parts.append((*batch.at(group.position, part), batch.target[part], batch.desideratum[part]))
         counts = torch.bincount(batch.desideratum, minlength=n_desiderata)
         prepared.append((parts, counts.clamp(min=1).to(walker.dtype)))
@@ -419,11 +419,6 @@ def _nested(group: Group, order: Int[Tensor, " heads"]) -> list[Heads]:
 def _indices(group: Group) -> tuple[Int[Tensor, " heads"], Int[Tensor, " heads"]]:
     pairs = torch.tensor(group.heads)
     return pairs[:, 0], pairs[:, 1]
-
-
-def _tails(at: Int[Tensor, " n"], most: int) -> list[Int[Tensor, " rows"]]:
-    """Rows in parts of neighbouring sites, at most so many, so that few slots before a site are computed with it."""
-    return list(at.argsort(stable=True).split(min(most, TAIL_ROWS)))
 
 
 def _layers(groups: Sequence[Group]) -> int:
