@@ -39,7 +39,7 @@ def main(cell: Cell) -> None:
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     found = {}
     if circuit.identifiable:
-        with tqdm(total=len(circuit.groups) + len(DESIDERATA), desc="dcm", unit="step") as bar:
+        with tqdm(total=len(circuit.groups) + 2, desc="dcm", unit="step") as bar:
 
             def advance(what: str) -> None:
                 bar.set_postfix_str(what)

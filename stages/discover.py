@@ -23,6 +23,7 @@ from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Hop, paper_hops, search
 from stages.circuits.selection import Rule
+from stages.circuits.spread import SpreadPatcher
 from stages.circuits.trace import BACKEND
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
@@ -35,26 +36,32 @@ from stages.tasks.examples import read_examples
 def main(cell: Cell) -> None:
     settings = cell.params("discover")
     model, seed = cell.item["model"], cell.item["seed"]
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(1)
     examples = read_examples("data/old/discovery.parquet")
     if settings.examples > len(examples):
         raise Invalid(f"discover.examples = {settings.examples}: data/old/discovery.parquet holds {len(examples)}")
     examples = examples.select(slice(0, settings.examples))
 
     metric = Metric(settings.score)
-    patcher = PathPatcher(
-        Walker(load_model(f"models/{model}/{seed}")),
-        Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions),
-        measure_of(metric, examples.answer, examples.others),
-        settings.memory_mib,
-    )
+    walker = Walker(load_model(f"models/{model}/{seed}"))
+
+    def patcher_of(rows: slice) -> PathPatcher:
+        part = examples.select(rows)
+        pairs = Pairs(part.input_ids, part.corrupt_ids, part.positions, part.corrupt_positions)
+        measure = measure_of(metric, part.answer, part.others)
+        return PathPatcher(walker, pairs, measure, settings.memory_mib / settings.processes)
+
+    if settings.processes == 1:
+        patcher = patcher_of(slice(None))
+    else:
+        pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+        patcher = SpreadPatcher(walker, pairs, patcher_of, settings.processes)
     accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).float().mean())
     if accuracy < settings.identifiable_accuracy:
-        walker = patcher.walker
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
         attention = None
     else:
-        attention = mean_attention(patcher.walker, examples.input_ids, examples.positions, settings.memory_mib)
+        attention = mean_attention(walker, examples.input_ids, examples.positions, settings.memory_mib)
         circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
 
     with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:

@@ -13,6 +13,7 @@ def main(cell: Cell) -> None:
     from stages.measures.divergence import divergences
     from stages.measures.weights import per_head, per_matrix, whole
     from stages.pipeline.checkpoints import load_model
+    from stages.pipeline.processes import in_processes
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)
@@ -22,14 +23,18 @@ def main(cell: Cell) -> None:
     new_file = Path("data/new") / cell.params("new_task") / "evaluation.parquet"
     new = read_prompts(new_file).input_ids[: cell.params("drift.n_examples")]
 
+    passes = [(model, prompts) for prompts in (old, new) for model in (base, tuned)]
+    of_old_base, of_old_tuned, of_new_base, of_new_tuned = in_processes(
+        lambda part: last_logits(*part), passes, cell.params("drift.processes")
+    )
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
     heads = per_head(base, tuned, base.config.num_attention_heads, base.config.num_key_value_heads)
     record = {
         "arm": arm,
         "seed": int(seed),
-        "old": divergences(last_logits(base, old), last_logits(tuned, old)),
-        "new": divergences(last_logits(base, new), last_logits(tuned, new)),
+        "old": divergences(of_old_base, of_old_tuned),
+        "new": divergences(of_new_base, of_new_tuned),
         "weight_norm": norm,
         "weight_norm_relative": relative,
         "per_matrix": matrices,

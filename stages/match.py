@@ -85,14 +85,19 @@ def _refuse_shortcut_level(level: float, new_task: str) -> None:
 
 
 def _selection_accuracies(model_folder: Path, new_task: str) -> tuple[float, float]:
-    from stages.learning.probes import Probe  # heavy, and needed for untrained arms only
+    import torch  # heavy, and needed for untrained arms only
+
+    from stages.learning.probes import is_valid, last_log_probs
     from stages.pipeline.checkpoints import load_model
     from stages.tasks.examples import read_examples, read_prompts
 
+    torch.set_num_threads(1)  # two would mostly wait for each other in a model this small
     model = load_model(model_folder)
+    old = read_examples(Path("data/old/selection.parquet"))
     new = read_prompts(Path("data/new") / new_task / "selection.parquet")
-    scores = Probe.of(model, read_examples(Path("data/old/selection.parquet")), new).measure(model)
-    return scores["old_accuracy"], scores["new_accuracy"]
+    right_old = last_log_probs(model, old.input_ids).argmax(-1) == old.answer
+    right_new = is_valid(last_log_probs(model, new.input_ids), new.valid)
+    return right_old.double().mean().item(), right_new.double().mean().item()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
+from stages.circuits.spread import SpreadPatcher
 from stages.circuits.types import Component
+from stages.pipeline.stage import Invalid
 from tests.oracles import FAMILIES, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
 
 RECEIVERS = {
@@ -84,6 +86,34 @@ def test_memory_limit_changes_nothing_but_rounding():
         strict=True,
     ):
         assert float((ours - other).abs().max()) <= 1e-12
+
+
+def test_shares_of_the_examples_in_processes_change_nothing_but_rounding():
+    model, pairs = random_model("qwen2"), random_pairs(n=9)
+    walker = walker_of(model)
+
+    def share(rows: slice) -> PathPatcher:
+        part = Pairs(
+            pairs.clean_ids[rows],
+            pairs.corrupt_ids[rows],
+            {name: at[rows] for name, at in pairs.positions.items()},
+            {name: at[rows] for name, at in pairs.corrupt_positions.items()},
+        )
+        return PathPatcher(walker, part, difference, 64.0)
+
+    whole, spread = patcher_of(model, pairs), SpreadPatcher(walker, pairs, share, 2)
+    for name in ("clean", "corrupt", "clean_logits"):
+        assert float((getattr(whole, name) - getattr(spread, name)).abs().max()) <= 1e-12
+    for position in pairs.positions:
+        for ours, other in zip(
+            whole.head_effects(position, list(RECEIVERS.values())),
+            spread.head_effects(position, list(RECEIVERS.values())),
+            strict=True,
+        ):
+            assert ours.shape == other.shape
+            assert float((ours - other).abs().max()) <= 1e-12
+    with pytest.raises(Invalid, match="nowhere"):
+        spread.effects("nowhere", whole._every_head, [Receivers()])
 
 
 def test_a_clean_partner_has_no_effect():

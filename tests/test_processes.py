@@ -1,11 +1,13 @@
 """Work in forked processes: same results in the same order, and failures that are told."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from stages.pipeline.processes import in_processes
+from stages.pipeline.processes import Servers, in_processes
+from stages.pipeline.stage import Invalid
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -35,3 +37,27 @@ def test_a_failure_is_raised_with_its_traceback() -> None:
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(RuntimeError, match="status 7"):
         list(in_processes(lambda part: os._exit(7), range(2), 2))
+
+
+def test_servers_keep_their_share_and_answer_in_order() -> None:
+    def serve(share: int) -> Callable[[int], tuple[int, int]]:
+        asked = []
+
+        def answer(question: int) -> tuple[int, int]:
+            asked.append(question)
+            if question == 13:
+                raise Invalid("13 is not valid")
+            if question == 14:
+                raise KeyError("wrong")
+            return share * question, len(asked)
+
+        return answer
+
+    servers = Servers(serve, [1, 10])
+    assert servers.ask(2) == [(2, 1), (20, 1)]
+    assert servers.ask(3) == [(3, 2), (30, 2)], "a process remembers"
+    with pytest.raises(Invalid, match="13 is not valid"):
+        servers.ask(13)
+    with pytest.raises(RuntimeError, match="KeyError: 'wrong'"):
+        servers.ask(14)
+    assert servers.ask(4) == [(4, 5), (40, 5)]

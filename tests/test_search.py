@@ -217,7 +217,7 @@ def stage_cell(**changes: object) -> Cell:
         "max_depth": 4,
         "paper_top": None,
         "memory_mib": 64.0,
-        "threads": 1,
+        "processes": 1,
     } | changes
     settings = SimpleNamespace(**values, model_dump=lambda mode: values)
 

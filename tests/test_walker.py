@@ -113,3 +113,22 @@ def test_a_model_that_computes_something_else_is_refused():
     block.register_forward_hook(lambda module, args, output: output * 1.5)
     with pytest.raises(Invalid, match="does not reproduce this model"):
         walker_of(model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_the_fused_attention_equals_the_plain_one(kind, monkeypatch):
+    walker = walker_of(random_model(kind))
+    ids = random_pairs().clean_ids[:3]
+    length = ids.shape[1]
+    found = []
+    for slots in (1, 100):
+        monkeypatch.setattr("stages.circuits.walker.FUSED_SLOTS", slots)
+        run = walker.run(ids)
+        start = 5
+        tail = run.residual[1][:, None, start:].repeat(1, 2, 1, 1) * torch.tensor([1.0, 1.1])[:, None, None]
+        window = Window.tail(len(ids), start, length, walker.dtype)
+        found.append((run.logits, run.z, walker.continue_from(run, window, tail, 1), walker.head_outputs(ids, 2)))
+    for ours, other in zip(*found, strict=True):
+        assert float((ours - other).abs().max()) <= 1e-11
+    assert torch.equal(found[0][3], found[0][1][:2]), "the first layers are those of a whole run"

@@ -372,5 +372,5 @@ def _rotate(x: Float[Tensor, "n e s heads a"], cos: Tensor, sin: Tensor) -> Floa
     r = cos.shape[-1]
     turned = x if r == x.shape[-1] else x[..., :r]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = (turned * cos).addcmul_(torch.cat([-second, first], dim=-1), sin)
     return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], dim=-1)

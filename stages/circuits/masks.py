@@ -26,7 +26,6 @@ one batch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -48,6 +47,12 @@ from stages.circuits.exchange import (
 from stages.circuits.types import Group, Node
 from stages.circuits.walker import Run, Walker
 from stages.pipeline.processes import in_processes
+
+# Rows of a pass while masks are trained: fewer waste time between the operations, more make tails longer than needed.
+TAIL_ROWS = 16
+
+# set of heads, or "random" ones -> share of the pairs answered with the target
+Accuracies = dict[frozenset[tuple[int, int]] | str, float]
 
 Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
 
@@ -123,7 +128,7 @@ class PairRuns:
     Attributes:
         base: clean runs of the base prompts.
         positions: positions of the sites in the base prompts.
-        source: head outputs of the source prompts at their own sites.
+        source: head outputs of the source prompts at their own sites, up to the highest layer that is swapped.
         target: token that the desideratum asks for.
         desideratum: index of the desideratum of each pair.
     """
@@ -178,9 +183,9 @@ class PairTable:
         )
 
     @torch.no_grad()
-    def run(self, walker: Walker, rows: slice | Tensor) -> PairRuns:
-        """Run base and source prompts of some of the pairs."""
-        source = walker.run(self.source_ids[rows]).z
+    def run(self, walker: Walker, rows: slice | Tensor, layers: int | None = None) -> PairRuns:
+        """Run base and source prompts of some of the pairs, the source through so many layers only (None: all)."""
+        source = walker.head_outputs(self.source_ids[rows], walker.n_layers if layers is None else layers)
         return PairRuns(
             walker.run(self.base_ids[rows]),
             {name: position[rows] for name, position in self.base_positions.items()},
@@ -214,7 +219,7 @@ def component_masks(
         groups: groups of a circuit.
         settings: see `MaskSettings`.
         generator: draws the random heads of the control.
-        advance: called with what was finished, once a group and once a desideratum.
+        advance: called with what was finished: once a group, then for the selection and for the accuracies.
         processes: how many to spread the groups, then the pairs over.
 
     Raises:
@@ -229,7 +234,7 @@ def component_masks(
     table = PairTable.of([train[name] for name in names], sites)
     stride = max(1, len(table.target) // settings.batch)  # so every batch has early and late sites
     batches = [
-        table.run(walker, torch.arange(first, len(table.target), stride))
+        table.run(walker, torch.arange(first, len(table.target), stride), _layers(groups))
         for first in range(min(stride, settings.steps))
     ]
 
@@ -242,27 +247,38 @@ def component_masks(
         advance(f"masks of {group.name}")
     del batches
 
-    results: dict[str, dict[str, Carried]] = {group.name: {} for group in groups}
-    for d, name in enumerate(names):
-        nested = [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)]
-        found = swap_accuracies(walker, selection[name], groups, nested, settings.memory_mib, None, processes)
-        chosen = []
-        for sets, accuracy in zip(nested, found, strict=True):
-            chosen.append(sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)])
-        final = [[heads, group.heads] for heads, group in zip(chosen, groups, strict=True)]
-        found = swap_accuracies(walker, test[name], groups, final, settings.memory_mib, generator, processes)
-        for group, heads, accuracy in zip(groups, chosen, found, strict=True):
-            results[group.name][name] = Carried(
-                selected=heads,
+    nested = [
+        [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)] for d in range(len(names))
+    ]
+    pairs = [selection[name] for name in names]
+    found = swap_accuracies(walker, pairs, groups, nested, settings.memory_mib, None, processes)
+    advance("heads selected")
+    chosen = [
+        [
+            sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)]
+            for sets, accuracy in zip(*each, strict=True)
+        ]
+        for each in zip(nested, found, strict=True)
+    ]
+    final = [[[heads, group.heads] for heads, group in zip(each, groups, strict=True)] for each in chosen]
+    pairs = [test[name] for name in names]
+    found = swap_accuracies(walker, pairs, groups, final, settings.memory_mib, generator, processes)
+    advance("accuracies")
+    return {
+        group.name: {
+            name: Carried(
+                selected=chosen[d][g],
                 size=len(group.heads),
-                accuracy=accuracy[frozenset(heads)],
-                floor=accuracy[frozenset()],
-                all_heads_accuracy=accuracy[frozenset(group.heads)],
-                random_accuracy=accuracy["random"],
+                accuracy=found[d][g][frozenset(chosen[d][g])],
+                floor=found[d][g][frozenset()],
+                all_heads_accuracy=found[d][g][frozenset(group.heads)],
+                random_accuracy=found[d][g]["random"],
                 n_test=len(test[name].target),
             )
-        advance(f"accuracies of {name}")
-    return results
+            for d, name in enumerate(names)
+        }
+        for g, group in enumerate(groups)
+    }
 
 
 def train_masks(
@@ -274,7 +290,7 @@ def train_masks(
     for batch in batches:
         fit = rows_that_fit(walker, *_tail_shape(batch, group.position), settings.memory_mib)
         parts = []
-        for part in slices(len(batch.target), fit):
+        for part in slices(len(batch.target), min(fit, TAIL_ROWS)):  # in order of their sites
             parts.append((*batch.at(group.position, part), batch.target[part], batch.desideratum[part]))
         counts = torch.bincount(batch.desideratum, minlength=n_desiderata)
         prepared.append((parts, counts.clamp(min=1).to(walker.dtype)))
@@ -310,58 +326,76 @@ def nested_order(
 
 def swap_accuracies(
     walker: Walker,
-    pairs: Desideratum,
+    desiderata: Sequence[Desideratum],
     groups: Sequence[Group],
-    sets: Sequence[Sequence[Heads]],
+    sets: Sequence[Sequence[Sequence[Heads]]],
     memory_mib: float,
     generator: np.random.Generator | None = None,
     processes: int = 1,
-) -> list[dict[frozenset[tuple[int, int]] | str, float]]:
+) -> list[list[Accuracies]]:
     """Shares of pairs answered with the target when heads at a group's position are swapped.
 
     Args:
         walker: the model.
-        pairs: pairs of one desideratum.
+        desiderata: the pairs of each.
         groups: give the positions.
-        sets: sets of heads to swap, for each group.
+        sets: sets of heads to swap, for each desideratum and group.
         memory_mib: how much memory a pass may take, roughly.
         generator: draws as many random heads as the group has, anew for each pair; None: no such control.
         processes: how many to spread the pairs over.
 
     Returns:
-        for each group, the accuracy of each of its sets, of the empty set (the floor), and of "random" heads.
+        for each desideratum and group, the accuracy of each of its sets, of the empty set (the floor), and of "random"
+        heads.
     """
     shape = (walker.n_layers, walker.n_heads)
-    table = PairTable.of([pairs], sorted({group.position for group in groups}))
-    n, length = table.base_ids.shape
-    distinct = [sorted({frozenset(heads) for heads in each} - {frozenset()}, key=sorted) for each in sets]
-    weights = []
-    for group, each in zip(groups, distinct, strict=True):
-        nodes = [[Node(layer, head, group.position) for layer, head in heads] for heads in each]
-        weight = node_weights(nodes, [group.position], *shape).expand(n, -1, -1, -1, -1)
-        if generator is not None:
-            weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
-        weights.append(weight)
+    layers = None if generator is not None else _layers(groups)  # random heads are of any layer
+    tables: list[PairTable] = []
+    distinct: list[list[list[frozenset[tuple[int, int]]]]] = []
+    weights: list[list[Tensor]] = []
+    for pairs, of_groups in zip(desiderata, sets, strict=True):
+        table = PairTable.of([pairs], sorted({group.position for group in groups}))
+        tables.append(table)
+        distinct.append(
+            [sorted({frozenset(heads) for heads in each} - {frozenset()}, key=sorted) for each in of_groups]
+        )
+        weights.append([])
+        for group, each in zip(groups, distinct[-1], strict=True):
+            nodes = [[Node(layer, head, group.position) for layer, head in heads] for heads in each]
+            n = len(table.target)
+            weight = node_weights(nodes, [group.position], *shape).expand(n, -1, -1, -1, -1)
+            if generator is not None:
+                weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
+            weights[-1].append(weight)
 
     @torch.no_grad()
-    def hits_of(rows: slice) -> Int[Tensor, " counts"]:
+    def hits_of(part: tuple[int, slice]) -> Int[Tensor, " counts"]:
         """Hits with nothing swapped, then those of every set of every group."""
-        runs = table.run(walker, rows)
+        d, rows = part
+        runs = tables[d].run(walker, rows, layers)
         hits = [(runs.base.logits.argmax(-1) == runs.target).sum()[None]]
-        for group, weight in zip(groups, weights, strict=True):
+        for group, weight in zip(groups, weights[d], strict=True):
             if weight.shape[1]:
                 at = runs.at(group.position, slice(None))
                 logits = exchange_in_parts(walker, *at, weight[rows], memory_mib)
                 hits.append((logits.argmax(-1) == runs.target[:, None]).sum(0))
         return torch.cat(hits)
 
-    parts = slices(n, rows_that_fit(walker, length, length, memory_mib))
-    floor, *rest = reduce(torch.add, in_processes(hits_of, parts, processes)).tolist()
-    found = []
-    for each, weight in zip(distinct, weights, strict=True):
-        keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
-        hits, rest = rest[: weight.shape[1]], rest[weight.shape[1] :]
-        found.append(dict(zip(keys, [count / n for count in (floor, *hits)], strict=True)))
+    parts = []
+    for d, table in enumerate(tables):
+        n, length = table.base_ids.shape
+        parts += [(d, rows) for rows in slices(n, rows_that_fit(walker, length, length, memory_mib))]
+    hits = [torch.zeros((), dtype=torch.long) for _ in tables]
+    for (d, _), some in zip(parts, in_processes(hits_of, parts, processes), strict=True):
+        hits[d] = hits[d] + some
+    found: list[list[Accuracies]] = []
+    for d, table in enumerate(tables):
+        floor, *rest = [count / len(table.target) for count in hits[d].tolist()]
+        found.append([])
+        for each, weight in zip(distinct[d], weights[d], strict=True):
+            keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
+            shares, rest = rest[: weight.shape[1]], rest[weight.shape[1] :]
+            found[-1].append(dict(zip(keys, [floor, *shares], strict=True)))
     return found
 
 
@@ -385,6 +419,11 @@ def _nested(group: Group, order: Int[Tensor, " heads"]) -> list[Heads]:
 def _indices(group: Group) -> tuple[Int[Tensor, " heads"], Int[Tensor, " heads"]]:
     pairs = torch.tensor(group.heads)
     return pairs[:, 0], pairs[:, 1]
+
+
+def _layers(groups: Sequence[Group]) -> int:
+    """How many layers there are up to the highest one with a head of a group."""
+    return 1 + max(layer for group in groups for layer, _ in group.heads)
 
 
 def _tail_shape(pairs: PairRuns, position: str) -> tuple[int, int]:

@@ -199,7 +199,7 @@ class PaperTop(Section):
 
 
 class Discover(Section):
-    threads: Count
+    processes: Count
     hops: Literal["auto", "paper"]
     score: Literal["logit_difference", "relative_probability"]
     examples: Count
@@ -246,6 +246,7 @@ class Cmap(Section):
 
 
 class Drift(Section):
+    processes: Count
     n_examples: Count
 
 

@@ -11,10 +11,14 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
+
+from stages.pipeline.stage import Invalid
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 def in_processes(work: Callable[[Part], Result], parts: Sequence[Part], processes: int) -> Iterator[Result]:
@@ -59,6 +63,72 @@ def in_processes(work: Callable[[Part], Result], parts: Sequence[Part], processe
         for child in children:
             child.terminate()
             child.join()
+
+
+class Servers(Generic[Question, Answer]):
+    """Forked processes that stay: each prepares its share once, then answers the same questions about it.
+
+    Args:
+        serve: called in each process with its share; gives what answers there.
+        shares: one for each process. The parent must have run torch with one thread only, see `in_processes`.
+    """
+
+    def __init__(self, serve: Callable[[Part], Callable[[Question], Answer]], shares: Sequence[Part]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connections: list[Any] = []  # their class depends on the platform
+        for share in shares:
+            ours, theirs = context.Pipe()
+            # daemons end with the parent; a process that is born later holds the ends of its elders, so it closes them
+            process = context.Process(
+                target=_serve, args=(serve, share, theirs, [*self._connections, ours]), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+
+    def ask(self, question: Question) -> list[Answer]:
+        """The answers of all processes, in the order of their shares.
+
+        Raises:
+            Invalid: a process found bad input.
+            RuntimeError: a process failed; its traceback is in the message.
+        """
+        for connection in self._connections:
+            connection.send_bytes(pickle.dumps(question))
+        replies = []
+        for connection in self._connections:
+            try:
+                replies.append(pickle.loads(connection.recv_bytes()))
+            except EOFError:
+                raise RuntimeError("a process ended without an answer") from None
+        for failed, answer in replies:
+            if isinstance(failed, Invalid):
+                raise failed
+            if failed:
+                raise RuntimeError(f"a process failed:\n{answer}")
+        return [answer for _, answer in replies]
+
+
+def _serve(
+    serve: Callable[[Part], Callable[[Question], Answer]], share: Part, connection: Any, others: list[Any]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes Ctrl-C and ends its children
+    for other in others:
+        other.close()
+    answer = None
+    try:
+        while True:
+            question = pickle.loads(connection.recv_bytes())
+            try:
+                answer = answer or serve(share)
+                reply = (False, answer(question))
+            except Invalid as error:
+                reply = (error, "")
+            except BaseException:
+                reply = (True, traceback.format_exc())
+            connection.send_bytes(pickle.dumps(reply))
+    except (EOFError, BrokenPipeError):  # the parent has no more questions
+        pass
 
 
 def _child(
