@@ -147,7 +147,7 @@ def test_attention_of_the_training_is_the_eager_one() -> None:
     batch = draw_batch(np.random.default_rng(4), VOCABULARY, phase(), 12, 7)
     model = build_model(VOCABULARY, tiny().model, 0).double()
     found = []
-    for attention in (model.config._attn_implementation, "eager"):
+    for attention in (pretraining.ATTENTION, "eager"):
         model.set_attn_implementation(attention)
         logits = model(batch.ids, use_cache=False).logits
         loss = torch.stack(loss_sums(logits, batch, PAD_ID)).sum()

@@ -116,7 +116,7 @@ Report = Callable[[str, int, int, Progress | None], None]
 # Multiplications of float32 matrices may round their inputs to bfloat16 where the processor is faster at
 # that. Only training does so; whatever is measured later is computed in float32.
 MATMUL_PRECISION = "medium"
-_ATTENTION = "stages_training"  # the fused kernels suit longer texts; here they are slower
+ATTENTION = "stages_training"  # the fused kernels suit longer texts; here they are slower
 ROWS_AT_ONCE = 16  # rows of one forward and backward; more fall out of the processor's cache
 REPEATS = "repeats"  # the `until.template` that means strings said twice
 _INDUCTION_LENGTH = 16
@@ -143,7 +143,7 @@ def build_model(vocabulary: Vocabulary, size: ModelSize, seed: int) -> LlamaForC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     return model
 
 
@@ -157,8 +157,8 @@ def _attend(
     return mixed.view(query.shape).transpose(1, 2), None
 
 
-AttentionInterface.register(_ATTENTION, _attend)
-AttentionMaskInterface.register(_ATTENTION, eager_mask)
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def train(
