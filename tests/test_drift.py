@@ -100,7 +100,7 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_prompts(Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3]))
     for folder, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
         tiny_model(2, seed).save_pretrained(folder)
-    params = {"drift.n_examples": 10, "new_task": "adjacent"}
+    params = {"drift.n_examples": 10, "drift.processes": 1, "new_task": "adjacent"}
     monkeypatch.setattr(Cell, "params", lambda cell, path: params[path])
     drift.main(Cell("drift", {"arm": "grpo", "seed": "0"}))
     record = json.loads(Path("reports/cells/drift/grpo/0.json").read_text())
