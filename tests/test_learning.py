@@ -87,7 +87,8 @@ def tiny_examples(n: int = 24) -> Examples:
     ids = tiny_prompts(n).input_ids
     positions = {"last": torch.full((n,), LENGTH - 1)}
     return Examples(
-        input_ids=ids, answer=ids[:, 2], others=ids[:, [5, 8]], positions=positions, every_clause={"last": positions["last"][:, None]},
+        input_ids=ids, answer=ids[:, 2], others=ids[:, [5, 8]],
+        positions=positions, every_clause={"last": positions["last"][:, None]},
         corrupt_ids=ids.flip(0), corrupt_positions=positions,
     )  # fmt: skip
 
