@@ -19,9 +19,23 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import match
 from stages.learning import reinforcement, supervised
-from stages.learning.arms import grpo, noise, reinforce, self_sft, sft_gold, sft_replay
+from stages.learning.arms import (
+    grpo,
+    grpo_kl,
+    iterative_sft,
+    joint,
+    noise,
+    random_reward,
+    reinforce,
+    rloo,
+    self_sft,
+    sft_far,
+    sft_gold,
+    sft_oracle,
+    sft_replay,
+)
 from stages.learning.matching import moved_as_far, pick, read_checkpoint, read_curve
-from stages.learning.probes import Probe, is_valid, valid_mass
+from stages.learning.probes import Probe, is_valid, last_log_probs, last_logits, valid_mass
 from stages.learning.replay import as_old_task
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
@@ -151,9 +165,14 @@ def test_warm_up_rises_to_a_constant_rate_and_its_first_step_moves() -> None:
 # --- arms
 
 
-@pytest.mark.parametrize("arm", [sft_gold, self_sft, reinforce, grpo, sft_replay])
+ARMS_THAT_TRAIN = [
+    sft_gold, sft_far, sft_oracle, self_sft, iterative_sft, reinforce, grpo, rloo, random_reward, sft_replay, joint,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ARMS_THAT_TRAIN)
 def test_all_arms_see_the_same_prompts_in_the_same_order(arm) -> None:  # type: ignore[no-untyped-def]
-    section = SimpleNamespace(**vars(SECTION), fraction=0.2, relation="w0")
+    section = SimpleNamespace(**vars(SECTION), fraction=0.2, relation="w0", every=2, probability=0.5)
     run = tiny_run(arm.__name__.rpartition(".")[2], section=section)
     seen: list[torch.Tensor] = []
 
@@ -166,7 +185,7 @@ def test_all_arms_see_the_same_prompts_in_the_same_order(arm) -> None:  # type: 
     assert len(seen) == TRAINING.steps  # and so one forward pass a step, over each prompt once
     for rows, ids in zip(run.order, seen, strict=True):
         asked = {tuple(prompt) for prompt in run.train.input_ids[rows].tolist()}
-        extra = 1 if arm is sft_replay else 0
+        extra = 1 if arm is sft_replay else len(rows) if arm is joint else 0
         assert len(ids) == len(rows) + extra
         assert asked <= {tuple(prompt) for prompt in ids.tolist()}
 
@@ -237,6 +256,104 @@ def test_self_sft_targets_are_valid_fixed_and_drawn_from_the_base(monkeypatch: p
     used = np.unique(run.order)
     assert (first[used, None] == run.train.valid[used]).any(-1).all()
     assert len({int(run.train.valid[row].tolist().index(first[row])) for row in used}) == 2  # both answers occur
+
+
+def test_sft_far_takes_the_valid_answer_that_the_base_finds_least_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(supervised, "fit", lambda run, answers: seen.append(answers))
+    run = tiny_run("sft_far")
+    sft_far.train(run)
+    log_probs = last_log_probs(tiny_model(), run.train.input_ids)
+    for row in np.unique(run.order):
+        valid = [int(token) for token in run.train.valid[row] if token >= 0]
+        assert int(seen[0][row]) == min(valid, key=lambda token: float(log_probs[row, token]))
+
+
+def test_sft_oracle_equals_a_plain_loop_on_the_base_restricted_to_valid_answers() -> None:
+    run = tiny_run("sft_oracle")
+    sft_oracle.train(run)
+    base = last_log_probs(tiny_model(), run.train.input_ids).exp()
+    targets = torch.zeros_like(base)
+    for row, valid in enumerate(run.train.valid.tolist()):
+        for token in valid:
+            if token >= 0:
+                targets[row, token] = base[row, token]
+    targets = (targets / targets.sum(1, keepdim=True)).float()
+    oracle = plain_loop(run, lambda logp, rows: -(targets[rows] * logp).sum(1).mean())
+    error = largest_difference(run.model, oracle)
+    moved = largest_difference(run.model, tiny_model())
+    print(f"maximum error {error:.1e}, largest change {moved:.1e}")
+    assert error < 1e-6 < 1e-3 < moved
+
+
+def test_restriction_keeps_token_0_only_where_it_is_valid() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
+    found = sft_oracle.restricted(logits, torch.tensor([[2, -1], [0, 2]]))
+    assert found[0].tolist() == [0, 0, 1] and found[1, 1] == 0
+    assert found[1, 0].item() == pytest.approx(math.exp(2) / (math.exp(2) + math.exp(1)))
+
+
+def test_iterative_sft_with_one_draw_learns_fixed_valid_answers() -> None:
+    section = SimpleNamespace(temperature=1.0, every=TRAINING.steps)
+    run = tiny_run("iterative_sft", section=section)
+    generator = run.draw("answers")
+    iterative_sft.train(run)
+    rows = torch.from_numpy(np.unique(run.order))
+    valid = run.train.valid[rows]
+    logits = last_log_probs(tiny_model(), run.train.input_ids[rows]).float().gather(1, valid.clamp(min=0))
+    choice = torch.multinomial(logits.masked_fill(valid < 0, -torch.inf).softmax(-1), 1, generator=generator)
+    answers = torch.full((len(run.train.input_ids),), -1)
+    answers[rows] = valid.gather(1, choice)[:, 0]
+    oracle = plain_loop(run, lambda logp, rows: -logp.gather(1, answers[rows, None]).mean())
+    error = largest_difference(run.model, oracle)
+    print(f"maximum error {error:.1e}")
+    assert error < 1e-6
+    again = tiny_run("iterative_sft", section=SimpleNamespace(temperature=1.0, every=1))
+    iterative_sft.train(again)
+    assert largest_difference(again.model, run.model) > 1e-4, "answers drawn anew are others"
+
+
+def test_rloo_equals_a_plain_loop_with_the_other_samples_as_baseline() -> None:
+    run = tiny_run("rloo")
+    generator = run.draw("samples")
+    rloo.train(run)
+
+    def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(-1, 4)
+        reward = (draws[:, :, None] == run.train.valid[rows][:, None, :]).any(-1).float()
+        others = (reward.sum(1, keepdim=True) - reward) / 3
+        return -((reward - others) * logp.gather(1, draws)).mean()
+
+    error = largest_difference(run.model, plain_loop(run, loss))
+    moved = largest_difference(run.model, tiny_model())
+    print(f"maximum error {error:.1e}, largest change {moved:.1e}")
+    assert error < 1e-6 < 1e-3 < moved
+
+
+def test_grpo_kl_equals_a_plain_loop_against_the_base_on_disk(tmp_path: Path) -> None:
+    save_model(tiny_model(), tiny_tokenizer(), tmp_path / "base")
+    beta = 0.5
+    run = tiny_run("grpo_kl", section=SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=beta))
+    run.model.config._name_or_path = str(tmp_path / "base")  # as it is for a model that was loaded
+    generator = run.draw("samples")
+    grpo_kl.train(run)
+    base = last_logits(tiny_model(), run.train.input_ids).log_softmax(-1)
+
+    def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(-1, 4)
+        reward = (draws[:, :, None] == run.train.valid[rows][:, None, :]).any(-1).float()
+        ours = logp.gather(1, draws)
+        above = base[rows].gather(1, draws) - ours
+        # TRL's estimate of KL(policy || base), with the factor 1 that lets its gradient see the change of the samples
+        divergence = (above.exp() - above - 1) * (ours - ours.detach()).exp()
+        return (beta * divergence - (reward - reward.mean(1, keepdim=True)) * ours).mean()
+
+    error = largest_difference(run.model, plain_loop(run, loss))
+    unpenalised = tiny_run("grpo_kl")
+    grpo_kl.train(unpenalised)
+    matters = largest_difference(run.model, unpenalised.model)
+    print(f"maximum error {error:.1e}, the penalty changes {matters:.1e}")
+    assert error < 1e-6 < 1e-4 < matters
 
 
 def test_replay_asks_the_old_question_about_the_same_context() -> None:

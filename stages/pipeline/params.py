@@ -169,6 +169,18 @@ class SftReplay(Section):
     relation: str
 
 
+class IterativeSft(SelfSft):
+    every: Count
+
+
+class RandomReward(Reinforce):
+    probability: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Joint(Section):
+    relation: str
+
+
 class Noise(Section):
     scales: Rates
     learning_rates: Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
@@ -179,10 +191,17 @@ class Finetune(Section):
 
     common: Common
     sft_gold: Empty
+    sft_far: Empty
+    sft_oracle: Empty
     self_sft: SelfSft
+    iterative_sft: IterativeSft
     reinforce: Reinforce
     grpo: Grpo
+    grpo_kl: Grpo
+    rloo: Reinforce
+    random_reward: RandomReward
     sft_replay: SftReplay
+    joint: Joint
     noise: Noise
 
 

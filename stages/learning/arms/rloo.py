@@ -1,0 +1,22 @@
+"""REINFORCE with the mean reward of a prompt's *other* samples as baseline (RLOO; Ahmadian et al. 2024).
+
+The advantage is k / (k - 1) times that of `grpo`, with k samples a prompt, which is the same direction: an optimiser
+that divides by the size of past gradients makes little of the factor. It is TRL's RLOO with the one-pass sampling of
+`reinforcement`, which TRL's RLOOTrainer has no hook for.
+"""
+
+from stages.learning import reinforcement
+from stages.learning.rewards import validity
+from stages.learning.run import Run
+
+
+def train(run: Run) -> None:
+    samples = run.section.samples_per_prompt
+    valid = validity(run.train.valid)
+
+    def scaled(prompts: list[str], completion_ids: list[list[int]], **_: object) -> list[float | None]:
+        # r - mean of the others = k / (k - 1) (r - mean of all), so the factor may as well be in the reward
+        rewards = valid(prompts=prompts, completion_ids=completion_ids)
+        return [None if reward is None else reward * samples / (samples - 1) for reward in rewards]
+
+    reinforcement.fit(run, scaled, baseline=True, samples_per_prompt=samples, temperature=run.section.temperature)
