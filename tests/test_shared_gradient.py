@@ -75,9 +75,11 @@ def test_failures_and_deaths_are_told_and_leave_no_process() -> None:
 
 
 ENDLESS = """
+import signal
 import torch
 from stages.learning.shared_gradient import SharedGradient
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it from birth
 model = torch.nn.Linear(3, 1)
 with SharedGradient(model, lambda piece: model(piece).sum(), 2, 2) as gradient:
     print(*(child.pid for child, _ in gradient._children), flush=True)
