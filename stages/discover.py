@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.path_patching import Pairs, PathPatcher, Progress
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Hop, paper_hops, search
@@ -49,7 +49,10 @@ def main(cell: Cell) -> None:
         part = examples.select(rows)
         pairs = Pairs(part.input_ids, part.corrupt_ids, part.positions, part.corrupt_positions)
         measure = measure_of(metric, part.answer, part.others)
-        return PathPatcher(walker, pairs, measure, settings.memory_mib / settings.processes)
+        patcher = PathPatcher(walker, pairs, measure, settings.memory_mib / settings.processes)
+        if not rows.start:  # all processes have equal shares, so the first one tells how far all are
+            patcher.watch = _SenderBar()
+        return patcher
 
     if settings.processes == 1:
         patcher = patcher_of(slice(None))
@@ -111,6 +114,25 @@ def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tu
         top = settings.paper_top
         receivers, heads = (None, None) if top is None else (top.receivers, top.heads)
         return paper_hops(patcher, metric, rule, receivers, heads, report)
+
+
+class _SenderBar:
+    """A bar below the one of the hops, for questions that take more than a second: senders done, and the strongest of
+    them so far."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=progress.total, desc="  senders", unit="set", leave=False, delay=1.0, mininterval=0.5, position=1
+            )
+        self._bar.set_postfix_str(f"strongest {progress.strongest[:40]}: {progress.effect:+.3f}", refresh=False)
+        self._bar.update(int(progress.done) - self._bar.n)
+        if progress.done >= progress.total:
+            self._bar.close()
+            self._bar = None
 
 
 def _arrays(hops: list[Hop]) -> dict[str, np.ndarray]:

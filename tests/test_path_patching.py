@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
+from stages.circuits.path_patching import Pairs, PathPatcher, Progress, Receivers
 from stages.circuits.spread import SpreadPatcher
 from stages.circuits.types import Component
 from stages.pipeline.stage import Invalid
@@ -148,3 +148,18 @@ def test_the_corrupt_last_token_with_all_its_heads_is_the_corrupt_run():
     print(error, float(effect.abs().max()))
     assert float(effect.abs().max()) > 1e-2
     assert error <= 1e-12
+
+
+@pytest.mark.parametrize("memory", [64.0, 0.01])
+def test_progress_ends_with_all_senders_and_names_the_strongest(memory: float) -> None:
+    patcher = patcher_of(random_model("llama"), random_pairs(), memory)
+    told: list[Progress] = []
+    patcher.watch = told.append
+    receivers = [Receivers(Component.Q, ((2, 0), (2, 1)))]
+    effects = patcher.head_effects("last", receivers)[0].mean(-1)
+    assert [entry.done for entry in told] == sorted(entry.done for entry in told)
+    # only two layers are below the receivers, but a sweep that is kept for further questions has all of them
+    assert told[-1].done == told[-1].total == (12 if memory == 64.0 else 8)
+    layer, head = divmod(int(effects.abs().argmax()), effects.shape[1])
+    assert told[-1].strongest == f"{layer}.{head}"
+    assert told[-1].effect == pytest.approx(float(effects[layer, head]))

@@ -119,6 +119,23 @@ class Receivers:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far one question about many sets of senders is.
+
+    Attributes:
+        done: sets of senders; one that is done for a part of the examples and receivers counts by that part.
+        total: sets of senders that are run; those that can have no effect often are not.
+        strongest: heads of the set with the largest mean effect so far, as "layer.head, ...".
+        effect: that mean effect, in the unit of the measure.
+    """
+
+    done: float
+    total: int
+    strongest: str
+    effect: float
+
+
+@dataclass(frozen=True)
 class _Runs:
     """What is kept of the clean runs of some examples, and what the corrupt runs change.
 
@@ -221,6 +238,7 @@ class PathPatcher:
         clean: the measure on the clean runs, [n].
         corrupt: the measure on the corrupt runs, [n].
         clean_logits: at the last position of the clean runs, [n vocab].
+        watch: called now and then with the progress of a call of `effects`, and at its end; None by default.
 
     Results are on the CPU, wherever the model is.
 
@@ -241,6 +259,7 @@ class PathPatcher:
         self.walker = walker
         self.pairs = pairs
         self.measure = measure
+        self.watch: Callable[[Progress], None] | None = None
         self._budget = memory_mib * 2.0**20
         self._sweeps: dict[str, list[_Sweep]] = {}  # position -> sweeps of all single heads, one a batch
         self._sweeps_bytes = 0
@@ -301,6 +320,7 @@ class PathPatcher:
         stream *= self.walker.dtype.itemsize
         fixed = self._batch_bytes()
         sets = len(order) if keep_sweep else self._at_least_one(self._part_bytes() - fixed, stream)
+        done, steps = 0, len(order) * len(self.clean) * len(receivers)
         for rows in order.split(sets):
             joined = [int((first[rows] < depth).sum()) for depth in range(self.walker.n_layers + 1)]
             size = len(self.clean) if keep_sweep else self._at_least_one(self._part_bytes(), fixed + len(rows) * stream)
@@ -315,12 +335,23 @@ class PathPatcher:
                     for part, logits in self._read(receiver, sweep, joined):
                         measured = self._measured(logits, batch.index) - self.clean[batch.index, None]
                         result[rows[part][:, None], batch.index] = measured.T
+                        if self.watch is not None:
+                            done += (part.stop - part.start) * len(batch.index)
+                            self._tell(done / steps, senders[order], result[order])
+        if self.watch is not None and steps:
+            self._tell(1.0, senders[order], results[0][order])
         for receiver, result in zip(receivers, results, strict=True):
             if not bool(torch.isfinite(result).all()):
                 row = int((~torch.isfinite(result)).any(1).int().argmax())
-                heads = ", ".join(f"{layer}.{head}" for layer, head in senders[row].nonzero().tolist())
-                check_finite(result[row], f"the effect of {heads} at '{position}' on {receiver}")
+                check_finite(result[row], f"the effect of {_names(senders[row])} at '{position}' on {receiver}")
         return results
+
+    def _tell(self, share: float, senders: Bool[Tensor, "e layers h"], result: Float[Tensor, "e n"]) -> None:
+        """Say how far a call of `effects` is; examples that are not done yet count as unchanged."""
+        assert self.watch is not None
+        effects = result.mean(1)
+        best = int(effects.abs().argmax())
+        self.watch(Progress(share * len(senders), len(senders), _names(senders[best]), float(effects[best])))
 
     def _begin(
         self, position: str, size: int, senders: Bool[Tensor, "e layers h"], joined: list[int], keep: set[int] | None
@@ -544,6 +575,10 @@ class PathPatcher:
 def _slices(total: int, size: int) -> Iterator[slice]:
     for first in range(0, total, size):
         yield slice(first, min(first + size, total))
+
+
+def _names(senders: Bool[Tensor, "layers h"]) -> str:
+    return ", ".join(f"{layer}.{head}" for layer, head in senders.nonzero().tolist())
 
 
 def _first_layer(senders: Bool[Tensor, "e layers h"]) -> Int[Tensor, "e"]:

@@ -32,7 +32,7 @@ class SpreadPatcher(PathPatcher):
     """
 
     def __init__(self, walker: Walker, pairs: Pairs, make: Callable[[slice], PathPatcher], processes: int) -> None:
-        self.walker, self.pairs = walker, pairs
+        self.walker, self.pairs, self.watch = walker, pairs, None  # each process may have a patcher that is watched
         layers, heads = walker.n_layers, walker.n_heads
         self._every_head = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
         n = len(pairs.clean_ids)
