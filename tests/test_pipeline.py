@@ -130,6 +130,8 @@ BAD = [
     ("match.noise_like", "ppo", "match.noise_like"),
     ("contrast.contrasts", [["grpo", "ppo"]], "ppo"),
     ("contrast.base_faithfulness", 1.1, "contrast.base_faithfulness"),
+    ("pretrain.settle", -1, "pretrain.settle"),
+    ("pretrain.curriculum.settle", PARAMS["pretrain"]["curriculum"]["final"], "no phase may be named 'settle'"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
 ]
 

@@ -6,8 +6,10 @@
 2. The loss of a step is the cross-entropy with the soft targets of `curriculum.py`, plus a small
    language-model loss on all tokens.
 3. The learning rate warms up, stays, and falls as a cosine during the last phase.
-4. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
-5. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
+4. With `settle`, so many further steps follow on the batches of the last phase, soft targets and all, at the
+   learning rate that it ended with. How settled a base is decides how well it keeps the old task later on.
+5. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
+6. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
    weights and batches of the next derived seed.
 """
 
@@ -82,7 +84,7 @@ class TrainingPhase(Phase, Protocol):
 
 @runtime_checkable
 class Settings(Protocol):
-    """The section `pretrain` of params.yaml, as far as training needs it."""
+    """The section `pretrain` of params.yaml, as far as training needs it; `settle` in steps."""
 
     processes: int
     model: ModelSize
@@ -91,6 +93,7 @@ class Settings(Protocol):
     language_model_weight: float
     check_every: int
     check_prompts: int
+    settle: int
     curriculum: Mapping[str, TrainingPhase]
 
 
@@ -119,6 +122,7 @@ MATMUL_PRECISION = "medium"
 ATTENTION = "stages_training"  # the fused kernels suit longer texts; here they are slower
 ROWS_AT_ONCE = 16  # rows of one forward and backward; more fall out of the processor's cache
 REPEATS = "repeats"  # the `until.template` that means strings said twice
+SETTLE = "settle"  # the name of the steps after the last phase, in the checks
 _INDUCTION_LENGTH = 16
 
 
@@ -245,25 +249,28 @@ def _take_phases(
     curve: list[Progress] = []
     losses: list[float] = []
     step = 0
-    last = list(settings.curriculum)[-1]
-    for name, phase in settings.curriculum.items():
+    *_, last = settings.curriculum
+    phases = [(name, phase, phase.most_steps) for name, phase in settings.curriculum.items()]
+    if settings.settle:
+        phases.append((SETTLE, settings.curriculum[last], settings.settle))
+    for name, phase, most_steps in phases:
         passed = False
-        for phase_step in range(1, phase.most_steps + 1):
-            fall = phase_step / phase.most_steps if name == last else 0.0
+        for phase_step in range(1, most_steps + 1):
+            fall = phase_step / most_steps if name == last else float(name == SETTLE)
             losses.append(take_step(phase, _learning_rate(settings.optimiser, step, fall)))
             step += 1
-            if phase_step % settings.check_every == 0 or phase_step == phase.most_steps:
+            if phase_step % settings.check_every == 0 or phase_step == most_steps:
                 curve.append(checks.progress(model, step, name, float(np.mean(losses))))
                 losses.clear()
                 passed = phase.until is None or checks.reached(model, phase.until, curve[-1]) >= phase.until.accuracy
-            report(name, phase_step, phase.most_steps, curve[-1] if curve else None)
-            if passed and phase.until is not None and name != last:
+            report(name, phase_step, most_steps, curve[-1] if curve else None)
+            if passed and phase.until is not None and name not in (last, SETTLE):
                 break
         if not passed and phase.until is not None:
             reached = checks.reached(model, phase.until, curve[-1])
             raise Stuck(
                 f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after"
-                f" {phase.most_steps} steps, and needs {phase.until.accuracy:.2f}"
+                f" {most_steps} steps, and needs {phase.until.accuracy:.2f}"
             )
     return curve
 

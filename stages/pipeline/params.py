@@ -124,9 +124,17 @@ class Pretrain(Section):
     language_model_weight: NotNegative
     check_every: Count
     check_prompts: Count
+    settle: NotNegativeCount
     model: ModelSize
     optimiser: Optimiser
     curriculum: dict[str, Phase]
+
+    @field_validator("curriculum")
+    @classmethod
+    def _keep_the_name_of_the_settling(cls, curriculum: dict[str, Phase]) -> dict[str, Phase]:
+        if "settle" in curriculum:
+            raise ValueError("no phase may be named 'settle': so are called the steps after the last one")
+        return curriculum
 
 
 class Common(Section):
