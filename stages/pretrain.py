@@ -41,6 +41,7 @@ def main(cell: Cell) -> None:
         "stuck": stuck,
         "steps": curve[-1].step,
         "settle": settings.settle,
+        "stop_at": settings.stop_at,
         "phase_ends": {check.phase: check.step for check in curve},
         "parameters": model.num_parameters(),
         "old_accuracy": float(correct.mean()),

@@ -48,6 +48,7 @@ def tiny(**changes: Any) -> Any:
         "check_every": 2,
         "check_prompts": 8,
         "settle": 0,
+        "stop_at": None,
         "curriculum": {"first": phase(until=until), "final": phase()},
     }
     return SimpleNamespace(**(settings | changes))
@@ -221,6 +222,26 @@ def test_settling_goes_on_where_the_last_phase_ended(
     monkeypatch.setattr(pretraining._Checks, "reached", lambda *_: next(calls))  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(Stuck, match="phase 'settle' reached accuracy 0.50 .* after 2 steps, and needs 1.00"):
         train(VOCABULARY, tiny(settle=2, curriculum={"final": phase(until=until)}), 3, [0, 0])
+
+
+def test_training_stops_at_the_first_check_that_is_good_enough_in_any_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.1, 0.5, 0.7, 0.9])
+
+    def rising(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(ids),), next(accuracies)), torch.zeros(len(ids))
+
+    monkeypatch.setattr(pretraining, "old_task", rising)
+    never = SimpleNamespace(template="standard", boxes=3, accuracy=1.0)  # what the phase would demand at its end
+    curriculum = {"first": phase(until=None), "final": phase(until=never, most_steps=40)}
+    _, curve = train(VOCABULARY, tiny(stop_at=0.66, curriculum=curriculum), 3, [0, 0])
+    assert [check.accuracy for check in curve] == pytest.approx([0.1, 0.5, 0.7])
+    assert (curve[-1].phase, curve[-1].step) == ("final", 6)
+    accuracies = iter([0.7])
+    _, curve = train(VOCABULARY, tiny(stop_at=0.66), 3, [0, 0])
+    assert (curve[-1].phase, curve[-1].step) == ("first", 2)
+    accuracies = iter([0.1, 0.2, 0.3, 0.2])
+    with pytest.raises(Stuck, match=r"no check reached accuracy 0.66 on 3 boxes, the best 0.30"):
+        train(VOCABULARY, tiny(stop_at=0.66), 3, [0, 0])
 
 
 def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@
 3. The learning rate warms up, stays, and falls as a cosine during the last phase.
 4. With `settle`, so many further steps follow on the batches of the last phase, soft targets and all, at the
    learning rate that it ended with. How settled a base is decides how well it keeps the old task later on.
-5. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
-6. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
-   weights and batches of the next derived seed.
+5. With `stop_at`, training ends at the first check, of whatever phase, at which the old task with all boxes is
+   answered that well: a half-trained base, which still has something of the old task to learn.
+6. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
+7. A phase that is not passed in `most_steps`, or a `stop_at` that is never reached, is stuck: the attempt is
+   given up, and the next one starts from weights and batches of the next derived seed.
 """
 
 import math
@@ -84,7 +86,8 @@ class TrainingPhase(Phase, Protocol):
 
 @runtime_checkable
 class Settings(Protocol):
-    """The section `pretrain` of params.yaml, as far as training needs it; `settle` in steps."""
+    """The section `pretrain` of params.yaml, as far as training needs it; `settle` in steps, `stop_at` an
+    accuracy or None."""
 
     processes: int
     model: ModelSize
@@ -94,6 +97,7 @@ class Settings(Protocol):
     check_every: int
     check_prompts: int
     settle: int
+    stop_at: float | None
     curriculum: Mapping[str, TrainingPhase]
 
 
@@ -254,7 +258,7 @@ def _take_phases(
     if settings.settle:
         phases.append((SETTLE, settings.curriculum[last], settings.settle))
     for name, phase, most_steps in phases:
-        passed = False
+        passed = stop = False
         for phase_step in range(1, most_steps + 1):
             fall = phase_step / most_steps if name == last else float(name == SETTLE)
             losses.append(take_step(phase, _learning_rate(settings.optimiser, step, fall)))
@@ -263,7 +267,10 @@ def _take_phases(
                 curve.append(checks.progress(model, step, name, float(np.mean(losses))))
                 losses.clear()
                 passed = phase.until is None or checks.reached(model, phase.until, curve[-1]) >= phase.until.accuracy
+                stop = settings.stop_at is not None and curve[-1].accuracy >= settings.stop_at
             report(name, phase_step, most_steps, curve[-1] if curve else None)
+            if stop:
+                return curve
             if passed and phase.until is not None and name not in (last, SETTLE):
                 break
         if not passed and phase.until is not None:
@@ -272,6 +279,9 @@ def _take_phases(
                 f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after"
                 f" {most_steps} steps, and needs {phase.until.accuracy:.2f}"
             )
+    if settings.stop_at is not None:
+        best = max(check.accuracy for check in curve)
+        raise Stuck(f"no check reached accuracy {settings.stop_at:.2f} on {checks.boxes} boxes, the best {best:.2f}")
     return curve
 
 
