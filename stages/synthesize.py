@@ -14,12 +14,12 @@ import numpy as np
 
 from stages.pipeline.files import replacing_directory, write_json
 from stages.pipeline.stage import Cell, run
+from stages.tasks.arithmetic import prompt_tokens
 from stages.tasks.contexts import SPLITS, Split
 from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import write_examples, write_pairs, write_prompts
-from stages.tasks.relations import NEW_TASKS, draw_prompts
-from stages.tasks.shortcuts import shortcut_scores
+from stages.tasks.new_tasks import NEW_TASKS
 from stages.tasks.tokenizer import build_tokenizer
 from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary
 
@@ -50,15 +50,21 @@ def main(cell: Cell) -> None:
             size = settings.old[name]
             examples = draw_examples(rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means")
             write_examples(folder / f"{name}.parquet", examples)
-    scores = {}
+    tasks = {}
     with replacing_directory(DATA / "new") as folder:
-        for task, relation in NEW_TASKS.items():
-            (folder / task).mkdir()
-            for name, size in settings.new.items():
-                prompts = draw_prompts(rng(f"new/{task}/{name}"), words, relation, Split(name), size, boxes)
-                write_prompts(folder / task / f"{name}.parquet", prompts)
-                if name == "train":
-                    scores[task] = shortcut_scores(prompts)
+        for name, task in NEW_TASKS.items():
+            (folder / name).mkdir()
+            for split, size in settings.new.items():
+                prompts = task.draw(rng(f"new/{name}/{split}"), words, Split(split), size, boxes)
+                write_prompts(folder / name / f"{split}.parquet", prompts)
+                if split == "train":
+                    scores = task.shortcuts(prompts)
+                    tasks[name] = {
+                        "sign": task.sign,
+                        "valid_answers": prompts.valid.shape[1],
+                        "shortcuts": scores,
+                        "best_shortcut": max(scores.values()),
+                    }
     chance = {}
     with replacing_directory(DATA / "desiderata") as folder:
         for desideratum in DESIDERATA:
@@ -74,22 +80,14 @@ def main(cell: Cell) -> None:
         {
             "vocabulary": {"tokens": len(words), "objects": list(OBJECTS), "labels": list(LABELS)},
             "boxes": boxes,
-            "prompt_tokens": 7 * boxes + 5,
+            "prompt_tokens": prompt_tokens(boxes),
             "splits": list(SPLITS),
             "sizes": {
                 "old": dict(settings.old),
                 "new": dict(settings.new),
                 "desiderata": dict(settings.desiderata),
             },
-            "new_tasks": {
-                task: {
-                    "verb": relation.verb,
-                    "valid_answers": max(len(relation.valid(boxes, clause)) for clause in range(boxes)),
-                    "shortcuts": scores[task],
-                    "best_shortcut": max(scores[task].values()),
-                }
-                for task, relation in NEW_TASKS.items()
-            },
+            "new_tasks": tasks,
             "desiderata": {name: {"floors": chance[name]} for name in DESIDERATA},
         },
     )

@@ -15,8 +15,9 @@ from stages.learning.curriculum import draw_batch, draw_queries
 from stages.learning.pretraining import Stuck, build_model, loss_sums, new_task, old_task, train
 from stages.pipeline.checkpoints import load_model, save_model
 from stages.pipeline.stage import Invalid
+from stages.tasks import arithmetic
 from stages.tasks.contexts import Contexts, Split, splits
-from stages.tasks.relations import NEW_TASKS, draw_prompts
+from stages.tasks.relations import RELATIONS, draw_prompts
 from stages.tasks.templates import TEMPLATES
 from stages.tasks.tokenizer import build_tokenizer
 from stages.tasks.vocabulary import LABELS, OBJECTS, PAD, WORDS, vocabulary
@@ -110,6 +111,26 @@ def test_repeats_and_the_cap_on_boxes() -> None:
     assert torch.equal(said[:, None], batch.options) and (batch.weights == 1).all()
     few = draw_batch(np.random.default_rng(2), VOCABULARY, phase(repeats=0.0), 64, 3)
     assert int((few.weights > 0).sum(dim=1).max()) <= 3
+
+
+def test_sums_are_rows_of_their_own() -> None:
+    parts = phase().tasks | {"arithmetic": SimpleNamespace(share=0.4, own=0.3)}
+    batch = draw_batch(np.random.default_rng(2), VOCABULARY, phase(repeats=0.0, tasks=parts), 60, 7)
+    width = batch.ids.shape[1]
+    signs = [WORDS[int(batch.ids[divmod(int(place), width)])] for place in batch.place]
+    rows = {int(place) // width for place, sign in zip(batch.place, signs, strict=True) if sign == "="}
+    assert 12 < len(rows) < 36 and len(batch.ids) == 60
+    for place, options, weights in zip(batch.place, batch.options, batch.weights, strict=True):
+        row, column = divmod(int(place), width)
+        if row in rows:
+            numbers = [int(WORDS[int(i)]) for i in batch.ids[row, column - 2 * arithmetic.NUMBERS + 1 : column : 2]]
+            assert [WORDS[int(index)] for index in options[:2]] == [str(sum(numbers)), str(numbers[0])]
+            assert weights.tolist() == pytest.approx([0.7, 0.3] + [0.0] * 5)
+            assert tuple(numbers) in set(map(tuple, arithmetic.questions(Split.TRAIN).tolist()))
+    for row in rows:  # every sum is trained whose numbers are all there
+        trained = [int(place) % width for place in batch.place if int(place) // width == row]
+        words = [WORDS[int(index)] for index in batch.ids[row]]
+        assert sorted(trained) == [i for i, word in enumerate(words) if word == "=" and i >= 2 * arithmetic.NUMBERS]
 
 
 def test_pieces_of_a_batch_add_up_to_its_loss() -> None:
@@ -245,7 +266,7 @@ def test_training_stops_at_the_first_check_that_is_good_enough_in_any_phase(monk
 
 
 def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = draw_prompts(np.random.default_rng(0), VOCABULARY, NEW_TASKS["precedes"], Split.TRAIN, 6, 3)
+    prompts = draw_prompts(RELATIONS["precedes"], np.random.default_rng(0), VOCABULARY, Split.TRAIN, 6, 3)
 
     def quarter(model: Any, ids: torch.Tensor) -> torch.Tensor:
         """Every right answer has probability 1/4, one word that is no object the rest."""

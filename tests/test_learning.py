@@ -36,7 +36,6 @@ from stages.learning.arms import (
 )
 from stages.learning.matching import moved_as_far, pick, read_checkpoint, read_curve
 from stages.learning.probes import Probe, is_valid, last_log_probs, last_logits, valid_mass
-from stages.learning.replay import as_old_task
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
@@ -113,7 +112,7 @@ def tiny_run(arm: str, rate: float = 1e-3, section: object = SECTION, training: 
         base, Probe.of(base, tiny_examples(), prompts), checkpoint_steps(training), lambda step, row: None
     )
     order = prompt_order(len(prompts), training, seed=5)
-    return Run(arm, 5, rate, training, section, base, tiny_tokenizer(), prompts, order, recorder)
+    return Run(arm, 5, rate, training, section, base, tiny_tokenizer(), prompts, tiny_prompts(30), order, recorder)
 
 
 def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
@@ -172,7 +171,7 @@ ARMS_THAT_TRAIN = [
 
 @pytest.mark.parametrize("arm", ARMS_THAT_TRAIN)
 def test_all_arms_see_the_same_prompts_in_the_same_order(arm) -> None:  # type: ignore[no-untyped-def]
-    section = SimpleNamespace(**vars(SECTION), fraction=0.2, relation="w0", every=2, probability=0.5)
+    section = SimpleNamespace(**vars(SECTION), fraction=0.2, every=2, probability=0.5)
     run = tiny_run(arm.__name__.rpartition(".")[2], section=section)
     seen: list[torch.Tensor] = []
 
@@ -356,13 +355,23 @@ def test_grpo_kl_equals_a_plain_loop_against_the_base_on_disk(tmp_path: Path) ->
     assert error < 1e-6 < 1e-4 < matters
 
 
-def test_replay_asks_the_old_question_about_the_same_context() -> None:
-    #                       a   lab b   lab c   lab     ask lab rel the
-    ids = torch.tensor([[1, 10, 20, 11, 21, 12, 22, 5, 21, 7, 8], [1, 12, 22, 10, 20, 11, 21, 5, 22, 7, 8]])
-    questions, answers = as_old_task(ids, torch.tensor([[10, 11, 12], [10, 11, 12]]), relation=6)
-    assert questions[:, -2].tolist() == [6, 6]
-    assert torch.equal(questions[:, :-2], ids[:, :-2]) and ids[0, -2] == 7
-    assert answers.tolist() == [11, 12]
+@pytest.mark.parametrize(("arm", "extra"), [(sft_replay, 1), (joint, 6)])
+def test_rehearsed_prompts_are_the_old_task_s_with_their_answers(
+    monkeypatch: pytest.MonkeyPatch, arm: Any, extra: int
+) -> None:
+    run = tiny_run("joint", section=SimpleNamespace(fraction=0.2))
+    given: list[Any] = []
+    monkeypatch.setattr(supervised, "fit", lambda *arguments: given.extend(arguments))
+    arm.train(run)
+    _, answers, ids, old_answers = given
+    assert answers is run.train.canonical
+    assert ids.shape == (*old_answers.shape, LENGTH) and old_answers.shape == (len(run.order), extra)
+    known = {
+        tuple(row.tolist()): int(answer)
+        for row, answer in zip(run.rehearsal.input_ids, run.rehearsal.canonical, strict=True)
+    }
+    for row, answer in zip(ids.flatten(0, 1), old_answers.flatten(), strict=True):
+        assert known[tuple(row.tolist())] == answer
 
 
 def test_noise_moves_every_tensor_by_its_fraction_along_one_direction() -> None:
@@ -452,6 +461,7 @@ def jobs_for(workplace: Path, arm: str, section: object, folder: Path, base: str
     new = data / "new/adjacent"
     paths = [
         workplace / base,
+        new / "train.parquet",
         new / "train.parquet",
         data / "old/selection.parquet",
         new / "selection.parquet",

@@ -135,6 +135,7 @@ BAD = [
     ("pretrain.stop_at", 0.0, "pretrain.stop_at"),
     ("pretrain.stop_at", 1.5, "pretrain.stop_at"),
     ("pretrain", PARAMS["pretrain"] | {"stop_at": 0.66, "settle": 400}, "settle = 400: must be 0 with stop_at"),
+    ("new_task", "arithmetic", "new_task = 'arithmetic': must be a task of"),
     ("new_task", "contains", "pretrain.stop_at = null: must be below match.level = 0.95"),
     ("pretrain.curriculum.final.tasks", {"contains": {"share": 0.1, "own": 0.4}}, "'contains': must be one of"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
@@ -156,7 +157,7 @@ def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
     """params.py knows nothing of the task modules, so that refusing a value is quick; here they are compared."""
     from stages.pipeline import params
     from stages.tasks.desiderata import LEAST_BOXES
-    from stages.tasks.relations import NEW_TASKS
+    from stages.tasks.new_tasks import NEW_TASKS
     from stages.tasks.vocabulary import LABELS, OBJECTS
 
     assert set(params.NEW_TASKS) == set(NEW_TASKS)

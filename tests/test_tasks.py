@@ -11,6 +11,7 @@ import torch
 
 from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.stage import Invalid
+from stages.tasks import arithmetic
 from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
 from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
@@ -23,7 +24,7 @@ from stages.tasks.examples import (
     write_pairs,
     write_prompts,
 )
-from stages.tasks.relations import NEW_TASKS, draw_prompts, make_prompts, query_words, target_weights
+from stages.tasks.relations import RELATIONS, draw_prompts, make_prompts, query_words, target_weights
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, render
 from stages.tasks.tokenizer import build_tokenizer
@@ -181,10 +182,10 @@ ORACLE = {  # task -> (clause asked for, all clauses) -> right clauses
 VERB = {"adjacent": "adjoins", "lacks": "lacks", "precedes": "precedes", "contains": "contains"}
 
 
-@pytest.mark.parametrize("task", NEW_TASKS)
+@pytest.mark.parametrize("task", RELATIONS)
 @pytest.mark.parametrize("boxes", [3, 7, 25])
 def test_new_tasks_have_the_right_answers(task: str, boxes: int) -> None:
-    prompts = draw_prompts(rng(3), VOCABULARY, NEW_TASKS[task], Split.SELECTION, 56, boxes)
+    prompts = draw_prompts(RELATIONS[task], rng(3), VOCABULARY, Split.SELECTION, 56, boxes)
     assert prompts.input_ids.shape == (56, 7 * boxes + 5)
     asked = Counter()
     for i in range(len(prompts)):
@@ -206,31 +207,90 @@ def test_new_tasks_have_the_right_answers(task: str, boxes: int) -> None:
 
 
 def test_two_boxes_have_one_neighbour() -> None:
-    prompts = draw_prompts(rng(), VOCABULARY, NEW_TASKS["adjacent"], Split.TRAIN, 4, 2)
+    prompts = draw_prompts(RELATIONS["adjacent"], rng(), VOCABULARY, Split.TRAIN, 4, 2)
     assert prompts.valid.shape == (4, 1)
     assert (prompts.valid[:, 0] != -1).all()
 
 
 def test_soft_targets_sum_to_one() -> None:
-    weights = target_weights(NEW_TASKS["adjacent"], 7, 0.4)
+    weights = target_weights(RELATIONS["adjacent"], 7, 0.4)
     assert weights[0].tolist() == pytest.approx([0.4, 0.3, 0, 0, 0, 0, 0.3])
-    assert target_weights(NEW_TASKS["precedes"], 7, 0.4).sum(axis=1).tolist() == pytest.approx([1] * 6 + [0])
+    assert target_weights(RELATIONS["precedes"], 7, 0.4).sum(axis=1).tolist() == pytest.approx([1] * 6 + [0])
 
 
 def test_shortcuts_are_scored_from_the_prompts() -> None:
     expected = {"adjacent": 2 / 7, "lacks": 6 / 7, "precedes": 1 / 7, "contains": 1 / 7}
     for task, chance in expected.items():
-        scores = shortcut_scores(draw_prompts(rng(4), VOCABULARY, NEW_TASKS[task], Split.TRAIN, 4200, 7))
+        scores = shortcut_scores(draw_prompts(RELATIONS[task], rng(4), VOCABULARY, Split.TRAIN, 4200, 7))
         print(task, scores)
         assert scores["random_context_object"] == pytest.approx(chance)
         assert scores.get("own_object") == (None if task == "contains" else 0)  # there it is the task itself
         assert max(scores.values()) < chance + 0.05
     # worked by hand: three boxes, always the first one asked for, so its neighbours are clauses 1 and 2
     contexts = draw_contexts(rng(), Split.TRAIN, 8, 3)
-    by_hand = shortcut_scores(make_prompts(VOCABULARY, NEW_TASKS["adjacent"], contexts, np.zeros(8, np.int64)))
+    by_hand = shortcut_scores(make_prompts(VOCABULARY, RELATIONS["adjacent"], contexts, np.zeros(8, np.int64)))
     assert by_hand["first_object"] == by_hand["own_object"] == 0
     assert by_hand["last_object"] == by_hand["most_frequent_canonical_clause"] == 1
     assert by_hand["random_context_object"] == pytest.approx(2 / 3)
+
+
+def read_sums(ids: torch.Tensor) -> tuple[list[str], list[list[int]]]:
+    """Words of a prompt of arithmetic, and the numbers of its whole sums with their results, the question last."""
+    words = words_of(ids)
+    *solved, asked = " ".join(words[1:]).split(" , ")
+    full = [part for part in solved if len(part.split()) == 2 * arithmetic.NUMBERS + 1]
+    sums = [[int(word) for word in part.split() if word.isdigit()] for part in (*full, asked)]
+    return words, sums
+
+
+@pytest.mark.parametrize("boxes", [3, 7, 25])
+def test_sums_are_right_as_long_as_old_prompts_and_of_their_split(boxes: int) -> None:
+    known = {tuple(row) for row in arithmetic.questions(Split.TRAIN).tolist()}
+    for split in (Split.TRAIN, Split.SELECTION, Split.EVALUATION):
+        prompts = arithmetic.draw_prompts(rng(3), VOCABULARY, split, 60, boxes)
+        assert (
+            prompts.input_ids.shape == draw_examples(rng(), VOCABULARY, split, 1, boxes).input_ids.expand(60, -1).shape
+        )
+        own = {tuple(row) for row in arithmetic.questions(split).tolist()}
+        for ids, right, canonical, results in zip(*vars(prompts).values(), strict=True):
+            words, (*solved, asked) = read_sums(ids)
+            assert words[0] == "<bos>" and words[-1] == "=" and "Box" not in words
+            assert all(sum(numbers) == result for *numbers, result in solved)
+            assert all(tuple(numbers) in known for *numbers, _ in solved)
+            assert tuple(asked) in own and words_of(right) == [str(sum(asked))] == [WORDS[int(canonical)]]
+            assert int(canonical) in results.tolist()
+            assert not set(asked) & {sum(asked)}  # no number of a question is its answer
+            assert build_tokenizer().encode(" ".join(words[1:])) == ids.tolist()
+
+
+def test_questions_belong_to_one_split_each_for_ever() -> None:
+    sets = [
+        {tuple(q) for q in arithmetic.questions(s).tolist()} for s in (Split.TRAIN, Split.SELECTION, Split.EVALUATION)
+    ]
+    sizes = [len(questions) for questions in sets]
+    print(sizes)
+    assert len(set.union(*sets)) == sum(sizes) == arithmetic.LARGEST**arithmetic.NUMBERS
+    assert min(sizes) > 0.12 * sum(sizes) and sizes[0] > 0.5 * sum(sizes)
+    digest = hashlib.sha256(repr([sorted(questions) for questions in sets]).encode()).hexdigest()
+    assert digest.startswith("12053881e443bc8e")
+    with pytest.raises(ValueError, match="no questions in split 'pruning'"):
+        arithmetic.questions(Split.PRUNING)
+
+
+def test_shortcuts_of_arithmetic() -> None:
+    prompts = arithmetic.draw_prompts(rng(4), VOCABULARY, Split.TRAIN, 3000, 7)
+    scores = arithmetic.shortcut_scores(prompts)
+    print(scores)
+    sums = [read_sums(ids)[1] for ids in prompts.input_ids]
+    assert scores["last_result"] == pytest.approx(np.mean([s[-2][-1] == sum(s[-1]) for s in sums]))
+    shared = [[sum((Counter(n) & Counter(s[-1])).values()) for *n, _ in s[:-1]] for s in sums]
+    alike = [max(range(len(row)), key=lambda i, row=row: (row[i], i)) for row in shared]
+    assert scores["result_of_most_alike"] == pytest.approx(
+        np.mean([s[i][-1] == sum(s[-1]) for s, i in zip(sums, alike, strict=True)])
+    )
+    frequent = Counter(sum(s[-1]) for s in sums).most_common(1)[0][1] / len(sums)
+    assert scores["most_frequent_answer"] == pytest.approx(frequent)
+    assert max(scores.values()) < 0.8
 
 
 @pytest.mark.parametrize("desideratum", DESIDERATA)
@@ -275,7 +335,7 @@ def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
 def test_files_give_back_what_was_written_and_the_same_bytes(tmp_path: Path) -> None:
     sets: Any = (
         (draw_examples(rng(), VOCABULARY, Split.TRAIN, 9, 7), write_examples, read_examples),
-        (draw_prompts(rng(), VOCABULARY, NEW_TASKS["lacks"], Split.TRAIN, 9, 7), write_prompts, read_prompts),
+        (draw_prompts(RELATIONS["lacks"], rng(), VOCABULARY, Split.TRAIN, 9, 7), write_prompts, read_prompts),
         (draw_pairs(rng(), VOCABULARY, "positional", Split.TRAIN, 9, 7), write_pairs, read_pairs),
     )
     for rows, write, read in sets:

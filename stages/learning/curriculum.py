@@ -6,7 +6,8 @@
 2. Each query carries a soft target over the objects of its context. `contains` puts 1 - spread on the right
    object and spreads the rest, so that its probability settles there instead of saturating (a saturated model
    has no effects to measure). A new task puts a part on the box's own object, so that the base knows the task
-   a little but not well.
+   a little but not well. `arithmetic` has no boxes to be asked for; its sums are rows of their own, and the part on
+   a wrong answer goes to the first number of each.
 3. A phase (`Phase`) says which rows and queries are drawn; `pretraining.py` moves from one to the next.
 """
 
@@ -19,16 +20,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.tasks.arithmetic import QUESTION, SOLVED, draw_sums, prompt_tokens, render_sums
 from stages.tasks.contexts import Contexts, Split, draw_absent_label, draw_clauses, draw_contexts
-from stages.tasks.relations import CONTAINS, NEW_TASKS, Relation, query_words, render_queries, target_weights
+from stages.tasks.new_tasks import ARITHMETIC
+from stages.tasks.relations import CONTAINS, RELATIONS, Relation, query_words, render_queries, target_weights
 from stages.tasks.templates import context_pattern, render
 from stages.tasks.vocabulary import BOS, PAD, SPECIAL, Vocabulary
 
 
 @runtime_checkable
 class TaskShare(Protocol):
-    """How a new task enters a phase: its share of the queries, and the target probability of the box's own
-    object."""
+    """How a new task enters a phase: its share of the queries (of `arithmetic`, of the rows), and the target
+    probability of the box's own object (of `arithmetic`, of the first number)."""
 
     share: float
     own: float
@@ -107,6 +110,11 @@ def draw_batch(rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, r
     """
     repeats = int((rng.random(rows) < phase.repeats).sum())
     parts = [_repeat(rng, vocabulary) for _ in range(repeats)]
+    if ARITHMETIC in phase.tasks:
+        task = phase.tasks[ARITHMETIC]
+        sums = min(int((rng.random(rows) < task.share).sum()), rows - repeats)
+        parts += [_sums(rng, vocabulary, task.own, sums, most_boxes)] if sums else []
+        rows -= sums
     names = list(phase.templates)
     shares = np.array([phase.templates[name] for name in names])
     fewest, most = (min(limit, most_boxes) for limit in phase.boxes)
@@ -146,18 +154,36 @@ def draw_repeats(rng: np.random.Generator, vocabulary: Vocabulary, rows: int, le
     return np.concatenate([np.full((rows, 1), vocabulary.ids[BOS]), string, string], axis=1)
 
 
+def _sums(rng: np.random.Generator, vocabulary: Vocabulary, own: float, n: int, boxes: int) -> _Part:
+    """Prompts of arithmetic, whose every whole sum is trained."""
+    tokens = prompt_tokens(boxes)
+    sums = draw_sums(rng, Split.TRAIN, n, tokens)
+    ids = render_sums(vocabulary, sums, tokens)
+    column = np.arange(tokens - 1, QUESTION - 1, -SOLVED)  # every `=` that has its whole question before it
+    trained = sums[:, ::-1][:, : len(column)]
+    options = vocabulary.numbers[np.stack([trained.sum(axis=2), trained[:, :, 0]], axis=2) - 1]
+    return _Part(
+        ids,
+        np.repeat(np.arange(n), len(column)),
+        np.tile(column, n),
+        options.reshape(-1, 2),
+        np.tile([1 - own, own], (n * len(column), 1)),
+    )
+
+
 def _queries(
     rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, template: str, contexts: Contexts
 ) -> _Part:
     n, boxes = contexts.objects.shape
     objects = vocabulary.objects[contexts.objects]
-    relations = [CONTAINS, *(NEW_TASKS[name] for name in phase.tasks)]
+    tasks = {name: task for name, task in phase.tasks.items() if name != ARITHMETIC}
+    relations = [CONTAINS, *(RELATIONS[name] for name in tasks)]
     # contains: spread over the other objects = every object gets spread / (boxes - 1), the right one the rest
     targets = [np.full((boxes, boxes), phase.spread / (boxes - 1))]
     np.fill_diagonal(targets[0], 1 - phase.spread)
-    targets += [target_weights(NEW_TASKS[name], boxes, task.own) for name, task in phase.tasks.items()]
+    targets += [target_weights(RELATIONS[name], boxes, task.own) for name, task in tasks.items()]
     table = np.stack(targets)  # [relation, queried clause, clause]
-    shares = np.array([task.share for task in phase.tasks.values()])
+    shares = np.array([task.share for task in tasks.values()])
 
     order = np.argsort(rng.random((n, boxes)), axis=1)  # [n, query]: the clause that each query asks for
     asked = rng.choice(len(relations), size=(n, boxes), p=[1 - shares.sum(), *shares])

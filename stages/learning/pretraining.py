@@ -35,7 +35,7 @@ from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.learning.shared_gradient import SharedGradient
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
-from stages.tasks.relations import NEW_TASKS, draw_prompts
+from stages.tasks.new_tasks import NEW_TASKS
 from stages.tasks.templates import STANDARD, TEMPLATES
 from stages.tasks.vocabulary import BOS, EOS, PAD, Vocabulary
 
@@ -382,7 +382,6 @@ def measure_base(
         correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
         fewer[str(size)] = float(correct.mean())
     tasks = {}
-    for name, relation in NEW_TASKS.items():
-        prompts = draw_prompts(rng, vocabulary, relation, Split.SELECTION, n, boxes)
-        tasks[name] = new_task(model, prompts)
+    for name, task in NEW_TASKS.items():
+        tasks[name] = new_task(model, task.draw(rng, vocabulary, Split.SELECTION, n, boxes))
     return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}

@@ -81,6 +81,7 @@ class Run:
         model: the base, in float32, to be changed in place.
         tokenizer: of the base.
         train: the new task's training split.
+        rehearsal: the old task's, as long prompts, for arms that rehearse it.
         order: rows of `train` used in each step; equal for all arms of a seed.
         recorder: keeps checkpoints.
     """
@@ -93,6 +94,7 @@ class Run:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerFast"
     train: "Prompts"
+    rehearsal: "Prompts"
     order: Int[np.ndarray, "step prompt"]
     recorder: Recorder
 

@@ -37,6 +37,7 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
         model=model,
         tokenizer=tokenizer,
         train=train,
+        rehearsal=read_prompts(job.rehearsal),
         order=prompt_order(len(train), job.training, job.seed),
         recorder=recorder,
     )

@@ -30,7 +30,8 @@ class Job:
     Attributes:
         index: of the learning rate in the grid; names the file `lr<index>.safetensors` in `folder`.
         section: params of the arm.
-        base, train, old, new: paths of the base, the training split, and both selection splits.
+        base, train, rehearsal, old, new: paths of the base, the training splits of the new and the old task, and both
+            selection splits.
     """
 
     arm: str
@@ -41,6 +42,7 @@ class Job:
     section: Any
     base: Path
     train: Path
+    rehearsal: Path
     old: Path
     new: Path
     folder: Path

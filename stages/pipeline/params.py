@@ -59,7 +59,7 @@ Betas = Annotated[
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
-LEARNED_LATE = ("adjacent", "lacks", "precedes")  # new tasks that the base learns a little of, in a late phase
+LEARNED_LATE = ("adjacent", "lacks", "precedes", "arithmetic")  # the base learns a little of them, in a late phase
 NEW_TASKS = (*LEARNED_LATE, "contains")
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
 
@@ -191,7 +191,6 @@ class Grpo(Reinforce):
 
 class SftReplay(Section):
     fraction: Annotated[float, Field(gt=0, le=1)]
-    relation: str
 
 
 class IterativeSft(SelfSft):
@@ -200,10 +199,6 @@ class IterativeSft(SelfSft):
 
 class RandomReward(Reinforce):
     probability: Annotated[float, Field(gt=0, lt=1)]
-
-
-class Joint(Section):
-    relation: str
 
 
 class Noise(Section):
@@ -226,7 +221,7 @@ class Finetune(Section):
     rloo: Reinforce
     random_reward: RandomReward
     sft_replay: SftReplay
-    joint: Joint
+    joint: Empty
     noise: Noise
 
 
@@ -374,6 +369,12 @@ def _check_axes(params: Params) -> None:
         )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
+    learned = {task for phase in params.pretrain.curriculum.values() for task in phase.tasks}
+    if params.new_task not in {*learned, "contains"}:
+        raise Invalid(
+            f"params.yaml: new_task = '{params.new_task}': must be a task of a phase of pretrain.curriculum "
+            f"({', '.join(sorted(learned))}), so that the base is right now and then"
+        )
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
         valid = ", ".join(arm for arm in params.arms if arm != "noise")
         raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
@@ -407,7 +408,7 @@ def _check_sizes(params: Params) -> None:
 def _check_levels(params: Params) -> None:
     boxes, match = params.synthesize.boxes, params.match
     # what naming any object of the context scores; `match` also compares with the scores measured on the data
-    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1}[
+    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}[
         params.new_task
     ] / boxes
     if match.level <= shortcut:

@@ -45,7 +45,7 @@ def _next(boxes: int, clause: int) -> tuple[int, ...]:
 
 
 CONTAINS = Relation("contains", lambda boxes, clause: (clause,))
-NEW_TASKS = {
+RELATIONS = {
     "adjacent": Relation("adjoins", _neighbours),  # either neighbour, in a circle: 2 right answers of 7
     "lacks": Relation("lacks", _others),  # any other object: 6 of 7, so naming any object scores .857
     "precedes": Relation("precedes", _next),  # the next clause's object: 1 of 7; the last clause is not queried
@@ -79,7 +79,7 @@ def target_weights(relation: Relation, boxes: int, own: float) -> Float[np.ndarr
 
 
 def draw_prompts(
-    rng: np.random.Generator, vocabulary: Vocabulary, relation: Relation, split: Split, n: int, boxes: int
+    relation: Relation, rng: np.random.Generator, vocabulary: Vocabulary, split: Split, n: int, boxes: int
 ) -> Prompts:
     """Draw prompts of one new task, standard template; each clause that can be queried equally often."""
     contexts = draw_contexts(rng, split, n, boxes)

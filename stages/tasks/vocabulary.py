@@ -1,4 +1,4 @@
-"""The words of the tasks: objects, box labels and the few words of the templates, each one token."""
+"""The words of the tasks: objects, box labels, numbers and the few words of the templates, each one token."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,10 @@ OBJECTS = tuple(
     " pipe plate potato purse ribbon ring rope saddle scarf shell shoe shovel soap spoon sword towel"
     " umbrella vase violin wallet whistle yarn zipper".split()
 )
-WORDS = (*SPECIAL, *FUNCTION, *OBJECTS, *LABELS)
+SIGNS = ("+", "=")
+LARGEST_NUMBER = 15
+NUMBERS = tuple(str(number) for number in range(1, LARGEST_NUMBER + 1))
+WORDS = (*SPECIAL, *FUNCTION, *OBJECTS, *LABELS, *SIGNS, *NUMBERS)
 
 SPLIT = re.compile(r"<\w+>|\w+|[^\w\s]")  # how the tokenizer cuts text: special tokens, words, single marks
 
@@ -37,11 +40,13 @@ class Vocabulary:
         ids: word -> token id.
         objects: token id of every object, in the order of OBJECTS.
         labels: token id of every box label, in the order of LABELS.
+        numbers: token id of every number, from 1 on.
     """
 
     ids: dict[str, int]
     objects: Int[np.ndarray, "objects"]
     labels: Int[np.ndarray, "labels"]
+    numbers: Int[np.ndarray, "numbers"]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,4 +67,5 @@ def vocabulary() -> Vocabulary:
         ids,
         np.array([ids[word] for word in OBJECTS]),
         np.array([ids[word] for word in LABELS]),
+        np.array([ids[word] for word in NUMBERS]),
     )

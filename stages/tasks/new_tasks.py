@@ -1,0 +1,35 @@
+"""The registry of new tasks: how the prompts of each are drawn, and what it yields to shortcuts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from stages.tasks import arithmetic, relations, shortcuts
+from stages.tasks.contexts import Split
+from stages.tasks.examples import Prompts
+from stages.tasks.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """What a model may be fine-tuned on.
+
+    Attributes:
+        sign: the word that says what is asked for.
+        draw: (randomness, vocabulary, split, number of prompts, boxes) -> prompts, as long as those of entity
+            tracking with so many boxes.
+        shortcuts: name of a rule that does not solve the task -> how often it is right on these prompts.
+    """
+
+    sign: str
+    draw: Callable[[np.random.Generator, Vocabulary, Split, int, int], Prompts]
+    shortcuts: Callable[[Prompts], dict[str, float]]
+
+
+ARITHMETIC = "arithmetic"
+NEW_TASKS = {
+    name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
+    for name, relation in relations.RELATIONS.items()
+} | {ARITHMETIC: NewTask("=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}
