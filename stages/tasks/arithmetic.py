@@ -39,7 +39,9 @@ def questions(split: Split) -> Int[np.ndarray, "questions numbers"]:
         ValueError: the split has none.
     """
     if split not in _SPLITS:
-        raise ValueError(f"arithmetic has no questions in split '{split}': must be one of {', '.join(set(_SPLITS))}")
+        raise ValueError(
+            f"arithmetic has no questions in split '{split}': must be one of {', '.join(dict.fromkeys(_SPLITS))}"
+        )
     every = np.stack(np.meshgrid(*[np.arange(1, LARGEST + 1)] * NUMBERS, indexing="ij"), axis=-1).reshape(-1, NUMBERS)
     values = [sha256(bytes(question)).digest()[0] for question in every.astype(np.uint8)]
     return every[np.array([_SPLITS[value % len(_SPLITS)] == split for value in values])]
