@@ -22,7 +22,6 @@ test: $(READY) ## format check, lint, types, and all tests with one smoke run of
 	ruff format --check stages tests
 	ruff check stages tests
 	basedpyright --level error
-	python -m stages.pipeline.dependencies
 	python -m pytest
 
 smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
