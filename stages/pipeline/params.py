@@ -132,6 +132,7 @@ class Pretrain(Section):
 class Common(Section):
     """What all arms share."""
 
+    processes: Count
     learning_rates: Rates
     steps: Count
     prompts_per_step: Count
