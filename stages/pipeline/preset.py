@@ -111,9 +111,9 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
     for clone in (whole, *clones.values()):
         cache = ["config", "--local", "cache.dir", str(Path.cwd() / ".dvc" / "cache")]
         subprocess.run([*DVC, *cache], cwd=clone, check=True, capture_output=True)
-    done = len(_joined([_locked(clone) for clone in clones.values()]))
-    print(table(estimate(params), done), flush=True)
-    if not _run_cells(clones, folder, total=estimate(params)["dvc"][0] - 2):
+    costs, done = estimate(params, len(clones)), len(_joined([_locked(clone) for clone in clones.values()]))
+    print(table(costs, len(clones), done), flush=True)
+    if not _run_cells(clones, folder, total=costs["dvc"][0] - 2):  # all but contrast and report
         return 1
     lock = {"schema": "2.0", "stages": _joined([_locked(clone) for clone in (whole, *clones.values())])}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
