@@ -69,7 +69,7 @@ def evaluate(
     with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
         removed = [group.nodes for group in groups]
         found = evaluate_circuits(
-            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes
+            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes, [nodes]
         )
         if base is walker:
             base_full, base_kept = found.full, found.in_place.means()[0]

@@ -80,7 +80,7 @@ class Evaluation:
         full: the whole model, one variant.
         in_place: each circuit, everything else mean-ablated.
         without: the model without each set of nodes.
-        in_queried_clause: the first circuit, kept in no other clause; no variant where there is no circuit.
+        in_queried_clause: each circuit that was asked for so, kept in no other clause.
     """
 
     full: Readout
@@ -107,6 +107,7 @@ def evaluate_circuits(
     clauses: Clauses | str = Clauses.EVERY,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
+    queried: Sequence[Collection[Node]] = (),
 ) -> Evaluation:
     """Run a model whole, with each circuit in place, and without each set of nodes.
 
@@ -120,6 +121,7 @@ def evaluate_circuits(
         clauses: where nodes at a token of a clause are kept or removed.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
+        queried: nodes that stay in the queried clause alone, whatever `clauses` says.
     """
     length = examples.input_ids.shape[1]
 
@@ -132,8 +134,8 @@ def evaluate_circuits(
         kept = circuits_in_place(walker, background, means, places, circuits, memory_mib)
         lost = [nodes_removed(walker, clean, means, places, nodes, memory_mib) for nodes in removed]
         lost = torch.stack(lost, 1) if lost else clean.logits[:, None][:, :0]
-        queried = circuits_in_place(walker, background, means, part.positions, circuits[:1], memory_mib)
-        runs = (clean.logits[:, None], kept, lost, queried)
+        in_queried_clause = circuits_in_place(walker, background, means, part.positions, queried, memory_mib)
+        runs = (clean.logits[:, None], kept, lost, in_queried_clause)
         return tuple(Readout.of(logits, part.answer, part.others) for logits in runs)
 
     found = []
