@@ -3,7 +3,9 @@
 The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
 the same in the queried clause alone, the model's own circuit, random circuits of the same shape, the circuit
 without each of its groups, and the model without each group. `inspection` is a closer look at that circuit on
-the pruning split: complete, minimal, faithful at which size, and fed by which layers.
+the pruning split: complete, minimal, faithful at which size, and fed by which layers. `examples` has a text of 0 and 1
+for the whole model and for the base's circuit in it: which examples of the evaluation split, in the order of its file,
+are answered right.
 """
 
 from pathlib import Path
@@ -21,7 +23,7 @@ from stages.circuits.scores import Metric
 from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
-from stages.measures.faithfulness import circuit_record, evaluate_circuits, in_tail_order, ratio
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio, tail_order
 from stages.measures.inspection import inspect
 from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_model
@@ -60,7 +62,8 @@ def evaluate(
     groups = base_circuit.groups if base_circuit.identifiable else ()
     nodes = frozenset(base_circuit.nodes if base_circuit.identifiable else ())
     own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
-    old = in_tail_order(old, {node.position for node in nodes})
+    order = tail_order(old, {node.position for node in nodes})
+    old = old.select(order)
     generator = np.random.default_rng([seed, 0])
     shape = (walker.n_layers, walker.n_heads)
     random = [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
@@ -109,6 +112,8 @@ def evaluate(
             }
             for index, group in enumerate(groups)
         },
+        "examples": {"model": outcomes(after, order)}
+        | ({"circuit": outcomes(found.in_place.correct[:, 0], order)} if nodes else {}),
         "random": _random_record(kept[2 + len(groups) :], full) if random else None,
     }
 

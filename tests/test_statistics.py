@@ -1,6 +1,5 @@
 """Statistics against answers worked out by hand, and contrasts that say what they leave out."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from stages import contrast as stage
 from stages.pipeline.stage import Invalid
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare
+from stages.statistics.hierarchical import difference, hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
     equivalence_p,
@@ -43,13 +44,42 @@ def test_sign_flip_by_hand(differences: list[float], expected: float) -> None:
     assert sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
 
 
-def test_sign_flip_against_enumeration() -> None:
-    x = np.random.default_rng(3).normal(0.4, 1.0, 7)
-    sums = [abs(float(np.dot(signs, x))) for signs in itertools.product((1, -1), repeat=len(x))]
-    p = sum(total >= abs(float(x.sum())) - 1e-12 for total in sums) / len(sums)
-    found = sign_flip_p(x)
-    print("max error", abs((found or 0) - p))
-    assert found == pytest.approx(p, abs=1e-12)
+def scipy_sign_flip_p(x: np.ndarray) -> float:
+    """The test as scipy has it: slow, and over all patterns."""
+    result = stats.permutation_test(
+        (x, np.zeros_like(x)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",  # swaps a difference with its zero, which flips its sign
+        n_resamples=2 ** len(x),  # all of them, so the p is exact
+        vectorized=True,
+    )
+    return float(result.pvalue)
+
+
+def test_sign_flip_against_scipy() -> None:
+    """Differences without ties, with many (whole numbers), and of a scale where rounding shows (tenths)."""
+    rng = np.random.default_rng(3)
+    cases = [rng.normal(rng.normal(), 1.0, rng.integers(2, 11)) for _ in range(60)]
+    cases += [rng.integers(-3, 5, rng.integers(2, 11)) / 1.0 for _ in range(60)]
+    cases += [tenths / 10 for tenths in (rng.integers(1, 9, rng.integers(2, 10)) for _ in range(30))]
+    errors = [abs((sign_flip_p(x) or 0.0) - scipy_sign_flip_p(x)) for x in cases]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-12
+
+
+def test_sign_flip_sees_ties_that_rounding_hides() -> None:
+    """Tenths of whole numbers have the p of the whole numbers, also where they nearly cancel."""
+    rng = np.random.default_rng(4)
+    cases = [[1, 2, -3], *(rng.integers(-4, 5, 9).tolist() for _ in range(100))]
+    assert sum([0.1, 0.2, -0.3]) != 0
+    for whole in cases:
+        assert sign_flip_p([value / 10 for value in whole]) == sign_flip_p([float(value) for value in whole]), whole
+
+
+def test_sign_flip_of_many_pairs() -> None:
+    assert sign_flip_p([0.1] * 29 + [-0.1]) == pytest.approx(62 / 2**30, abs=1e-15)  # none or one sign of 30 differs
+    with pytest.raises(Invalid, match="41 pairs"):
+        sign_flip_p([0.1] * 41)
 
 
 def test_smallest_p_is_reached() -> None:
@@ -66,6 +96,14 @@ def test_nothing_without_data() -> None:
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04 times 4 3 2 1, made monotone: .04 .06 .06 .06
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_holm_against_statsmodels() -> None:
+    rng = np.random.default_rng(5)
+    families = [rng.integers(0, 20, rng.integers(1, 8)) / 20 for _ in range(50)]
+    errors = [np.abs(np.array(holm(p.tolist())) - multipletests(p, method="holm")[1]).max() for p in families]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-15
 
 
 def test_holm_counts_what_could_not_be_tested() -> None:
@@ -160,6 +198,51 @@ def test_a_measure_that_is_undefined_is_named(tmp_path: Path) -> None:
     assert primary["excluded"] == [{"seed": "1", "reason": "undefined for", "models": ["grpo"]}]
 
 
+def naive_hierarchical(seeds: list[np.ndarray], resamples: int) -> list[float]:
+    """Means of the resamples, one example after another."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        differences = []
+        for chosen in rng.integers(len(seeds), size=len(seeds)):
+            arm, arm_of, reference, reference_of = seeds[chosen]
+            drawn = rng.integers(len(arm), size=len(arm))
+            first = arm[drawn].sum() / arm_of[drawn].sum()
+            differences.append(first - reference[drawn].sum() / reference_of[drawn].sum())
+        means.append(float(np.mean(differences)))
+    return means
+
+
+def test_hierarchical_bootstrap_against_drawing_examples() -> None:
+    rng = np.random.default_rng(8)
+    shares = np.array([0.8, 0.95, 0.6, 0.9])[:, None]
+    seeds = [rng.random((4, 40)) < shares + rng.normal(0, 0.04, (4, 1)) for _ in range(4)]
+    expected = np.quantile(naive_hierarchical(seeds, 4000), [0.05, 0.95])
+    found = hierarchical_interval(seeds, 0.9, 20000, 0)
+    error = np.abs(np.array(found) - expected).max()
+    print("max error", error, "of an interval as wide as", np.ptp(expected))
+    assert error < 0.04 * np.ptp(expected)
+    assert hierarchical_interval(seeds[:1], 0.9, 100, 0) is None
+    assert hierarchical_interval(seeds, 0.9, 100, 0) == hierarchical_interval(seeds, 0.9, 100, 0)
+
+
+def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
+    """Retention is a share of the base's, faithfulness of the model's own; without outcomes there is no interval."""
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
+    assert _compared(tmp_path, experiment)["contrasts"][0]["ci_hierarchical"] is not None
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    text = {model: cells.record("evaluate", model, "0")["examples"] for model in cells.models}
+    rows = paired_outcomes(cells, PLAN.primary, "grpo", "sft_gold", "0")
+    assert rows is not None and not (rows[1] ^ rows[3]).any()
+    kept, gold, base = (text[model]["circuit"].count("1") for model in ("grpo", "sft_gold", "base"))
+    assert difference(rows) == pytest.approx((kept - gold) / base, abs=1e-15)
+    own = paired_outcomes(cells, "evaluate.circuit.faithfulness", "grpo", "sft_gold", "0")
+    assert own is not None and own[1].sum() == text["grpo"]["model"].count("1")
+    assert paired_outcomes(cells, "drift.new.kl", "grpo", "sft_gold", "0") is None
+    older = _compared(tmp_path, replace(experiment, by_example=False))
+    assert older["contrasts"][0]["ci_hierarchical"] is None
+
+
 def test_no_pair_at_all(tmp_path: Path) -> None:
     hidden = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), hidden=frozenset({0}))
     entry = _compared(tmp_path, hidden)["contrasts"][0]
@@ -189,6 +272,7 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment.write(tmp_path)
     stage.main(experiment.cell("contrast"))
     rows = pd.read_csv("reports/cells.csv")
+    assert not rows["measure"].str.startswith("examples").any()
     assert list(rows) == ["stage", "model", "seed", "measure", "value"]
     assert {"match", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
     first = Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes()

@@ -89,12 +89,24 @@ class Evaluation:
     in_queried_clause: Readout
 
 
-def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
-    """The examples in an order in which passes from the earliest named position on are shortest, as far as it is the
-    queried clause's."""
+def tail_order(examples: Examples, names: Collection[str]) -> Int[Tensor, " n"]:
+    """Indices of the examples in an order in which passes from the earliest named position on are shortest, as far as
+    it is the queried clause's."""
     if not names:
-        return examples
-    return examples.select(by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1)))
+        return torch.arange(len(examples))
+    return by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1))
+
+
+def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
+    """The examples in `tail_order`."""
+    return examples.select(tail_order(examples, names))
+
+
+def outcomes(correct: Bool[Tensor, " n"], order: Int[Tensor, " n"]) -> str:
+    """One character an example, 1 where the answer is right, as the examples were before they were put in `order`."""
+    before = torch.empty_like(correct)
+    before[order] = correct
+    return "".join("1" if right else "0" for right in before.tolist())
 
 
 def evaluate_circuits(

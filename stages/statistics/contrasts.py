@@ -8,13 +8,14 @@ the primary measure form one family for Holm's correction; those of the secondar
 not corrected.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from stages.statistics.cells import BASE, Cells
+from stages.statistics.hierarchical import hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
     equivalence_p,
@@ -58,7 +59,7 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     measures = (plan.primary, *plan.secondary)
     left_out = left_out_bases(cells, plan)
     contrasts = [
-        contrast(cells, plan, measure, f"H{number}", arm, reference)
+        contrast(cells, plan, measure, f"H{number}", arm, reference, left_out)
         for measure in measures
         for number, (arm, reference) in enumerate(plan.contrasts, start=1)
     ]
@@ -72,7 +73,8 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
         "plan": asdict(plan)
         | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
         "measures": {
-            measure: {model: describe(cells, plan, measure, model) for model in cells.models} for measure in measures
+            measure: {model: describe(cells, plan, measure, model, left_out) for model in cells.models}
+            for measure in measures
         },
         "contrasts": contrasts,
         "reach": {
@@ -95,10 +97,18 @@ def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
     return found
 
 
-def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, Any]:
-    """Mean, spread and interval of a measure over the seeds at which the model counts."""
+def describe(
+    cells: Cells, plan: Plan, measure: str, model: str, left_out: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Mean, spread and interval of a measure over the seeds at which the model counts.
+
+    Args:
+        cells, plan: all records, and what is compared.
+        measure: "<stage>.<dotted path in its record>".
+        model: base or arm.
+        left_out: what `left_out_bases` gives.
+    """
     values, excluded = {}, []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         value = cells.value(measure, model, seed)
         if seed in left_out:
@@ -120,12 +130,19 @@ def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, An
     }
 
 
-def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, reference: str) -> dict[str, Any]:
-    """One contrast of one measure: arm minus reference."""
+def contrast(
+    cells: Cells,
+    plan: Plan,
+    measure: str,
+    name: str,
+    arm: str,
+    reference: str,
+    left_out: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """One contrast of one measure: arm minus reference, without the seeds that `left_out_bases` names."""
     values: dict[str, float] = {}
     sides: list[tuple[float, float]] = []
     excluded: list[dict[str, Any]] = []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         pair = [cells.value(measure, model, seed) for model in (arm, reference)]
         unreached = [model for model in (arm, reference) if not cells.reached(model, seed)]
@@ -154,6 +171,9 @@ def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, refere
         "excluded": excluded,
         "ci": _pair(t_interval(x, plan.confidence)),
         "ci_bootstrap": _pair(bootstrap_interval(x, plan.confidence, plan.resamples, plan.seed)),
+        "ci_hierarchical": _pair(_hierarchical(cells, plan, arm, reference, values))
+        if measure == plan.primary
+        else None,
         "p": sign_flip_p(x),
         "p_holm": None,
         "p_equivalent": equivalence_p(x, plan.equivalence_margin) if measure == plan.primary else None,
@@ -161,11 +181,22 @@ def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, refere
     }
 
 
+def _hierarchical(
+    cells: Cells, plan: Plan, arm: str, reference: str, seeds: Collection[str]
+) -> tuple[float, float] | None:
+    """Hierarchical bootstrap interval of the primary measure; None unless all seeds have outcomes by example."""
+    outcomes = [paired_outcomes(cells, plan.primary, arm, reference, seed) for seed in seeds]
+    known = [entry for entry in outcomes if entry is not None]
+    if len(known) < len(outcomes):
+        return None
+    return hierarchical_interval(known, plan.confidence, plan.resamples, plan.seed)
+
+
 def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
     """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
-        rates: Mapping[str, Any] = cells.record("match", arm, seed).get("by_learning_rate") or {}
+        rates: Mapping[str, Any] = cells.records["match", arm, seed].get("by_learning_rate") or {}
         for rate, record in rates.items():
             entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
             entry["of"] += 1
