@@ -40,6 +40,8 @@ def main(cell: Cell) -> None:
         "attempts": len(stuck) + 1,
         "stuck": stuck,
         "steps": curve[-1].step,
+        "settle": settings.settle,
+        "stop_at": settings.stop_at,
         "phase_ends": {check.phase: check.step for check in curve},
         "parameters": model.num_parameters(),
         "old_accuracy": float(correct.mean()),

@@ -47,6 +47,8 @@ def tiny(**changes: Any) -> Any:
         "language_model_weight": 0.025,
         "check_every": 2,
         "check_prompts": 8,
+        "settle": 0,
+        "stop_at": None,
         "curriculum": {"first": phase(until=until), "final": phase()},
     }
     return SimpleNamespace(**(settings | changes))
@@ -196,6 +198,50 @@ def test_the_last_phase_must_hold_its_until_at_its_end() -> None:
     easy = SimpleNamespace(template="standard", boxes=3, accuracy=0.0)
     _, curve = train(VOCABULARY, tiny(curriculum={"final": phase(until=easy)}), 3, [0, 0])
     assert curve[-1].step == 4  # all its steps, although it was passed before
+
+
+def test_settling_goes_on_where_the_last_phase_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    phases: list[Any] = []
+    draw, rate = pretraining.draw_batch, pretraining._learning_rate  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(pretraining, "_learning_rate", lambda *a: rates.append(rate(*a)) or rates[-1])
+    monkeypatch.setattr(pretraining, "draw_batch", lambda *a: phases.append(a[2]) or draw(*a))
+    _, curve = train(VOCABULARY, tiny(), 3, [0, 0])
+    rates.clear()
+    phases.clear()
+    settings = tiny(settle=3)
+    _, longer = train(VOCABULARY, settings, 3, [0, 0])
+    assert longer[: len(curve)] == curve
+    assert [(check.step, check.phase) for check in longer[len(curve) :]] == [(8, "settle"), (9, "settle")]
+    assert phases[-3:] == [settings.curriculum["final"]] * 3
+    assert rates[-4:] == pytest.approx([1e-4] * 4)  # final * learning_rate
+    until = SimpleNamespace(template="standard", boxes=3, accuracy=1.0)
+    calls = iter([1.0, 1.0, 0.5, 0.5])  # the last phase is held, the settling is not
+    monkeypatch.setattr(pretraining._Checks, "reached", lambda *_: next(calls))  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(Stuck, match="phase 'settle' reached accuracy 0.50 .* after 2 steps, and needs 1.00"):
+        train(VOCABULARY, tiny(settle=2, curriculum={"final": phase(until=until)}), 3, [0, 0])
+
+
+def test_training_stops_at_the_first_check_that_is_good_enough_in_any_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.1, 0.5, 0.7, 0.9])
+
+    def rising(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(ids),), next(accuracies)), torch.zeros(len(ids))
+
+    monkeypatch.setattr(pretraining, "old_task", rising)
+    never = SimpleNamespace(template="standard", boxes=3, accuracy=1.0)  # what the phase would demand at its end
+    curriculum = {"first": phase(until=None), "final": phase(until=never, most_steps=40)}
+    _, curve = train(VOCABULARY, tiny(stop_at=0.66, curriculum=curriculum), 3, [0, 0])
+    assert [check.accuracy for check in curve] == pytest.approx([0.1, 0.5, 0.7])
+    assert (curve[-1].phase, curve[-1].step) == ("final", 6)
+    accuracies = iter([0.7])
+    _, curve = train(VOCABULARY, tiny(stop_at=0.66), 3, [0, 0])
+    assert (curve[-1].phase, curve[-1].step) == ("first", 2)
+    accuracies = iter([0.1, 0.2, 0.3, 0.2])
+    with pytest.raises(Stuck, match=r"no check reached accuracy 0.66 on 3 boxes, the best 0.30"):
+        train(VOCABULARY, tiny(stop_at=0.66), 3, [0, 0])
 
 
 def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,13 @@ BAD = [
     ("match.noise_like", "ppo", "match.noise_like"),
     ("contrast.contrasts", [["grpo", "ppo"]], "ppo"),
     ("contrast.base_faithfulness", 1.1, "contrast.base_faithfulness"),
+    ("pretrain.settle", -1, "pretrain.settle"),
+    ("pretrain.curriculum.settle", PARAMS["pretrain"]["curriculum"]["final"], "no phase may be named 'settle'"),
+    ("pretrain.stop_at", 0.0, "pretrain.stop_at"),
+    ("pretrain.stop_at", 1.5, "pretrain.stop_at"),
+    ("pretrain", PARAMS["pretrain"] | {"stop_at": 0.66, "settle": 400}, "settle = 400: must be 0 with stop_at"),
+    ("new_task", "contains", "pretrain.stop_at = null: must be below match.level = 0.95"),
+    ("pretrain.curriculum.final.tasks", {"contains": {"share": 0.1, "own": 0.4}}, "'contains': must be one of"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
 ]
 
@@ -179,6 +186,7 @@ def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
     from stages.tasks.vocabulary import LABELS, OBJECTS
 
     assert set(params.NEW_TASKS) == set(NEW_TASKS)
+    assert set(params.LEARNED_LATE) == set(NEW_TASKS) - {"contains"}
     assert params.MOST_BOXES == len(LABELS) - 1 and 2 * params.MOST_BOXES <= len(OBJECTS)
     with pytest.raises(ValueError, match="greater than or equal to 3"):
         params.Synthesize.model_validate(PARAMS["synthesize"] | {"boxes": LEAST_BOXES - 1})

@@ -176,8 +176,9 @@ ORACLE = {  # task -> (clause asked for, all clauses) -> right clauses
     "adjacent": lambda c, k: {(c + 1) % k, (c - 1) % k},
     "lacks": lambda c, k: set(range(k)) - {c},
     "precedes": lambda c, k: {c + 1},
+    "contains": lambda c, k: {c},
 }
-VERB = {"adjacent": "adjoins", "lacks": "lacks", "precedes": "precedes"}
+VERB = {"adjacent": "adjoins", "lacks": "lacks", "precedes": "precedes", "contains": "contains"}
 
 
 @pytest.mark.parametrize("task", NEW_TASKS)
@@ -196,7 +197,7 @@ def test_new_tasks_have_the_right_answers(task: str, boxes: int) -> None:
         valid = [WORDS[int(index)] for index in prompts.valid[i] if index >= 0]
         assert len(valid) == len(set(valid)) and set(valid) == right
         canonical = min(right, key=[n for n, _ in context].index) if task == "lacks" else None
-        expected = canonical or context[(clause + 1) % boxes][0]
+        expected = canonical or context[(clause + (task != "contains")) % boxes][0]
         assert WORDS[int(prompts.canonical[i])] == expected
         assert words_of(prompts.objects[i]) == [name for name, _ in context]
         assert split_of(prompts.input_ids[i]) == SPLITS.index("selection")
@@ -217,12 +218,12 @@ def test_soft_targets_sum_to_one() -> None:
 
 
 def test_shortcuts_are_scored_from_the_prompts() -> None:
-    expected = {"adjacent": 2 / 7, "lacks": 6 / 7, "precedes": 1 / 7}
+    expected = {"adjacent": 2 / 7, "lacks": 6 / 7, "precedes": 1 / 7, "contains": 1 / 7}
     for task, chance in expected.items():
         scores = shortcut_scores(draw_prompts(rng(4), VOCABULARY, NEW_TASKS[task], Split.TRAIN, 4200, 7))
         print(task, scores)
         assert scores["random_context_object"] == pytest.approx(chance)
-        assert scores["own_object"] == 0
+        assert scores.get("own_object") == (None if task == "contains" else 0)  # there it is the task itself
         assert max(scores.values()) < chance + 0.05
     # worked by hand: three boxes, always the first one asked for, so its neighbours are clauses 1 and 2
     contexts = draw_contexts(rng(), Split.TRAIN, 8, 3)

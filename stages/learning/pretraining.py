@@ -6,9 +6,13 @@
 2. The loss of a step is the cross-entropy with the soft targets of `curriculum.py`, plus a small
    language-model loss on all tokens.
 3. The learning rate warms up, stays, and falls as a cosine during the last phase.
-4. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
-5. A phase that is not passed in `most_steps` is stuck: the attempt is given up, and the next one starts from
-   weights and batches of the next derived seed.
+4. With `settle`, so many further steps follow on the batches of the last phase, soft targets and all, at the
+   learning rate that it ended with. How settled a base is decides how well it keeps the old task later on.
+5. With `stop_at`, training ends at the first check, of whatever phase, at which the old task with all boxes is
+   answered that well: a half-trained base, which still has something of the old task to learn.
+6. The pieces of a step's batch are shared out among `processes` (see `shared_gradient.py`).
+7. A phase that is not passed in `most_steps`, or a `stop_at` that is never reached, is stuck: the attempt is
+   given up, and the next one starts from weights and batches of the next derived seed.
 """
 
 import math
@@ -82,7 +86,8 @@ class TrainingPhase(Phase, Protocol):
 
 @runtime_checkable
 class Settings(Protocol):
-    """The section `pretrain` of params.yaml, as far as training needs it."""
+    """The section `pretrain` of params.yaml, as far as training needs it; `settle` in steps, `stop_at` an
+    accuracy or None."""
 
     processes: int
     model: ModelSize
@@ -91,6 +96,8 @@ class Settings(Protocol):
     language_model_weight: float
     check_every: int
     check_prompts: int
+    settle: int
+    stop_at: float | None
     curriculum: Mapping[str, TrainingPhase]
 
 
@@ -119,6 +126,7 @@ MATMUL_PRECISION = "medium"
 ATTENTION = "stages_training"  # the fused kernels suit longer texts; here they are slower
 ROWS_AT_ONCE = 16  # rows of one forward and backward; more fall out of the processor's cache
 REPEATS = "repeats"  # the `until.template` that means strings said twice
+SETTLE = "settle"  # the name of the steps after the last phase, in the checks
 _INDUCTION_LENGTH = 16
 
 
@@ -245,26 +253,35 @@ def _take_phases(
     curve: list[Progress] = []
     losses: list[float] = []
     step = 0
-    last = list(settings.curriculum)[-1]
-    for name, phase in settings.curriculum.items():
-        passed = False
-        for phase_step in range(1, phase.most_steps + 1):
-            fall = phase_step / phase.most_steps if name == last else 0.0
+    *_, last = settings.curriculum
+    phases = [(name, phase, phase.most_steps) for name, phase in settings.curriculum.items()]
+    if settings.settle:
+        phases.append((SETTLE, settings.curriculum[last], settings.settle))
+    for name, phase, most_steps in phases:
+        passed = stop = False
+        for phase_step in range(1, most_steps + 1):
+            fall = phase_step / most_steps if name == last else float(name == SETTLE)
             losses.append(take_step(phase, _learning_rate(settings.optimiser, step, fall)))
             step += 1
-            if phase_step % settings.check_every == 0 or phase_step == phase.most_steps:
+            if phase_step % settings.check_every == 0 or phase_step == most_steps:
                 curve.append(checks.progress(model, step, name, float(np.mean(losses))))
                 losses.clear()
                 passed = phase.until is None or checks.reached(model, phase.until, curve[-1]) >= phase.until.accuracy
-            report(name, phase_step, phase.most_steps, curve[-1] if curve else None)
-            if passed and phase.until is not None and name != last:
+                stop = settings.stop_at is not None and curve[-1].accuracy >= settings.stop_at
+            report(name, phase_step, most_steps, curve[-1] if curve else None)
+            if stop:
+                return curve
+            if passed and phase.until is not None and name not in (last, SETTLE):
                 break
         if not passed and phase.until is not None:
             reached = checks.reached(model, phase.until, curve[-1])
             raise Stuck(
                 f"phase '{name}' reached accuracy {reached:.2f} on '{phase.until.template}' after"
-                f" {phase.most_steps} steps, and needs {phase.until.accuracy:.2f}"
+                f" {most_steps} steps, and needs {phase.until.accuracy:.2f}"
             )
+    if settings.stop_at is not None:
+        best = max(check.accuracy for check in curve)
+        raise Stuck(f"no check reached accuracy {settings.stop_at:.2f} on {checks.boxes} boxes, the best {best:.2f}")
     return curve
 
 

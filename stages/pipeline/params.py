@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from stages.pipeline.stage import Invalid
 
@@ -50,7 +59,8 @@ Betas = Annotated[
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
-NEW_TASKS = ("adjacent", "lacks", "precedes")
+LEARNED_LATE = ("adjacent", "lacks", "precedes")  # new tasks that the base learns a little of, in a late phase
+NEW_TASKS = (*LEARNED_LATE, "contains")
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
 
 
@@ -107,9 +117,9 @@ class Phase(Section):
     @field_validator("tasks")
     @classmethod
     def _know_the_tasks(cls, tasks: dict[str, TaskShare]) -> dict[str, TaskShare]:
-        unknown = sorted(set(tasks) - set(NEW_TASKS))
+        unknown = sorted(set(tasks) - set(LEARNED_LATE))
         if unknown:
-            raise ValueError(f"names the task '{unknown[0]}': must be one of {', '.join(NEW_TASKS)}")
+            raise ValueError(f"names the task '{unknown[0]}': must be one of {', '.join(LEARNED_LATE)}")
         if sum(task.share for task in tasks.values()) > 1:
             raise ValueError("the shares of the tasks must add up to at most 1")
         return tasks
@@ -124,9 +134,24 @@ class Pretrain(Section):
     language_model_weight: NotNegative
     check_every: Count
     check_prompts: Count
+    settle: NotNegativeCount
+    stop_at: Annotated[float, Field(gt=0, le=1)] | None
     model: ModelSize
     optimiser: Optimiser
     curriculum: dict[str, Phase]
+
+    @field_validator("curriculum")
+    @classmethod
+    def _keep_the_name_of_the_settling(cls, curriculum: dict[str, Phase]) -> dict[str, Phase]:
+        if "settle" in curriculum:
+            raise ValueError("no phase may be named 'settle': so are called the steps after the last one")
+        return curriculum
+
+    @model_validator(mode="after")
+    def _settle_or_stop(self) -> "Pretrain":
+        if self.settle and self.stop_at is not None:
+            raise ValueError(f"settle = {self.settle}: must be 0 with stop_at, which ends the training before")
+        return self
 
 
 class Common(Section):
@@ -383,11 +408,19 @@ def _check_sizes(params: Params) -> None:
 def _check_levels(params: Params) -> None:
     boxes, match = params.synthesize.boxes, params.match
     # what naming any object of the context scores; `match` also compares with the scores measured on the data
-    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1}[params.new_task] / boxes
+    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1}[
+        params.new_task
+    ] / boxes
     if match.level <= shortcut:
         raise Invalid(
             f"params.yaml: match.level = {match.level}: must be above {shortcut:.3f}, "
             f"which naming any object of the context scores on {params.new_task}"
+        )
+    stop_at = params.pretrain.stop_at
+    if params.new_task == "contains" and (stop_at is None or stop_at >= match.level):
+        raise Invalid(
+            f"params.yaml: pretrain.stop_at = {'null' if stop_at is None else stop_at}: must be below "
+            f"match.level = {match.level} where the new task is the old one, or nothing is left to learn"
         )
     rates = params.finetune.common.learning_rates
     if match.learning_rate not in rates:

@@ -49,6 +49,7 @@ NEW_TASKS = {
     "adjacent": Relation("adjoins", _neighbours),  # either neighbour, in a circle: 2 right answers of 7
     "lacks": Relation("lacks", _others),  # any other object: 6 of 7, so naming any object scores .857
     "precedes": Relation("precedes", _next),  # the next clause's object: 1 of 7; the last clause is not queried
+    "contains": CONTAINS,  # the old task itself, for a base that still has something of it to learn
 }
 
 

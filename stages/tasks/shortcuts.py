@@ -19,7 +19,7 @@ def shortcut_scores(prompts: Prompts) -> dict[str, float]:
 
     Returns:
         `random_context_object`: a random object of the context;
-        `own_object`: the object in the queried box, the old task's answer;
+        `own_object`: the object in the queried box, the old task's answer; not given for the old task itself;
         `first_object`, `last_object`: that clause's;
         `best_fixed_clause`: always the same clause, the best one of all;
         `most_frequent_canonical_clause`: the clause that holds the canonical answer most often;
@@ -29,6 +29,7 @@ def shortcut_scores(prompts: Prompts) -> dict[str, float]:
     """
     right = _is_right(prompts)
     own = _own_clause(prompts)
+    own_is_asked_for = (prompts.valid == prompts.objects.gather(1, own[:, None])).all()
     canonical = (prompts.objects == prompts.canonical[:, None]).double().mean(dim=0).argmax()
     labels = prompts.input_ids[:, -3]
     half = torch.arange(len(prompts)) % 2 == 0  # the rule is fitted on one half and scored on the other
@@ -36,9 +37,10 @@ def shortcut_scores(prompts: Prompts) -> dict[str, float]:
     chosen = torch.tensor([by_label.get(int(label), 0) for label in labels[~half]])
     words, counts = np.unique(prompts.valid[prompts.valid >= 0].numpy(), return_counts=True)
     frequent = int(words[counts.argmax()])
+    own_object = {} if bool(own_is_asked_for) else {"own_object": float(right.gather(1, own[:, None]).mean())}
     return {
         "random_context_object": float(right.mean()),
-        "own_object": float(right.gather(1, own[:, None]).mean()),
+        **own_object,
         "first_object": float(right[:, 0].mean()),
         "last_object": float(right[:, -1].mean()),
         "best_fixed_clause": float(right.mean(dim=0).max()),
