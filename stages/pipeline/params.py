@@ -50,6 +50,15 @@ Betas = Annotated[
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
+
+def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)}: must not name a value twice")
+    return values
+
+
+_DISTINCT = AfterValidator(_distinct)
+
 NEW_TASKS = ("adjacent", "lacks", "precedes")
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
 
@@ -210,6 +219,9 @@ class Match(Section):
     learning_rate: Positive
     confirm: NotNegativeCount
     noise_like: str
+    levels: Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
+    kl: Annotated[Rates, _DISTINCT]
+    norm: Annotated[Rates, _DISTINCT]
 
 
 class PaperTop(Section):
@@ -383,11 +395,15 @@ def _check_levels(params: Params) -> None:
     boxes, match = params.synthesize.boxes, params.match
     # what naming any object of the context scores; `match` also compares with the scores measured on the data
     shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1}[params.new_task] / boxes
-    if match.level <= shortcut:
-        raise Invalid(
-            f"params.yaml: match.level = {match.level}: must be above {shortcut:.3f}, "
-            f"which naming any object of the context scores on {params.new_task}"
-        )
+    if match.level not in match.levels:
+        valid = ", ".join(f"{level:g}" for level in match.levels)
+        raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
+    for level in match.levels:
+        if level <= shortcut:
+            raise Invalid(
+                f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
+                f"which naming any object of the context scores on {params.new_task}"
+            )
     rates = params.finetune.common.learning_rates
     if match.learning_rate not in rates:
         valid = ", ".join(f"{rate:g}" for rate in rates)
