@@ -1,7 +1,8 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
-reads  reports/cells/**, exactly the cells that seeds and arms name
+reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name
 writes reports/statistics.json   measures by arm, contrasts, reach rates
+                                 the same at every matching, hypervolumes of the trade-off
        reports/cells.csv         every scalar of every record, long form
 """
 
@@ -10,12 +11,17 @@ from pathlib import Path
 from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics.cells import long_form, read_cells
-from stages.statistics.contrasts import Plan, compare
+from stages.statistics.contrasts import Plan, compare, left_out_bases
+from stages.statistics.frames import training_curves
+from stages.statistics.hypervolume import compare_hypervolumes
+from stages.statistics.matchings import compare_matchings
+
+CELLS = Path("reports/cells")
 
 
 def main(cell: Cell) -> None:
     section = cell.params("contrast")
-    cells = read_cells(Path("reports/cells"), cell.params("seeds"), cell.params("models"), cell.params("arms"))
+    cells = read_cells(CELLS, cell.params("seeds"), cell.params("models"), cell.params("arms"))
     frame = long_form(cells)
     undefined = frame["value"].isna()
     full_names = frame["stage"] + "." + frame["measure"]
@@ -35,7 +41,12 @@ def main(cell: Cell) -> None:
         seed=section.seed,
     )
     write_csv("reports/cells.csv", frame)
-    write_json("reports/statistics.json", {"new_task": cell.params("new_task")} | compare(cells, plan))
+    left_out = left_out_bases(cells, plan)
+    curves = training_curves(CELLS, cells)
+    statistics = {"new_task": cell.params("new_task")} | compare(cells, plan)
+    statistics["matchings"] = compare_matchings(cells, plan)
+    statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
+    write_json("reports/statistics.json", statistics)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from stages.figures import (
     desiderata,
     forgetting,
     knockout,
+    matchings,
     nulls,
     pareto,
     sizes,
@@ -35,6 +36,7 @@ from stages.pipeline.files import read_json, replacing_directory, write_json, wr
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics import frames
 from stages.statistics.cells import BASE, Cells, long_form, read_cells
+from stages.statistics.matchings import long_table
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
 from stages.statistics.wording import number, short_name
@@ -82,6 +84,7 @@ def figures(
             base_old,
             short_name(primary),
         ),
+        "matchings": lambda: matchings.draw(long_table(statistics["matchings"]), level, base_old, len(left_out) < n),
         "circuit": lambda: circuit.draw(
             frames.circuit_heads(cells, seed),
             frames.circuit_paths(cells, seed),

@@ -24,6 +24,16 @@ GROUPS: tuple[Any, ...] = (
 )
 SHORTCUTS = {"any object": 2 / 7, "own object": 0.0}
 LAYERS, HEADS, RATES = 6, 8, (1e-4, 3e-4)
+# name -> column and value; the one at 0.9 is the primary one
+MATCHINGS = {
+    "accuracy_0_6": ("new_accuracy", 0.6),
+    "accuracy_0_8": ("new_accuracy", 0.8),
+    "accuracy_0_9": ("new_accuracy", 0.9),
+    "kl_0_5": ("kl_new", 0.5),
+    "kl_2": ("kl_new", 2.0),
+    "norm_3": ("weight_norm", 3.0),
+}
+PRIMARY, AS_PRIMARY, FAR = "accuracy_0_9", ("accuracy_0_9", "kl_0_5"), "kl_2"  # no run gets to FAR
 
 
 @dataclass(frozen=True)
@@ -299,6 +309,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "seed": seed,
             "reached": reached,
             "rule": "first checkpoint at the level",
+            "matching": PRIMARY,
             "like": "sft_gold" if noise else None,
             "level": 0.9,
             "learning_rate": RATES[1],
@@ -306,18 +317,10 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "new_accuracy_selection": 0.36 if noise else 0.93,
             "old_accuracy_selection": old,
             "weight_norm": 3.1,
-            "by_learning_rate": {}
-            if noise
-            else {
-                f"{rate:g}": {
-                    "reached": reached,
-                    "step": 45,
-                    "old_accuracy": old + (0.05 if rate == RATES[0] else 0.0),
-                }
-                for rate in RATES
-            },
+            "matchings": _match_entries(reached, noise, old),
         },
     )
+    write_json(root / f"matchings/{seed}/{arm}.json", _matchings(experiment, arm, seed, kept, old))
     groups = () if seed in experiment.hidden else _groups(seed)
     names = [name for name, *_ in groups] + (["circuit"] if groups else [])
 
@@ -361,3 +364,36 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
         },
     )
     _write_model(root, experiment, arm, seed, kept, old)
+
+
+def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
+    """What every matching picked: the lower levels are always reached."""
+    entries = {}
+    for name, (by, at) in MATCHINGS.items():
+        there = name != FAR and (reached or name not in AS_PRIMARY)
+        row = {"reached": there, "new_accuracy": 0.91, "old_accuracy": old, "kl_new": 0.52, "weight_norm": 3.05}
+        row |= {} if noise else {"step": 45, "furthest": at if there else 0.9 * at}
+        gentle = row | {"old_accuracy": old + 0.05}
+        entries[name] = {
+            "by": by,
+            "at": at,
+            "reached": there,
+            "as_primary": name in AS_PRIMARY,
+            "by_learning_rate": {f"{RATES[1]:g}": row} | ({} if noise else {f"{RATES[0]:g}": gentle}),
+        }
+    return entries
+
+
+def _matchings(experiment: Experiment, arm: str, seed: int, kept: float, old: float) -> dict[str, Any]:
+    """The circuit at the other matchings: the further, the less is left."""
+    entries = {}
+    for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2)):
+        left = kept + more * (1 - kept)
+        circuit = {"size": 18, "accuracy": 0.93 * left, "retention": left, "retention_ld": left - 0.02}
+        entries[name] = {
+            "old_accuracy": old + more * (0.96 - old),
+            "old_logit_difference": 6 * old,
+            "new_accuracy": 0.8,
+            "circuit": None if seed in experiment.hidden else circuit,
+        }
+    return {"arm": arm, "seed": seed, "matchings": entries}

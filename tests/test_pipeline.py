@@ -21,7 +21,7 @@ from tests.conftest import REPOSITORY, Dvc
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
 PRESETS = sorted((REPOSITORY / "stages" / "presets").glob("*.yaml"))
-STAGES = "code synthesize pretrain finetune match discover evaluate dcm cmap drift contrast report".split()
+STAGES = "code synthesize pretrain finetune match discover evaluate matchings dcm cmap drift contrast report".split()
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_matrix_cells_do_not_collide(dvc: Dvc) -> None:
     assert listed.returncode == 0, listed.stderr
     names = listed.stdout.split()
     arms, models, seeds = len(PARAMS["arms"]), len(PARAMS["models"]), len(PARAMS["seeds"])
-    per_seed = 1 + 4 * arms + 3 * models  # pretrain; finetune, match, cmap, drift; discover, evaluate, dcm
+    per_seed = 2 + 4 * arms + 3 * models  # pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
     assert len(names) == len(set(names)) == 4 + per_seed * seeds
 
 
@@ -152,6 +152,12 @@ BAD = [
     ("synthesize.boxes", 2, "synthesize.boxes"),
     ("match.level", 1.2, "match.level"),
     ("match.level", 0.1, "match.level"),
+    ("match.level", 0.85, "match.levels"),
+    ("match.levels", [0.1, 0.95], "match.levels: 0.1"),
+    ("match.levels", [], "match.levels"),
+    ("match.levels", [0.9, 0.95, 0.9], "match.levels"),
+    ("match.kl", [0.0], "match.kl"),
+    ("match.norm", [], "match.norm"),
     ("match.learning_rate", 0.77, "match.learning_rate"),
     ("match.noise_like", "ppo", "match.noise_like"),
     ("contrast.contrasts", [["grpo", "ppo"]], "ppo"),

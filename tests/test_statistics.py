@@ -274,7 +274,7 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.read_csv("reports/cells.csv")
     assert not rows["measure"].str.startswith("examples").any()
     assert list(rows) == ["stage", "model", "seed", "measure", "value"]
-    assert {"match", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
+    assert {"match", "matchings", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
     first = Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes()
     stage.main(experiment.cell("contrast"))
     assert Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes() == first

@@ -95,6 +95,7 @@ def document(summary: Mapping[str, Any]) -> Document:
             _answer(summary),
             _checks(summary),
             _tasks(summary),
+            _matchings(summary),
             _circuit(summary),
             _distance(),
             _transplants(),
@@ -202,7 +203,115 @@ def _tasks(summary: Mapping[str, Any]) -> Section:
                 "(evaluation split).",
             ),
         ),
+        (_hypervolume(summary),),
     )
+
+
+def _hypervolume(summary: Mapping[str, Any]) -> Table:
+    [found] = summary["table_hypervolume"]
+    rows = [(label(arm), str(e["n"]), number(e["mean"]), _interval(e["ci"], False)) for arm, e in found["arms"].items()]
+    rows += [
+        (
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            str(e["n"]),
+            number(e["mean"], signed=True),
+            _interval(e["ci"]),
+        )
+        for e in found["contrasts"]
+    ]
+    return Table(
+        "Hypervolume: the area below an arm's best trade-off between new and old accuracy, over all checkpoints and "
+        f"learning rates (selection split), counted from {found['reference']} and as a share of the area that full "
+        "marks in both would have; means over seeds and t intervals. It describes, nothing is tested.",
+        ("Arm or contrast", "Seeds", "Hypervolume", "t interval"),
+        rows,
+        1,
+    )
+
+
+_MATCHED_BY = {"new_accuracy": "new-task accuracy", "kl_new": "KL", "weight_norm": "weight norm"}
+
+
+def _matchings(summary: Mapping[str, Any]) -> Section:
+    entries = summary["table_matchings"]
+    few = [f"{_matching_name(e)} ({e['reached']} of {e['of']} runs)" for e in entries if e["selected"]]
+    reach = (
+        f"Marked with *, because fewer than {summary['least_reached_percent']:g} % of the trained runs get there, so "
+        f"that those that do are a selection: {', '.join(few)}."
+        if few
+        else "Every one of these is reached by nearly all trained runs."
+    )
+    distances = [
+        (
+            _matching_name(entry),
+            label(arm),
+            f"{found['reached']} of {found['of']}",
+            *(number(found["picked"][column]) for column in ("kl_new", "weight_norm", "new_accuracy")),
+            *(_mean_interval(found[measure]) for measure in ("retention", "retention_ld", "old_accuracy")),
+        )
+        for entry in entries
+        if entry["by"] != "new_accuracy"
+        for arm, found in entry["arms"].items()
+    ]
+    names = [f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}" for e in entries[0]["contrasts"]]
+    differences = [
+        (_matching_name(entry), title, *(_mean_interval(e[measure], True) for e in entry["contrasts"]))
+        for measure, title in (("retention", "Retention"), ("old_accuracy", "Old-task accuracy"))
+        for entry in entries
+    ]
+    return Section(
+        "At other levels, and at equal distance",
+        (
+            "The contrasts above are at one level of the new task. Here the same checks are made at other levels, and "
+            "at checkpoints that moved equally far from the base, in answers (KL) or in weights (norm), always at the "
+            f"same learning rate. These describe; nothing is tested. {reach}",
+        ),
+        (
+            Picture(
+                "matchings",
+                "Above: what the base's circuit in place still does. Below: the old task of the whole model. Large "
+                "marks are means, small ones seeds; the level of the contrasts is in bold. Every run is at its first "
+                "checkpoint at the value. The random direction is moved as far in weights as the arm that it "
+                "imitates; it learns nothing.",
+            ),
+        ),
+        (
+            Table(
+                "At equal distance. Reached: seeds with a checkpoint at the value; its own KL, norm and new-task "
+                "accuracy (means, selection split) say how close it came. What is kept: means on the evaluation "
+                "split, over the seeds whose base counts, with t intervals.",
+                (
+                    "Matched on",
+                    "Arm",
+                    "Reached",
+                    "KL",
+                    "Norm",
+                    "New-task accuracy",
+                    "Circuit retention",
+                    "in logit difference",
+                    "Old-task accuracy",
+                ),
+                distances,
+                2,
+            ),
+            Table(
+                "The planned differences at every matching, paired over seeds, with t intervals.",
+                ("Matched on", "Measure", *names),
+                differences,
+                2,
+            ),
+        ),
+    )
+
+
+def _matching_name(entry: Mapping[str, Any]) -> str:
+    return f"{_MATCHED_BY[entry['by']]} {entry['at']:g}{'*' if entry['selected'] else ''}"
+
+
+def _mean_interval(entry: Mapping[str, Any], signed: bool = False) -> str:
+    if entry["ci"] is None:
+        return number(entry["mean"], signed=signed)
+    return f"{number(entry['mean'], signed=signed)} ({_interval(entry['ci'], signed)})"
 
 
 def _circuit(summary: Mapping[str, Any]) -> Section:
@@ -508,8 +617,8 @@ def _mean_sd(entry: Mapping[str, Any]) -> str:
     return number(entry["mean"]) if entry["sd"] is None else f"{number(entry['mean'])} ± {number(entry['sd'])}"
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "–" if bounds is None else f"{number(bounds[0], signed=True)} to {number(bounds[1], signed=True)}"
+def _interval(bounds: Sequence[float] | None, signed: bool = True) -> str:
+    return "–" if bounds is None else f"{number(bounds[0], signed=signed)} to {number(bounds[1], signed=signed)}"
 
 
 def to_html(report: Document, images: Mapping[str, bytes]) -> str:

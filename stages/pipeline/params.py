@@ -59,6 +59,15 @@ Betas = Annotated[
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
+
+def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)}: must not name a value twice")
+    return values
+
+
+_DISTINCT = AfterValidator(_distinct)
+
 LEARNED_LATE = ("adjacent", "lacks", "precedes")  # new tasks that the base learns a little of, in a late phase
 NEW_TASKS = (*LEARNED_LATE, "contains")
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
@@ -236,6 +245,9 @@ class Match(Section):
     learning_rate: Positive
     confirm: NotNegativeCount
     noise_like: str
+    levels: Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
+    kl: Annotated[Rates, _DISTINCT]
+    norm: Annotated[Rates, _DISTINCT]
 
 
 class PaperTop(Section):
@@ -411,11 +423,15 @@ def _check_levels(params: Params) -> None:
     shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1}[
         params.new_task
     ] / boxes
-    if match.level <= shortcut:
-        raise Invalid(
-            f"params.yaml: match.level = {match.level}: must be above {shortcut:.3f}, "
-            f"which naming any object of the context scores on {params.new_task}"
-        )
+    if match.level not in match.levels:
+        valid = ", ".join(f"{level:g}" for level in match.levels)
+        raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
+    for level in match.levels:
+        if level <= shortcut:
+            raise Invalid(
+                f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
+                f"which naming any object of the context scores on {params.new_task}"
+            )
     stop_at = params.pretrain.stop_at
     if params.new_task == "contains" and (stop_at is None or stop_at >= match.level):
         raise Invalid(

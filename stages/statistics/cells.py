@@ -17,6 +17,7 @@ Record = dict[str, Any]
 # models only
 _OF_BASE = {"pretrain": "pretrain/{seed}/record.json"}
 _OF_ARMS = {stage: f"{stage}/{{model}}/{{seed}}.json" for stage in ("match", "cmap", "drift")}
+_OF_ARMS["matchings"] = "matchings/{seed}/{model}.json"
 _OF_MODELS = {
     "discover": "discover/{model}/{seed}/record.json",
     "circuit": "discover/{model}/{seed}/circuit.json",

@@ -193,10 +193,13 @@ def _hierarchical(
 
 
 def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
-    """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid."""
+    """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid; of an arm
+    without training, which has none, nothing."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
-        rates: Mapping[str, Any] = cells.records["match", arm, seed].get("by_learning_rate") or {}
+        match = cells.records["match", arm, seed]
+        primary = match["matchings"][match["matching"]]
+        rates: Mapping[str, Any] = {} if match["like"] else primary["by_learning_rate"]
         for rate, record in rates.items():
             entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
             entry["of"] += 1

@@ -12,6 +12,7 @@ import numpy as np
 
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
+from stages.statistics.matchings import LEAST_REACHED
 from stages.statistics.wording import headline, number, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
@@ -68,6 +69,7 @@ def summarise(
             arm: dict(statistics["reach"][arm])
             | {key(m): described[arm][m]["mean"] for m in measures}
             | {f"{key(m)}_sd": described[arm][m]["sd"] for m in measures}
+            | {"hypervolume": statistics["hypervolume"]["arms"][arm]["mean"]}
             for arm in cells.arms
         },
         "contrasts": {
@@ -117,6 +119,9 @@ def summarise(
             for arm in cells.arms
             for rate, e in sorted(statistics["learning_rates"][arm].items(), key=lambda item: float(item[0]))
         ],
+        "table_matchings": list(statistics["matchings"]),
+        "table_hypervolume": [statistics["hypervolume"]],
+        "least_reached_percent": 100 * LEAST_REACHED,
         "not_identifiable": [
             {"model": model, "seed": seed}
             for model in cells.models
