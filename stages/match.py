@@ -32,7 +32,7 @@ from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 
 MODEL_FILE = "model.safetensors"
-_COLUMNS = ("new_accuracy", "old_accuracy", "kl_new", "weight_norm")
+_COLUMNS = ("new_accuracy", "old_accuracy", "kl_new", "weight_norm", "gradient_steps")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def main(cell: Cell) -> None:
     settings = cell.params("match")
     rate, confirm = settings.learning_rate, settings.confirm
     new_task = cell.params("new_task")
-    wanted = matchings(settings.levels, settings.kl, settings.norm)
+    wanted = matchings(settings.levels, settings.kl, settings.norm, settings.steps)
     primary = Matching(ACCURACY, settings.level)
     _refuse_shortcut_levels(settings.levels, new_task)
 
@@ -177,7 +177,7 @@ def _scores(base_folder: Path, checkpoints: Mapping[int, Weights], new_task: str
     scored = {}
     for step, weights in checkpoints.items():
         model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
-        measured = probe.measure(model)
+        measured = probe.measure(model) | {"gradient_steps": 0.0}
         scored[step] = {column: measured[column] for column in _COLUMNS}
     return scored
 

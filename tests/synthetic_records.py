@@ -32,6 +32,7 @@ MATCHINGS = {
     "kl_0_5": ("kl_new", 0.5),
     "kl_2": ("kl_new", 2.0),
     "norm_3": ("weight_norm", 3.0),
+    "steps_160": ("gradient_steps", 160.0),
 }
 PRIMARY, AS_PRIMARY, FAR = "accuracy_0_9", ("accuracy_0_9", "kl_0_5"), "kl_2"  # no run gets to FAR
 
@@ -371,7 +372,8 @@ def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
     entries = {}
     for name, (by, at) in MATCHINGS.items():
         there = name != FAR and (reached or name not in AS_PRIMARY)
-        row = {"reached": there, "new_accuracy": 0.91, "old_accuracy": old, "kl_new": 0.52, "weight_norm": 3.05}
+        row = {"reached": there, "new_accuracy": 0.91, "old_accuracy": old, "kl_new": 0.52}
+        row |= {"weight_norm": 3.05, "gradient_steps": 0 if noise else 45}
         row |= {} if noise else {"step": 45, "furthest": at if there else 0.9 * at}
         gentle = row | {"old_accuracy": old + 0.05}
         entries[name] = {
@@ -387,7 +389,7 @@ def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
 def _matchings(experiment: Experiment, arm: str, seed: int, kept: float, old: float) -> dict[str, Any]:
     """The circuit at the other matchings: the further, the less is left."""
     entries = {}
-    for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2)):
+    for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2), ("steps_160", -0.4)):
         left = kept + more * (1 - kept)
         circuit = {"size": 18, "accuracy": 0.93 * left, "retention": left, "retention_ld": left - 0.02}
         entries[name] = {

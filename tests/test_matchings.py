@@ -38,8 +38,8 @@ def _rows(by: str, *values: float) -> list[dict[str, float]]:
 
 
 def test_names_are_keys_and_the_order_is_by_kind() -> None:
-    found = matchings([0.95, 0.6], [2.0, 0.5], [3.0])
-    assert [m.name for m in found] == ["accuracy_0_6", "accuracy_0_95", "kl_0_5", "kl_2", "norm_3"]
+    found = matchings([0.95, 0.6], [2.0, 0.5], [3.0], [160])
+    assert [m.name for m in found] == ["accuracy_0_6", "accuracy_0_95", "kl_0_5", "kl_2", "norm_3", "steps_160"]
 
 
 def test_a_distance_needs_no_confirmation() -> None:
@@ -86,7 +86,7 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
     whole = cells.record("evaluate", "grpo", "0")
     assert value(cells, "grpo", "0", "accuracy_0_9", "retention") == whole["circuit"]["retention"]
     assert value(cells, "grpo", "0", "kl_0_5", "old_accuracy") == whole["old_accuracy"]
-    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]
+    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3", "steps_160"]
     assert value(cells, "grpo", "0", "norm_3", "retention") == other["circuit"]["retention"]
     assert other["circuit"]["retention"] != whole["circuit"]["retention"]
     assert value(cells, "grpo", "1", "accuracy_0_9", "retention") is None  # not reached
@@ -96,16 +96,18 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
 
 def test_every_matching_by_hand(cells: Cells) -> None:
     found = {entry["name"]: entry for entry in compare_matchings(cells, PLAN)}
-    assert list(found) == ["accuracy_0_6", "accuracy_0_8", "accuracy_0_9", "kl_0_5", "kl_2", "norm_3"]
+    assert list(found) == ["accuracy_0_6", "accuracy_0_8", "accuracy_0_9", "kl_0_5", "kl_2", "norm_3", "steps_160"]
     assert [name for name, entry in found.items() if entry["primary"]] == ["accuracy_0_9"]
     # noise is no run that could get anywhere; one of eight trained runs misses the level
     assert {name: (e["reached"], e["of"]) for name, e in found.items()}["accuracy_0_9"] == (7, 8)
     assert {name for name, entry in found.items() if entry["selected"]} == {"accuracy_0_9", "kl_0_5", FAR}
     assert found[FAR]["arms"]["grpo"]["reached"] == 0 and found[FAR]["arms"]["grpo"]["retention"]["mean"] is None
 
-    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3"] for arm in ("grpo", "sft_gold")]
-    entry = found["norm_3"]
-    kept = [cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["circuit"]["retention"] for s in "012"]
+    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3", "steps_160"] for arm in ("grpo", "sft_gold")]
+    entry = found["norm_3", "steps_160"]
+    kept = [
+        cells.record("matchings", "grpo", s)["matchings"]["norm_3", "steps_160"]["circuit"]["retention"] for s in "012"
+    ]
     grpo = entry["arms"]["grpo"]["retention"]
     assert (grpo["n"], entry["arms"]["grpo"]["reached"]) == (3, 4)  # seed 3 has no circuit to keep
     assert grpo["mean"] == pytest.approx(np.mean(kept)) and grpo["ci"] == pytest.approx(t_interval(kept, 0.95))

@@ -32,7 +32,7 @@ def toy_pipeline() -> dict[str, Any]:
             "deps": ["input"],
             "outs": [f"reports/cells/{name}/${{item.seed}}.json"],
         }
-        for name in ("evaluate", "dcm", "cmap", "drift")
+        for name in ("evaluate", "matchings", "dcm", "cmap", "drift")
     }
     outs = [{f"reports/{name}": {"cache": False}} for name in [*RESULTS.split(), "figures"]]
     stages["report"] = {"cmd": COLLECT, "deps": ["reports/cells"], "params": ["seeds"], "outs": outs}
@@ -77,7 +77,7 @@ def test_every_cell_runs_once_on_some_worker_and_the_report_has_all(working_copy
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 of" in result.stdout and "hours" in result.stdout, "the cost is said"
     report = (working_copy / "reports/toy/summary.json").read_text().split("\n")
-    cells = sorted(f"{name} {seed}" for name in ("evaluate", "dcm", "cmap", "drift") for seed in (0, 1, 2))
+    cells = sorted(f"{name} {seed}" for name in ("evaluate", "matchings", "dcm", "cmap", "drift") for seed in (0, 1, 2))
     assert sorted(filter(None, report)) == cells
     assert not (working_copy / "dvc.lock").exists() and yaml.safe_load((working_copy / "params.yaml").read_text())[
         "seeds"
@@ -91,7 +91,7 @@ def test_every_cell_runs_once_on_some_worker_and_the_report_has_all(working_copy
     traced = (working_copy / "build/toy/trace").read_text() if (working_copy / "build/toy/trace").exists() else None
     again = _run(working_copy)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "10 of" in again.stdout
+    assert "13 of" in again.stdout
     if traced is not None:
         assert (working_copy / "build/toy/trace").read_text() == traced, "restored from the cache, not run again"
 
@@ -116,8 +116,8 @@ def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     params = load_params(REPOSITORY / "params.yaml")
     costs = estimate(params, workers=2)
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
-    # code, synthesize, contrast, report; pretrain; finetune, match, cmap, drift; discover, evaluate, dcm
-    assert costs["dvc"][0] == 4 + seeds * (1 + 4 * arms + 3 * models)
+    # code, synthesize, contrast, report; pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
+    assert costs["dvc"][0] == 4 + seeds * (2 + 4 * arms + 3 * models)
     more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}), workers=2)
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
     hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600

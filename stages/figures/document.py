@@ -229,7 +229,12 @@ def _hypervolume(summary: Mapping[str, Any]) -> Table:
     )
 
 
-_MATCHED_BY = {"new_accuracy": "new-task accuracy", "kl_new": "KL", "weight_norm": "weight norm"}
+_MATCHED_BY = {
+    "new_accuracy": "new-task accuracy",
+    "kl_new": "KL",
+    "weight_norm": "weight norm",
+    "gradient_steps": "gradient steps",
+}
 
 
 def _matchings(summary: Mapping[str, Any]) -> Section:
@@ -260,11 +265,12 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
         for entry in entries
     ]
     return Section(
-        "At other levels, and at equal distance",
+        "At other levels, at equal distance, and at equal budget",
         (
             "The contrasts above are at one level of the new task. Here the same checks are made at other levels, and "
-            "at checkpoints that moved equally far from the base, in answers (KL) or in weights (norm), always at the "
-            f"same learning rate. These describe; nothing is tested. {reach}",
+            "at checkpoints that moved equally far from the base, in answers (KL) or in weights (norm), and after "
+            "equally many gradient steps, always at the same learning rate. These describe; nothing is tested. "
+            f"{reach}",
         ),
         (
             Picture(
@@ -277,8 +283,8 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
         ),
         (
             Table(
-                "At equal distance. Reached: seeds with a checkpoint at the value; its own KL, norm and new-task "
-                "accuracy (means, selection split) say how close it came. What is kept: means on the evaluation "
+                "At equal distance and at equal budget. Reached: seeds with a checkpoint at the value; its own KL, norm "
+                "and new-task accuracy (means, selection split) say how close it came. What is kept: means on the evaluation "
                 "split, over the seeds whose base counts, with t intervals.",
                 (
                     "Matched on",

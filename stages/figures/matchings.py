@@ -22,6 +22,7 @@ _MATCHED_BY = {
     "new_accuracy": ("Equal skill", "New-task accuracy reached"),
     "kl_new": ("Equal KL", "KL(base || tuned) reached, nats"),
     "weight_norm": ("Equal weight norm", "Norm of the change reached"),
+    "gradient_steps": ("Equal budget", "Gradient steps"),
 }
 
 

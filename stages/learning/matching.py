@@ -4,8 +4,8 @@ A matching is a column of the training curve and a value of it, frozen before th
 new-task accuracy on the selection split: the first checkpoint at which it, and that of the next `confirm` checkpoints,
 is at least the value. A single lucky checkpoint is thus not picked, and since the measured comparison uses other
 splits, what luck remains does not flatter any arm. Of the distances, KL(base || model) on new-task prompts and the norm
-of the weight change: the first checkpoint at or above the value. A run that never gets there is recorded as not
-reached, with its last checkpoint; it is not replaced by another run.
+of the weight change, and of the budget, the number of gradient steps: the first checkpoint at or above the value. A run
+that never gets there is recorded as not reached, with its last checkpoint; it is not replaced by another run.
 """
 
 import csv
@@ -20,8 +20,8 @@ from stages.learning.settings import CurveRow
 
 Weights = dict[str, np.ndarray]
 
-ACCURACY, KL, NORM = "new_accuracy", "kl_new", "weight_norm"  # columns of a training curve
-_SHORT = {ACCURACY: "accuracy", KL: "kl", NORM: "norm"}
+ACCURACY, KL, NORM, STEPS = "new_accuracy", "kl_new", "weight_norm", "gradient_steps"  # columns of a training curve
+_SHORT = {ACCURACY: "accuracy", KL: "kl", NORM: "norm", STEPS: "steps"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Matching:
 
     Attributes:
         by: column of the training curve.
-        at: its value: a share, nats, or a Euclidean norm.
+        at: its value: a share, nats, a Euclidean norm, or a number of steps.
     """
 
     by: str
@@ -42,9 +42,12 @@ class Matching:
         return f"{_SHORT[self.by]}_{self.at:g}".replace(".", "_")
 
 
-def matchings(levels: Sequence[float], kl: Sequence[float], norm: Sequence[float]) -> list[Matching]:
-    """All matchings: by accuracy, by KL, by norm, each in increasing order."""
-    return [Matching(by, at) for by, values in ((ACCURACY, levels), (KL, kl), (NORM, norm)) for at in sorted(values)]
+def matchings(
+    levels: Sequence[float], kl: Sequence[float], norm: Sequence[float], steps: Sequence[int]
+) -> list[Matching]:
+    """All matchings: by accuracy, by KL, by norm, by budget, each in increasing order."""
+    kinds = ((ACCURACY, levels), (KL, kl), (NORM, norm), (STEPS, steps))
+    return [Matching(by, at) for by, values in kinds for at in sorted(values)]
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
     Args:
         rows: of the training curve.
         matching: what to reach.
-        confirm: so many next checkpoints must be at the value, too. Not asked of the distances: they are measured on
-            the weights, or over whole distributions, and do not get there by luck.
+        confirm: so many next checkpoints must be at the value, too. Not asked of the distances and the budget: they
+            are measured on the weights, or over whole distributions, or counted, and do not get there by luck.
     """
     trained = sorted((row for row in rows if row["step"] > 0), key=lambda row: row["step"])
     above = [row[matching.by] >= matching.at for row in trained]

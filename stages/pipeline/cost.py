@@ -13,6 +13,7 @@ PROBE = 0.0013  # one prompt
 START = 4.0  # a process that imports torch and transformers
 # one cell, its start included
 CELL = {"match": 3.0, "discover": 20.0, "evaluate": 27.0, "dcm": 26.0, "cmap": 11.0, "drift": 8.0}
+MATCHINGS = 12.0  # the other checkpoints of an arm
 # what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock of so many cells
 DVC, DVC_PER_CELL = 0.5, 0.008
 
@@ -31,6 +32,7 @@ def estimate(params: Any, workers: int) -> dict[str, tuple[int, float]]:
         "pretrain": (seeds, seeds * _pretrain(params.pretrain)),
         "finetune": (arms * seeds, seeds * sum(_finetune(params.finetune, arm) for arm in params.arms)),
     }
+    found["matchings"] = (seeds, seeds * (START + arms * MATCHINGS))
     for stage, seconds in CELL.items():
         cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
         found[stage] = (cells, cells * seconds)

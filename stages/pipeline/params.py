@@ -248,6 +248,7 @@ class Match(Section):
     levels: Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
     kl: Annotated[Rates, _DISTINCT]
     norm: Annotated[Rates, _DISTINCT]
+    steps: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
 
 
 class PaperTop(Section):
@@ -432,6 +433,9 @@ def _check_levels(params: Params) -> None:
                 f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
                 f"which naming any object of the context scores on {params.new_task}"
             )
+    most = params.finetune.common.steps
+    if max(match.steps) > most:
+        raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
     stop_at = params.pretrain.stop_at
     if params.new_task == "contains" and (stop_at is None or stop_at >= match.level):
         raise Invalid(

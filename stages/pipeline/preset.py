@@ -33,7 +33,13 @@ DVC = [sys.executable, "-m", "dvc"]
 LOCK = "dvc.lock"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
-CELL_STAGES = ("evaluate", "dcm", "cmap", "drift")  # what the statistics read; DVC runs what they need, too
+CELL_STAGES = (
+    "evaluate",
+    "matchings",
+    "dcm",
+    "cmap",
+    "drift",
+)  # what the statistics read; DVC runs what they need, too
 RESULTS = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv", "figures")
 
 

@@ -1,4 +1,5 @@
-"""The comparison at every matching: at several levels of the new task, at equal KL, at equal norm of the change.
+"""The comparison at every matching: at several levels of the new task, at equal KL, at equal norm of the change, after
+equally many steps.
 
 The primary matching is the one that `contrasts` tests. All matchings describe here, the primary one among them: means
 and t intervals over the seeds at which an arm got there and whose base counts, and the planned differences, paired in
@@ -19,11 +20,11 @@ from stages.statistics.paired import t_interval
 LEAST_REACHED = 0.95
 RETENTION, RETENTION_LD, OLD, NEW = "retention", "retention_ld", "old_accuracy", "new_accuracy"
 MEASURES = (RETENTION, RETENTION_LD, OLD, NEW)  # of the evaluation split
-CLOSENESS = ("new_accuracy", "kl_new", "weight_norm")  # of the picked checkpoint, selection split
+CLOSENESS = ("new_accuracy", "kl_new", "weight_norm", "gradient_steps")  # of the picked checkpoint, selection split
 
 
 def compare_matchings(cells: Cells, plan: Plan) -> list[dict[str, Any]]:
-    """One entry for each matching, in the order of the match records: by accuracy, by KL, by norm."""
+    """One entry for each matching, in the order of the match records: by accuracy, by KL, by norm, by steps."""
     return [_matching(cells, plan, name) for name in _names(cells)]
 
 
@@ -102,7 +103,7 @@ def _seeds(cells: Cells, plan: Plan) -> list[str]:
 
 
 def _names(cells: Cells) -> list[str]:
-    """Increasing within accuracy, KL and norm."""
+    """Increasing within accuracy, KL, norm and steps."""
     found = cells.record("match", cells.arms[0], cells.seeds[0])["matchings"]
     order = {column: place for place, column in enumerate(CLOSENESS)}
     return sorted(found, key=lambda name: (order[found[name]["by"]], found[name]["at"]))
