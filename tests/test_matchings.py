@@ -127,8 +127,8 @@ def test_the_table_of_the_figure_has_every_number_once(cells: Cells) -> None:
     entries = compare_matchings(cells, PLAN)
     table = long_table(entries)
     numbers = sum(entry["arms"][arm]["retention"]["n"] for entry in entries for arm in EXPERIMENT.arms)
-    assert table["retention"].notna().sum() == numbers
-    assert not table.duplicated(["by", "at", "arm", "seed"]).any()
+    assert int(table["retention"].count()) == numbers
+    assert len(table.drop_duplicates(["by", "at", "arm", "seed"])) == len(table)
     assert set(table["at"]) == {entry["at"] for entry in entries}  # kl_2, where nobody is, too
 
 
@@ -155,7 +155,8 @@ def test_hypervolume_against_a_grid() -> None:
 def test_hypervolume_by_hand_and_its_properties() -> None:
     points = np.array([[0.6, 1.0], [1.0, 0.5], [0.5, 0.9]])  # the last one is dominated
     assert hypervolume(points, (0.2, 0.0)) == pytest.approx(0.4 * 1.0 + 0.4 * 0.5)
-    assert hypervolume(points[:2], (0.2, 0.0)) == hypervolume(points[::-1], (0.2, 0.0)) == hypervolume(points, (0.2, 0))
+    for same in (points[:2], points[::-1]):
+        assert hypervolume(same, (0.2, 0.0)) == pytest.approx(hypervolume(points, (0.2, 0.0)), abs=1e-12)
     assert hypervolume(points, (1.0, 0.0)) == 0.0
     more = np.vstack([points, [[0.8, 0.8]]])
     assert hypervolume(more, (0.2, 0.0)) == pytest.approx(0.6 + 0.2 * 0.3)

@@ -53,7 +53,8 @@ def compare_hypervolumes(curves: pd.DataFrame, plan: Plan, seeds: Sequence[str])
         plan: the contrasts.
         seeds: those whose base counts.
     """
-    found = {(str(arm), str(seed)): share_kept(run) for (arm, seed), run in curves.groupby(["arm", "seed"], sort=False)}
+    groups: Any = curves.groupby(["arm", "seed"], sort=False)
+    found = {(str(arm), str(seed)): share_kept(run) for (arm, seed), run in groups}
     values = {key: share for key, share in found.items() if share is not None}
     arms = list(dict.fromkeys(arm for arm, _ in found))
     of_arm = {arm: {seed: values[arm, seed] for seed in seeds if (arm, seed) in values} for arm in arms}
