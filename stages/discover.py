@@ -30,7 +30,7 @@ from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
 from stages.pipeline.stage import Cell, Invalid, run
-from stages.tasks.examples import read_examples
+from stages.tasks.examples import Examples, read_examples
 
 
 def main(cell: Cell) -> None:
@@ -47,9 +47,8 @@ def main(cell: Cell) -> None:
 
     def patcher_of(rows: slice) -> PathPatcher:
         part = examples.select(rows)
-        pairs = Pairs(part.input_ids, part.corrupt_ids, part.positions, part.corrupt_positions)
         measure = measure_of(metric, part.answer, part.others)
-        patcher = PathPatcher(walker, pairs, measure, settings.memory_mib / settings.processes)
+        patcher = PathPatcher(walker, _pairs(part), measure, settings.memory_mib / settings.processes)
         if not rows.start:  # all processes have equal shares, so the first one tells how far all are
             patcher.watch = _SenderBar()
         return patcher
@@ -57,8 +56,7 @@ def main(cell: Cell) -> None:
     if settings.processes == 1:
         patcher = patcher_of(slice(None))
     else:
-        pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
-        patcher = SpreadPatcher(walker, pairs, patcher_of, settings.processes)
+        patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, settings.processes)
     accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
@@ -86,6 +84,10 @@ def main(cell: Cell) -> None:
                 "settings": settings.model_dump(mode="json") | {"hooks": BACKEND},
             },
         )
+
+
+def _pairs(examples: Examples) -> Pairs:
+    return Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
 def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:

@@ -4,7 +4,7 @@
 more than 128 KiB that a step makes and drops is otherwise mapped from the system and given back, page by page: a tenth
 to a fifth of the processor time of training and analysing a small model.
 
-*Modules* stay, too: the collector of reference cycles need not look through the million objects of torch and
+*Modules* stay, too: the collector of reference cycles need not look through all objects of torch and
 transformers again, nor copy their pages in every forked process, nor take them apart at the end, which takes a fifth
 as long as to import them.
 """
