@@ -1,7 +1,7 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
 reads  reports/cells/**, exactly the cells that seeds and arms name
-writes reports/statistics.json   measures by arm, contrasts, reach rates
+writes reports/statistics.json   measures by arm, contrasts, reach rates, similarity of circuits
        reports/cells.csv         every scalar of every record, long form
 """
 
@@ -11,6 +11,7 @@ from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare
+from stages.statistics.similarity import compare_circuits
 
 
 def main(cell: Cell) -> None:
@@ -35,7 +36,8 @@ def main(cell: Cell) -> None:
         seed=section.seed,
     )
     write_csv("reports/cells.csv", frame)
-    write_json("reports/statistics.json", {"new_task": cell.params("new_task")} | compare(cells, plan))
+    found = compare(cells, plan) | {"similarity": compare_circuits(cells, plan, Path("reports/cells"))}
+    write_json("reports/statistics.json", {"new_task": cell.params("new_task")} | found)
 
 
 if __name__ == "__main__":
