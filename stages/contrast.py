@@ -1,8 +1,8 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
 reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name
-writes reports/statistics.json   measures by arm, contrasts, reach rates, adjustment for distance,
-                                 the same at every matching, hypervolumes of the trade-off
+writes reports/statistics.json   measures by arm, contrasts, reach rates, adjustment for distance, similarity of
+                                 circuits, the same at every matching, hypervolumes of the trade-off
        reports/cells.csv         every scalar of every record, long form
 """
 
@@ -16,6 +16,7 @@ from stages.statistics.contrasts import Plan, compare, left_out_bases
 from stages.statistics.frames import training_curves
 from stages.statistics.hypervolume import compare_hypervolumes
 from stages.statistics.matchings import compare_matchings
+from stages.statistics.similarity import compare_circuits
 
 CELLS = Path("reports/cells")
 
@@ -57,6 +58,7 @@ def main(cell: Cell) -> None:
     curves = training_curves(CELLS, cells)
     statistics = {"new_task": cell.params("new_task")} | compare(cells, plan)
     statistics["adjustment"] = adjust(cells, adjustment, left_out)
+    statistics["similarity"] = compare_circuits(cells, plan, CELLS)
     statistics["matchings"] = compare_matchings(cells, plan)
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
     write_json("reports/statistics.json", statistics)

@@ -5,10 +5,11 @@
 reads  models/<model>/<seed>, data/old/discovery.parquet
 writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
-         scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers, heads]
+         scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
+                        "<hop>.half0" and "<hop>.half1", [layers, heads]
          record.json    accuracy, settings (with the implementation of hooks that was used, see `circuits/trace.py`),
-                        and every hop that was tried: its effect, what its heads feed (receiver and component), and
-                        what they read (the semantic position they attend to most)
+                        and every hop that was tried: its effect, what its heads feed (receiver, component, and the
+                        receiving heads), and what they read (the semantic position they attend to most)
 """
 
 from pathlib import Path
@@ -143,6 +144,8 @@ def _arrays(hops: list[Hop]) -> dict[str, np.ndarray]:
         if hop.scores is not None:
             arrays[f"{hop.name}.score"] = hop.scores.score.numpy()
             arrays[f"{hop.name}.noise"] = hop.scores.noise.numpy()
+        if hop.halves is not None:
+            arrays |= {f"{hop.name}.half{number}": half.numpy() for number, half in enumerate(hop.halves)}
     return arrays
 
 
@@ -161,6 +164,7 @@ def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
         "position": hop.position,
         "receiver": hop.receiver,
         "component": None if hop.component is None else str(hop.component),
+        "feeds": [list(head) for head in hop.feeds],
         "joint": float(hop.joint.score),
         "joint_noise": float(hop.joint.noise),
         "selected": len(hop.heads),

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.pipeline.files import write_csv, write_json
+from stages.measures.edges import changes
+from stages.measures.effects import Effects
+from stages.measures.overlap import overlaps
+from stages.measures.similarity import similarity
+from stages.pipeline.files import write_csv, write_json, write_npz
 from stages.pipeline.stage import Cell
 
 ARMS = ("sft_gold", "self_sft", "reinforce", "grpo", "sft_replay", "noise")
@@ -171,8 +175,10 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "identifiable": not hidden,
         "accuracy": old,
         "settings": {"hops": "auto"},
+        "hops": [] if hidden else list(HOPS),
     }
     write_json(root / f"discover/{model}/{seed}/record.json", record)
+    write_npz(root / f"discover/{model}/{seed}/scores.npz", **({} if hidden else _effects(seed, 1.0)))
     scores = {
         "size": 18,
         "accuracy": 0.93 * kept,
@@ -236,6 +242,39 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         root / f"dcm/{model}/{seed}.json",
         {"model": model, "seed": seed, "groups": masked, "settings": {"steps": 60}},
     )
+
+
+HOPS: tuple[Any, ...] = (
+    {"name": "fetch_answer", "position": "last", "component": None, "feeds": []},
+    {"name": "k_separator", "position": "earlier_separator", "component": "k", "feeds": [[5, 0]]},
+)
+
+
+def _effects(seed: int, kept: float) -> dict[str, np.ndarray]:
+    """Scores of both halves; those of the base with kept = 1."""
+    own, other, noise = _draw(seed, "own"), _draw(seed, "other"), _draw(seed, f"{kept}")
+    found = {}
+    for hop in HOPS:
+        true = kept * own.normal(size=(LAYERS, HEADS)) ** 3 + (1 - kept) * other.normal(size=(LAYERS, HEADS)) ** 3
+        for half in (0, 1):
+            found[f"{hop['name']}.half{half}"] = true + 0.1 * noise.normal(size=(LAYERS, HEADS))
+    return found
+
+
+def _retraced(experiment: Experiment, seed: int, kept: float) -> dict[str, Any]:
+    base, tuned = Effects.of(HOPS, _effects(seed, 1.0)), Effects.of(HOPS, _effects(seed, kept))
+    if seed in experiment.hidden or base is None or tuned is None:
+        hidden = {"identifiable": False, "reason": "no circuit", "accuracy": None, "joint": None}
+        return hidden | {"similarity": None, "overlap": None, "edges": None}
+    return {
+        "identifiable": True,
+        "reason": None,
+        "accuracy": 0.9,
+        "joint": {hop["name"]: {"base": 1.0, "tuned": kept} for hop in HOPS},
+        "similarity": similarity(base, tuned, 20, [seed]),
+        "overlap": overlaps(base, tuned, 18),
+        "edges": changes(base, tuned, 0.5),
+    }
 
 
 def _inspection(groups: tuple[Any, ...], kept: float, draw: np.random.Generator) -> dict[str, Any]:
@@ -367,6 +406,15 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "per_matrix": {"model.norm.weight": 0.1},
             "per_head": moved,
             "per_head_relative": moved,
+            "cka": {"layers": [0.9] * LAYERS, "mean": 0.9},
+            "relearning": {
+                "target": 0.86,
+                "accuracies": [0.5, 0.9],
+                "steps": 1 if seed < 3 else None,
+                "regained": seed < 3,
+                "most_steps": 16,
+            },
+            "retraced": _retraced(experiment, seed, kept),
         },
     )
     _write_model(root, experiment, arm, seed, kept, old)

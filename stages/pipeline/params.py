@@ -303,9 +303,23 @@ class Cmap(Section):
     memory_mib: Positive
 
 
+class Relearning(Section):
+    examples: Count
+    probe_examples: Count
+    share: Fraction
+    most_steps: Count
+    learning_rate: Positive
+    betas: Betas
+    weight_decay: NotNegative
+
+
 class Drift(Section):
     processes: Count
-    n_examples: Count
+    n_examples: Annotated[int, Field(ge=4)]  # the unbiased CKA needs four
+    strong_edge: Positive
+    permutations: Count
+    seed: Seed
+    relearning: Relearning
 
 
 class Contrast(Section):
@@ -423,6 +437,15 @@ def _check_sizes(params: Params) -> None:
             f"params.yaml: discover.examples = {params.discover.examples}: "
             f"must be at most synthesize.old.discovery = {synthesize.old['discovery']}"
         )
+    for name, size, split in (
+        ("examples", params.drift.relearning.examples, "relearning"),
+        ("probe_examples", params.drift.relearning.probe_examples, "selection"),
+    ):
+        if size > synthesize.old[split]:
+            raise Invalid(
+                f"params.yaml: drift.relearning.{name} = {size}: "
+                f"must be at most synthesize.old.{split} = {synthesize.old[split]}"
+            )
     if common.dense_until > common.steps:
         raise Invalid(
             f"params.yaml: finetune.common.dense_until = {common.dense_until}: "

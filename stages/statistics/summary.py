@@ -13,6 +13,7 @@ import numpy as np
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.matchings import LEAST_REACHED
+from stages.statistics.similarity import table
 from stages.statistics.wording import adjustment_sentences, headline, number, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
@@ -111,6 +112,8 @@ def summarise(
             for seed in cells.seeds
         ],
         "table_circuits": [_circuit_tests(cells, model) for model in cells.models],
+        "table_similarity": table(statistics),
+        "similarity_pairs_of_bases": statistics["similarity"]["floor"]["pairs"],
         "table_learning_rates": [
             {
                 "arm": arm,
