@@ -487,14 +487,14 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
         folder = Path(f"models/runs/{arm}/5")
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm"]
+        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
         for index, rate in enumerate(rates):
             run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]))
             module.train(run)
             save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
             # Skill is invented: the tiny model learns nothing in four steps.
             lines += [
-                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i}" for i, row in enumerate(run.recorder.rows)
+                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}" for i, row in enumerate(run.recorder.rows)
             ]
         curve = Path(f"reports/cells/finetune/{arm}/5.csv")
         curve.parent.mkdir(parents=True, exist_ok=True)
@@ -503,7 +503,7 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     def params(**changed: Any) -> dict[str, object]:
         settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"}
         # kl and norm: the same checkpoint as the level, the next one (twice), and one that is not there
-        settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0)} | changed
+        settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0), "steps": (2,)} | changed
         return {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
 
     for arm in ("sft_gold", "noise"):
@@ -513,7 +513,7 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     entries = record["matchings"]
     assert set(entries[record["matching"]]["by_learning_rate"]) == {"0.001", "0.003"}
     as_primary = {name for name, entry in entries.items() if entry["as_primary"]}
-    assert as_primary == {"accuracy_0_3", "accuracy_0_35", "kl_0_15"}
+    assert as_primary == {"accuracy_0_3", "accuracy_0_35", "kl_0_15", "steps_2"}
     assert not entries["norm_9"]["reached"] and entries["norm_9"]["by_learning_rate"]["0.003"]["furthest"] == 3.0
     for arm in ("sft_gold", "noise"):  # stored once, although two matchings pick it
         index = json.loads(Path(f"models/matched/5/{arm}/index.json").read_text())

@@ -45,7 +45,7 @@ def test_bad_input_is_told_in_its_own_words() -> None:
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(RuntimeError, match="status 7"):
         list(in_processes(lambda part: os._exit(7), range(2), 2))
-    servers = Servers(lambda share: lambda question: os._exit(question), [0, 1])
+    servers = Servers(lambda share: os._exit, [0, 1])
     with pytest.raises(RuntimeError, match="status 7"):
         servers.ask(7)
     with pytest.raises(RuntimeError, match="status 7"):  # nor does it hang when it is asked again

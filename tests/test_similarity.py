@@ -277,10 +277,11 @@ def test_relearning_counts_steps_and_leaves_the_model_alone() -> None:
     model, examples, probe = tiny_model(0), copying_examples(64, 0), copying_examples(48, 1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     settings: dict[str, Any] = {"most_steps": 60, "learning_rate": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.0}
+    once: dict[str, Any] = settings | {"most_steps": 1}
     found = relearn(model, examples, probe, 0.5, **settings)
     assert found.steps is not None and 0 < found.steps < 60 and len(found.accuracies) == found.steps + 1
     assert found.accuracies[-1] >= 0.5 > max(found.accuracies[:-1])
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert relearn(model, examples, probe, accuracy(model, probe), **settings).steps == 0
-    short = relearn(model, examples, probe, 0.5, **(settings | {"most_steps": 1}))
+    short = relearn(model, examples, probe, 0.5, **once)
     assert short.steps is None and len(short.accuracies) == 2

@@ -302,9 +302,9 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
         ),
         (
             Table(
-                "At equal distance and at equal budget. Reached: seeds with a checkpoint at the value; its own KL, norm "
-                "and new-task accuracy (means, selection split) say how close it came. What is kept: means on the evaluation "
-                "split, over the seeds whose base counts, with t intervals.",
+                "At equal distance and at equal budget. Reached: seeds with a checkpoint at the value; its own KL, "
+                "norm and new-task accuracy (means, selection split) say how close it came. What is kept: means on the "
+                "evaluation split, over the seeds whose base counts, with t intervals.",
                 (
                     "Matched on",
                     "Arm",

@@ -5,7 +5,7 @@ computed here from the records of the bases, since no cell sees two of them. Sav
 with those the base took at first (see `measures/relearning.py`), known to the check of its training curve.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ def compare_circuits(cells: Cells, plan: Plan, root: Path) -> dict[str, Any]:
         arms: arm -> name of the measure -> mean, interval and values over seeds; with savings;
         floor: kind of similarity -> mean over pairs of bases; curve: sizes with each score; pairs: how many.
     """
+    left_out = left_out_bases(cells, plan)
     arms = {
-        arm: {name: describe(cells, plan, path, arm) for name, path in MEASURES.items()}
-        | {"savings": savings(cells, plan, root, arm)}
+        arm: {name: describe(cells, plan, path, arm, left_out) for name, path in MEASURES.items()}
+        | {"savings": savings(cells, left_out, root, arm)}
         for arm in cells.arms
     }
-    left_out = left_out_bases(cells, plan)
     bases = {seed: effects for seed, effects in base_effects(cells, root).items() if seed not in left_out}
     return {"arms": arms, "floor": floor(bases)}
 
@@ -81,17 +81,16 @@ def floor(bases: Mapping[str, Effects]) -> dict[str, Any]:
     }
 
 
-def savings(cells: Cells, plan: Plan, root: Path, arm: str) -> dict[str, Any]:
+def savings(cells: Cells, left_out: Collection[str], root: Path, arm: str) -> dict[str, Any]:
     """1 - steps / steps at first, over the seeds that count and regained the old task."""
-    left_out = left_out_bases(cells, plan)
     values = {}
     counted = [seed for seed in cells.seeds if seed not in left_out and cells.reached(arm, seed)]
     for seed in counted:
         record = cells.record("drift", arm, seed).get("relearning") or {}
         curve = pd.read_csv(root / "pretrain" / seed / "curve.csv")
-        passed = curve[curve["accuracy"] >= record.get("target", np.inf)]["step"]
-        if record.get("steps") is not None and len(passed):
-            values[seed] = 1 - record["steps"] / float(passed.iloc[0])
+        passed = curve["accuracy"].to_numpy() >= record.get("target", np.inf)
+        if record.get("steps") is not None and passed.any():
+            values[seed] = 1 - record["steps"] / float(curve["step"].to_numpy()[passed.argmax()])
     return {"n": len(values), "of": len(counted), "mean": _mean(list(values.values())), "values": values}
 
 
@@ -126,11 +125,11 @@ def overlap_curves(cells: Cells) -> pd.DataFrame:
     rows = []
     for arm in cells.arms:
         for seed in cells.seeds:
-            found = (cells.record("drift", arm, seed).get("retraced") or {}).get("overlap") or {"sizes": []}
-            for index, size in enumerate(found["sizes"]):
-                scores = found["observed"]["share"][index], found["ceiling"]["share"][index]
-                chance = found["observed"]["layered"][index]
-                rows.append((arm, seed, cells.reached(arm, seed), size, *scores, chance))
+            found: dict[str, Any] = (cells.record("drift", arm, seed).get("retraced") or {}).get("overlap") or {}
+            for index, size in enumerate(found.get("sizes", [])):
+                observed, ceiling = found["observed"], found["ceiling"]
+                scores = [entry[index] for entry in (observed["share"], ceiling["share"], observed["layered"])]
+                rows.append((arm, seed, cells.reached(arm, seed), size, *scores))
     columns = ["model", "seed", "reached", "size", "share", "ceiling", "chance"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[4:], "float64"))
 

@@ -21,11 +21,11 @@ class OwnAnswersTrainer(SFTTrainer):
     replaced.
 
     Args:
-        run: whose prompts, order and draws are used.
+        source: the run whose prompts, order and draws are used.
     """
 
-    def __init__(self, *args: Any, run: Run, **kwargs: Any) -> None:
-        self.run, self.generator = run, run.draw("answers")
+    def __init__(self, *args: Any, source: Run, **kwargs: Any) -> None:
+        self.run, self.generator = source, source.draw("answers")
         self.answers: dict[int, int] = {}  # row -> answer, of the steps up to the next draw
         super().__init__(*args, **kwargs)
 
@@ -48,4 +48,4 @@ class OwnAnswersTrainer(SFTTrainer):
 def train(run: Run) -> None:
     rows = torch.from_numpy(run.order)
     prompts = run.train.input_ids[rows]
-    supervised.fit_sequences(run, torch.cat([prompts, prompts[..., -1:]], -1), rows, OwnAnswersTrainer, run=run)
+    supervised.fit_sequences(run, torch.cat([prompts, prompts[..., -1:]], -1), rows, OwnAnswersTrainer, source=run)
