@@ -86,7 +86,7 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
     whole = cells.record("evaluate", "grpo", "0")
     assert value(cells, "grpo", "0", "accuracy_0_9", "retention") == whole["circuit"]["retention"]
     assert value(cells, "grpo", "0", "kl_0_5", "old_accuracy") == whole["old_accuracy"]
-    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3", "steps_160"]
+    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]
     assert value(cells, "grpo", "0", "norm_3", "retention") == other["circuit"]["retention"]
     assert other["circuit"]["retention"] != whole["circuit"]["retention"]
     assert value(cells, "grpo", "1", "accuracy_0_9", "retention") is None  # not reached
@@ -103,10 +103,10 @@ def test_every_matching_by_hand(cells: Cells) -> None:
     assert {name for name, entry in found.items() if entry["selected"]} == {"accuracy_0_9", "kl_0_5", FAR}
     assert found[FAR]["arms"]["grpo"]["reached"] == 0 and found[FAR]["arms"]["grpo"]["retention"]["mean"] is None
 
-    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3", "steps_160"] for arm in ("grpo", "sft_gold")]
-    entry = found["norm_3", "steps_160"]
+    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3"] for arm in ("grpo", "sft_gold")]
+    entry = found["norm_3"]
     kept = [
-        cells.record("matchings", "grpo", s)["matchings"]["norm_3", "steps_160"]["circuit"]["retention"] for s in "012"
+        cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["circuit"]["retention"] for s in "012"
     ]
     grpo = entry["arms"]["grpo"]["retention"]
     assert (grpo["n"], entry["arms"]["grpo"]["reached"]) == (3, 4)  # seed 3 has no circuit to keep

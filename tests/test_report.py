@@ -267,7 +267,7 @@ def test_no_text_of_a_figure_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(report, "png", checked)
     _run(tmp_path, experiment)
     print("inches beyond the edge, largest of each figure", beyond)
-    assert len(beyond) == 11 and max(beyond) <= 0.01
+    assert len(beyond) == 13 and max(beyond) <= 0.01
 
 
 def test_a_rerun_gives_the_same_bytes(small: Path) -> None:
@@ -307,7 +307,7 @@ def test_no_circuit_anywhere_still_gives_a_report(tmp_path: Path) -> None:
     _run(tmp_path, experiment)
     text = (tmp_path / "reports/report.md").read_text()
     assert "No answer" in text and not re.search(r"\bnan\b", text)
-    assert len(list((tmp_path / "reports/figures").iterdir())) == 11
+    assert len(list((tmp_path / "reports/figures").iterdir())) == 13
 
 
 def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +326,8 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
         "pareto",
         "matchings",
         "circuit",
+        "similarity",
+        "overlap",
         "sizes",
         "knockout",
         "nulls",

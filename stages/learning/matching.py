@@ -47,7 +47,7 @@ def matchings(
 ) -> list[Matching]:
     """All matchings: by accuracy, by KL, by norm, by budget, each in increasing order."""
     kinds = ((ACCURACY, levels), (KL, kl), (NORM, norm), (STEPS, steps))
-    return [Matching(by, at) for by, values in kinds for at in sorted(values)]
+    return [Matching(by, float(at)) for by, values in kinds for at in sorted(values)]
 
 
 @dataclass(frozen=True)

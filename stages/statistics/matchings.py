@@ -71,7 +71,7 @@ def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:
         values = {seed: value(cells, arm, seed, name, measure) for seed in _seeds(cells, plan)}
         entry[measure] = summary({seed: v for seed, v in values.items() if v is not None}, plan.confidence)
     at_rate = [_at_rate(cells, arm, seed, name) for seed in reached]
-    entry["picked"] = {column: _mean([row[column] for row in at_rate]) for column in CLOSENESS}
+    entry["picked"] = {column: _mean([float(row[column]) for row in at_rate]) for column in CLOSENESS}
     return entry
 
 
