@@ -1,6 +1,5 @@
 """Statistics against answers worked out by hand, and contrasts that say what they leave out."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +42,42 @@ def test_sign_flip_by_hand(differences: list[float], expected: float) -> None:
     assert sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
 
 
-def test_sign_flip_against_enumeration() -> None:
-    x = np.random.default_rng(3).normal(0.4, 1.0, 7)
-    sums = [abs(float(np.dot(signs, x))) for signs in itertools.product((1, -1), repeat=len(x))]
-    p = sum(total >= abs(float(x.sum())) - 1e-12 for total in sums) / len(sums)
-    found = sign_flip_p(x)
-    print("max error", abs((found or 0) - p))
-    assert found == pytest.approx(p, abs=1e-12)
+def scipy_sign_flip_p(x: np.ndarray) -> float:
+    """The test as scipy has it: slow, and over all patterns."""
+    result = stats.permutation_test(
+        (x, np.zeros_like(x)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",  # swaps a difference with its zero, which flips its sign
+        n_resamples=2 ** len(x),  # all of them, so the p is exact
+        vectorized=True,
+    )
+    return float(result.pvalue)
+
+
+def test_sign_flip_against_scipy() -> None:
+    """Differences without ties, with many (whole numbers), and of a scale where rounding shows (tenths)."""
+    rng = np.random.default_rng(3)
+    cases = [rng.normal(rng.normal(), 1.0, rng.integers(2, 11)) for _ in range(60)]
+    cases += [rng.integers(-3, 5, rng.integers(2, 11)) / 1.0 for _ in range(60)]
+    cases += [tenths / 10 for tenths in (rng.integers(1, 9, rng.integers(2, 10)) for _ in range(30))]
+    errors = [abs((sign_flip_p(x) or 0.0) - scipy_sign_flip_p(x)) for x in cases]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-12
+
+
+def test_sign_flip_sees_ties_that_rounding_hides() -> None:
+    """Tenths of whole numbers have the p of the whole numbers, also where they nearly cancel."""
+    rng = np.random.default_rng(4)
+    cases = [[1, 2, -3], *(rng.integers(-4, 5, 9).tolist() for _ in range(100))]
+    assert sum([0.1, 0.2, -0.3]) != 0
+    for whole in cases:
+        assert sign_flip_p([value / 10 for value in whole]) == sign_flip_p([float(value) for value in whole]), whole
+
+
+def test_sign_flip_of_many_pairs() -> None:
+    assert sign_flip_p([0.1] * 29 + [-0.1]) == pytest.approx(62 / 2**30, abs=1e-15)  # none or one sign of 30 differs
+    with pytest.raises(Invalid, match="41 pairs"):
+        sign_flip_p([0.1] * 41)
 
 
 def test_smallest_p_is_reached() -> None:
