@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from stages import contrast as stage
 from stages.pipeline.stage import Invalid
@@ -94,6 +95,14 @@ def test_nothing_without_data() -> None:
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04 times 4 3 2 1, made monotone: .04 .06 .06 .06
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_holm_against_statsmodels() -> None:
+    rng = np.random.default_rng(5)
+    families = [rng.integers(0, 20, rng.integers(1, 8)) / 20 for _ in range(50)]
+    errors = [np.abs(np.array(holm(p.tolist())) - multipletests(p, method="holm")[1]).max() for p in families]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-15
 
 
 def test_holm_counts_what_could_not_be_tested() -> None:

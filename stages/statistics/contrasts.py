@@ -58,7 +58,7 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     measures = (plan.primary, *plan.secondary)
     left_out = left_out_bases(cells, plan)
     contrasts = [
-        contrast(cells, plan, measure, f"H{number}", arm, reference)
+        contrast(cells, plan, measure, f"H{number}", arm, reference, left_out)
         for measure in measures
         for number, (arm, reference) in enumerate(plan.contrasts, start=1)
     ]
@@ -72,7 +72,8 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
         "plan": asdict(plan)
         | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
         "measures": {
-            measure: {model: describe(cells, plan, measure, model) for model in cells.models} for measure in measures
+            measure: {model: describe(cells, plan, measure, model, left_out) for model in cells.models}
+            for measure in measures
         },
         "contrasts": contrasts,
         "reach": {
@@ -95,10 +96,18 @@ def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
     return found
 
 
-def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, Any]:
-    """Mean, spread and interval of a measure over the seeds at which the model counts."""
+def describe(
+    cells: Cells, plan: Plan, measure: str, model: str, left_out: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Mean, spread and interval of a measure over the seeds at which the model counts.
+
+    Args:
+        cells, plan: all records, and what is compared.
+        measure: "<stage>.<dotted path in its record>".
+        model: base or arm.
+        left_out: what `left_out_bases` gives.
+    """
     values, excluded = {}, []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         value = cells.value(measure, model, seed)
         if seed in left_out:
@@ -120,12 +129,19 @@ def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, An
     }
 
 
-def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, reference: str) -> dict[str, Any]:
-    """One contrast of one measure: arm minus reference."""
+def contrast(
+    cells: Cells,
+    plan: Plan,
+    measure: str,
+    name: str,
+    arm: str,
+    reference: str,
+    left_out: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """One contrast of one measure: arm minus reference, without the seeds that `left_out_bases` names."""
     values: dict[str, float] = {}
     sides: list[tuple[float, float]] = []
     excluded: list[dict[str, Any]] = []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         pair = [cells.value(measure, model, seed) for model in (arm, reference)]
         unreached = [model for model in (arm, reference) if not cells.reached(model, seed)]

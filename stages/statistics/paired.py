@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from stages.pipeline.stage import Invalid
 
@@ -31,9 +31,13 @@ def t_interval(values: Values, confidence: float) -> tuple[float, float] | None:
     """
     if len(values) < 2:
         return None
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    mean, error = _mean_and_error(values)
+    half = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
     return mean - half, mean + half
+
+
+def _mean_and_error(values: Values) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def bootstrap_interval(values: Values, confidence: float, resamples: int, seed: int) -> tuple[float, float] | None:
@@ -95,8 +99,8 @@ def equivalence_p(differences: Values, margin: float) -> float | None:
     x = np.asarray(differences, dtype=np.float64)
     if np.ptp(x) == 0:  # no spread: the t statistics are infinite or undefined
         return 0.0 if abs(x[0]) < margin else 1.0
-    mean, error, df = float(np.mean(x)), float(stats.sem(x)), len(x) - 1
-    return float(max(stats.t.sf((mean + margin) / error, df), stats.t.cdf((mean - margin) / error, df)))
+    (mean, error), df = _mean_and_error(x), len(x) - 1
+    return float(max(special.stdtr(df, -(mean + margin) / error), special.stdtr(df, (mean - margin) / error)))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -104,11 +108,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
     The family is what was planned, so a contrast that could not be tested (None) still counts: as p = 1.
     """
-    from statsmodels.stats.multitest import multipletests
-
-    if not p_values:
-        return []
-    adjusted = np.asarray(multipletests([1.0 if p is None else p for p in p_values], method="holm")[1])
+    p = np.asarray([1.0 if p is None else p for p in p_values], dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return [None if p is None else float(q) for p, q in zip(p_values, adjusted, strict=True)]
 
 

@@ -42,7 +42,8 @@ def summarise(
     """
     plan = plan_of(statistics)
     measures = tuple(dict.fromkeys((*_ALWAYS, plan.primary, *plan.secondary, *_LAST)))
-    described = {model: {m: describe(cells, plan, m, model) for m in measures} for model in cells.models}
+    left_out = left_out_bases(cells, plan)
+    described = {model: {m: describe(cells, plan, m, model, left_out) for m in measures} for model in cells.models}
     primary = [entry for entry in statistics["contrasts"] if entry["measure"] == plan.primary]
     levels = {cells.record("match", arm, seed)["level"] for arm in cells.arms for seed in cells.seeds}
     level = levels.pop() if len(levels) == 1 else None
