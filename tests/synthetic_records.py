@@ -35,6 +35,7 @@ class Experiment:
         unreached: (arm, seed) pairs that never reach the level.
         hidden: seeds whose base has no identifiable circuit.
         weak: seeds whose base circuit does not work in place.
+        by_example: records say which examples are answered right.
         effect: added to what every RL arm keeps.
         spread: standard deviation between seeds.
     """
@@ -44,6 +45,7 @@ class Experiment:
     unreached: frozenset[tuple[str, int]] = frozenset()
     hidden: frozenset[int] = frozenset()
     weak: frozenset[int] = frozenset()
+    by_example: bool = True
     effect: float = 0.0
     spread: float = 0.04
     contrasts: Sequence[tuple[str, str]] = field(
@@ -192,6 +194,11 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "inspection": _inspection(groups, kept, draw),
         "settings": {"random_circuits": 20},
     }
+    if experiment.by_example:
+        shares = {"model": old} | ({} if hidden else {"circuit": 0.93 * kept})
+        evaluated["examples"] = {
+            part: "".join(str(int(right)) for right in draw.random(200) < share) for part, share in shares.items()
+        }
     write_json(root / f"evaluate/{model}/{seed}.json", evaluated)
     desiderata = ("positional", "object_value", "box_label_value")
     masked = {

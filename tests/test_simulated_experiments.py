@@ -10,6 +10,8 @@ import pytest
 
 from stages.statistics.cells import Cells
 from stages.statistics.contrasts import Plan, compare
+from stages.statistics.hierarchical import difference, hierarchical_interval
+from stages.statistics.paired import t_interval
 from tests.synthetic_records import ARMS, Experiment
 
 EXPERIMENTS = 1000
@@ -75,3 +77,32 @@ def test_intervals_cover_and_tests_rarely_err(n: int, effects: dict[str, float])
         assert power > 0.8 and equal <= ALLOWED
     else:
         assert single > 0.03 and equal > 0.8  # the level is used: up to 12 of the 256 patterns
+
+
+@pytest.mark.parametrize(
+    ("n", "examples", "least", "most"), [(3, 512, 0.75, 0.92), (8, 512, 0.87, 0.96), (8, 64, 0.95, 1.0)]
+)
+def test_coverage_of_the_hierarchical_bootstrap(n: int, examples: int, least: float, most: float) -> None:
+    """Seeds whose arms keep different shares of the examples; the true difference is 0.05 of what the base can.
+
+    With as many examples as the evaluation split has it covers less than it says, the less the fewer the seeds. Where
+    examples are few it covers more, because it adds their noise a second time. The t interval covers what it says.
+    """
+    rng = np.random.default_rng([n, examples])
+    able, kept, lower = 0.95, 0.85, 0.8
+    covered = {"hierarchical": 0, "t": 0}
+    for _ in range(EXPERIMENTS):
+        shares = able * (np.array([kept, lower])[:, None, None] + rng.normal(0, 0.04, (2, n, 1)))
+        arm, reference = rng.random((2, n, examples)) < shares
+        base = rng.random((n, examples)) < able
+        outcomes = list(np.stack([arm, base, reference, base], axis=1))
+        intervals = {
+            "hierarchical": hierarchical_interval(outcomes, 1 - LEVEL, 200, 0),
+            "t": t_interval([difference(entry) for entry in outcomes], 1 - LEVEL),
+        }
+        for name, interval in intervals.items():
+            low, high = interval or (np.nan, np.nan)
+            covered[name] += bool(low <= kept - lower <= high)
+    print(f"n = {n}, {examples} examples:", {name: count / EXPERIMENTS for name, count in covered.items()})
+    assert 0.93 <= covered["t"] / EXPERIMENTS <= 0.97
+    assert least <= covered["hierarchical"] / EXPERIMENTS <= most

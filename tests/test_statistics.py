@@ -14,6 +14,7 @@ from stages import contrast as stage
 from stages.pipeline.stage import Invalid
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare
+from stages.statistics.hierarchical import difference, hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
     equivalence_p,
@@ -197,6 +198,51 @@ def test_a_measure_that_is_undefined_is_named(tmp_path: Path) -> None:
     assert primary["excluded"] == [{"seed": "1", "reason": "undefined for", "models": ["grpo"]}]
 
 
+def naive_hierarchical(seeds: list[np.ndarray], resamples: int) -> list[float]:
+    """Means of the resamples, one example after another."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        differences = []
+        for chosen in rng.integers(len(seeds), size=len(seeds)):
+            arm, arm_of, reference, reference_of = seeds[chosen]
+            drawn = rng.integers(len(arm), size=len(arm))
+            first = arm[drawn].sum() / arm_of[drawn].sum()
+            differences.append(first - reference[drawn].sum() / reference_of[drawn].sum())
+        means.append(float(np.mean(differences)))
+    return means
+
+
+def test_hierarchical_bootstrap_against_drawing_examples() -> None:
+    rng = np.random.default_rng(8)
+    shares = np.array([0.8, 0.95, 0.6, 0.9])[:, None]
+    seeds = [rng.random((4, 40)) < shares + rng.normal(0, 0.04, (4, 1)) for _ in range(4)]
+    expected = np.quantile(naive_hierarchical(seeds, 4000), [0.05, 0.95])
+    found = hierarchical_interval(seeds, 0.9, 20000, 0)
+    error = np.abs(np.array(found) - expected).max()
+    print("max error", error, "of an interval as wide as", np.ptp(expected))
+    assert error < 0.04 * np.ptp(expected)
+    assert hierarchical_interval(seeds[:1], 0.9, 100, 0) is None
+    assert hierarchical_interval(seeds, 0.9, 100, 0) == hierarchical_interval(seeds, 0.9, 100, 0)
+
+
+def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
+    """Retention is a share of the base's, faithfulness of the model's own; without outcomes there is no interval."""
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
+    assert _compared(tmp_path, experiment)["contrasts"][0]["ci_hierarchical"] is not None
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    text = {model: cells.record("evaluate", model, "0")["examples"] for model in cells.models}
+    rows = paired_outcomes(cells, PLAN.primary, "grpo", "sft_gold", "0")
+    assert rows is not None and not (rows[1] ^ rows[3]).any()
+    kept, gold, base = (text[model]["circuit"].count("1") for model in ("grpo", "sft_gold", "base"))
+    assert difference(rows) == pytest.approx((kept - gold) / base, abs=1e-15)
+    own = paired_outcomes(cells, "evaluate.circuit.faithfulness", "grpo", "sft_gold", "0")
+    assert own is not None and own[1].sum() == text["grpo"]["model"].count("1")
+    assert paired_outcomes(cells, "drift.new.kl", "grpo", "sft_gold", "0") is None
+    older = _compared(tmp_path, replace(experiment, by_example=False))
+    assert older["contrasts"][0]["ci_hierarchical"] is None
+
+
 def test_no_pair_at_all(tmp_path: Path) -> None:
     hidden = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), hidden=frozenset({0}))
     entry = _compared(tmp_path, hidden)["contrasts"][0]
@@ -226,6 +272,7 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment.write(tmp_path)
     stage.main(experiment.cell("contrast"))
     rows = pd.read_csv("reports/cells.csv")
+    assert not rows["measure"].str.startswith("examples").any()
     assert list(rows) == ["stage", "model", "seed", "measure", "value"]
     assert {"match", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
     first = Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes()

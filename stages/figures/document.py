@@ -111,6 +111,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
     plan = summary["plan"][0]
     entries = [entry for entry in summary["table_contrasts"] if entry["measure"] == plan["primary"]]
     verdicts = summary["contrasts"]
+    by_example = any(e["ci_hierarchical"] for e in entries)  # records of older runs have no outcomes by example
     rows = [
         (
             f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
@@ -119,6 +120,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
             number(e["difference"], signed=True),
             _interval(e["ci"]),
             _interval(e["ci_bootstrap"]),
+            *([_interval(e["ci_hierarchical"])] if by_example else []),
             number(e["p"], 4),
             number(e["p_holm"], 4),
             number(e["p_equivalent"], 4),
@@ -147,7 +149,13 @@ def _answer(summary: Mapping[str, Any]) -> Section:
             Table(
                 f"Contrasts of the primary measure. Clear: corrected p below {plan['alpha']:g} and an "
                 "interval without zero. Suggestive: only the interval. Equivalent: inside the margin "
-                "(TOST). Undecided: none of these.",
+                "(TOST). Undecided: none of these."
+                + (
+                    " The hierarchical bootstrap draws seeds, and examples inside them; like the plain one it is too "
+                    "narrow where seeds are few."
+                    if by_example
+                    else ""
+                ),
                 (
                     "Contrast",
                     "Verdict",
@@ -155,6 +163,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
                     "Difference",
                     f"{percent} t interval",
                     "Bootstrap interval",
+                    *(["Hierarchical bootstrap"] if by_example else []),
                     "Exact p",
                     "Holm p",
                     "TOST p",

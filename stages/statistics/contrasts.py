@@ -8,13 +8,14 @@ the primary measure form one family for Holm's correction; those of the secondar
 not corrected.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from stages.statistics.cells import BASE, Cells
+from stages.statistics.hierarchical import hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
     equivalence_p,
@@ -170,11 +171,25 @@ def contrast(
         "excluded": excluded,
         "ci": _pair(t_interval(x, plan.confidence)),
         "ci_bootstrap": _pair(bootstrap_interval(x, plan.confidence, plan.resamples, plan.seed)),
+        "ci_hierarchical": _pair(_hierarchical(cells, plan, arm, reference, values))
+        if measure == plan.primary
+        else None,
         "p": sign_flip_p(x),
         "p_holm": None,
         "p_equivalent": equivalence_p(x, plan.equivalence_margin) if measure == plan.primary else None,
         "smallest_possible_p": smallest_sign_flip_p(len(x)),
     }
+
+
+def _hierarchical(
+    cells: Cells, plan: Plan, arm: str, reference: str, seeds: Collection[str]
+) -> tuple[float, float] | None:
+    """Hierarchical bootstrap interval of the primary measure; None unless all seeds have outcomes by example."""
+    outcomes = [paired_outcomes(cells, plan.primary, arm, reference, seed) for seed in seeds]
+    known = [entry for entry in outcomes if entry is not None]
+    if len(known) < len(outcomes):
+        return None
+    return hierarchical_interval(known, plan.confidence, plan.resamples, plan.seed)
 
 
 def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
