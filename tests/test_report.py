@@ -100,7 +100,7 @@ def _derived(summary: dict[str, Any]) -> dict[str, Any]:
     """Numbers that a reader can count off in the summary: percent, lengths of lists."""
     plan = summary["plan"][0]
     excluded = [len(entry["excluded"]) for entry in summary["table_contrasts"]]
-    return summary | {"counted": [100 * plan["confidence"], len(plan["contrasts"]), *excluded, 1]}
+    return summary | {"counted": [100 * plan["confidence"], 100 * plan["power"], len(plan["contrasts"]), *excluded, 1]}
 
 
 def test_every_number_is_in_the_summary(written: Path) -> None:

@@ -27,6 +27,7 @@ PLAN = Plan(
     contrasts=PAIRS,
     confidence=1 - LEVEL,
     alpha=LEVEL,
+    power=0.8,
     equivalence_margin=MARGIN,
     resamples=20,
     seed=0,

