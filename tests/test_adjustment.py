@@ -67,7 +67,7 @@ def test_r2_of_left_out_seeds_by_hand() -> None:
         params = ols("y ~ method + kl + C(seed)", rest).fit().params
         guess = params["method"] * inside["method"] + params["kl"] * inside["kl"]
         y = inside["y"].to_numpy(dtype=float)
-        errors = y - guess.to_numpy(dtype=float)
+        errors = y - np.asarray(guess, dtype=float)
         wrong += len(y) * float(np.var(errors))
         total += len(y) * float(np.var(y))
     found = fit(part, "y", ["method", "kl"], "method", 0.95)["r2"]

@@ -91,7 +91,7 @@ def _effect(
     part = pd.DataFrame(frame[counts]).assign(**{METHOD: lambda rows: rows["arm"].isin(arms).astype(float)})
     sides = part.groupby(["seed", METHOD])[[asked.outcome, asked.distance]].mean()
     part = pd.DataFrame(sides).reset_index()
-    part = part[part["seed"].duplicated(keep=False)]
+    part = pd.DataFrame(part[part["seed"].duplicated(keep=False)])
     entry: dict[str, Any] = {"name": name, "arms": list(arms), "references": list(references)}
     fits = {
         key: fit(part, asked.outcome, predictors, METHOD, asked.confidence)
