@@ -66,7 +66,7 @@ def test_r2_of_left_out_seeds_by_hand() -> None:
         inside, rest = part[part["seed"] == seed], part[part["seed"] != seed]
         params = ols("y ~ method + kl + C(seed)", rest).fit().params
         guess = params["method"] * inside["method"] + params["kl"] * inside["kl"]
-        y = inside["y"].to_numpy(dtype=float)
+        y = np.asarray(inside["y"], dtype=float)
         errors = y - np.asarray(guess, dtype=float)
         wrong += len(y) * float(np.var(errors))
         total += len(y) * float(np.var(y))
