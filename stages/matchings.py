@@ -4,7 +4,7 @@ reads  models/matched/<seed>/<arm>, one folder of weights for each arm, with an 
 writes reports/cells/matchings/<seed>/<arm>.json, one entry for each matching whose checkpoint is not the primary
        matching's; that one is measured by stage `evaluate`
 
-All arms of a seed are one cell, so that the base and Python's imports are paid for once.
+All arms of a seed are one cell, so that Python's imports are paid for once.
 """
 
 from pathlib import Path
@@ -39,19 +39,16 @@ def main(cell: Cell) -> None:
     index = {arm: read_json(MATCHED / seed / arm / "index.json") for arm in arms}
     files = [MATCHED / seed / arm / name for arm in arms for name in sorted(set(index[arm].values()))]
 
-    def scored(file: Path | None) -> dict[str, object]:
-        """Of a file of weights; of the base where there is none."""
-        if file is not None:
-            model.load_state_dict(load_file(file))
+    def scored(file: Path) -> dict[str, object]:
+        model.load_state_dict(load_file(file))
         return scores(model, nodes, prompts, old, new, memory, clauses)
 
-    parts = [None, *files]  # the base first: in every process, its weights are there until others are loaded
-    done = in_processes(scored, parts, cell.params("evaluate.processes"))
-    found = dict(zip(parts, tqdm(done, desc="matchings", unit="model", total=len(parts)), strict=True))
+    done = in_processes(scored, files, cell.params("evaluate.processes"))
+    found = dict(zip(files, tqdm(done, desc="matchings", unit="model", total=len(files)), strict=True))
     with replacing_directory(f"reports/cells/matchings/{seed}") as folder:
         for arm in arms:
             entries = {
-                matching: record(len(nodes), found[MATCHED / seed / arm / name], found[None])
+                matching: record(len(nodes), found[MATCHED / seed / arm / name])
                 for matching, name in index[arm].items()
             }
             write_json(folder / f"{arm}.json", {"arm": arm, "seed": int(seed), "matchings": entries})

@@ -50,7 +50,6 @@ class Experiment:
         unreached: (arm, seed) pairs that never reach the level.
         hidden: seeds whose base has no identifiable circuit.
         weak: seeds whose base circuit does not work in place.
-        by_example: records say which examples are answered right.
         effect: added to what every RL arm keeps.
         spread: standard deviation between seeds.
     """
@@ -60,7 +59,6 @@ class Experiment:
     unreached: frozenset[tuple[str, int]] = frozenset()
     hidden: frozenset[int] = frozenset()
     weak: frozenset[int] = frozenset()
-    by_example: bool = True
     effect: float = 0.0
     spread: float = 0.04
     contrasts: Sequence[tuple[str, str]] = field(
@@ -182,11 +180,9 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
     scores = {
         "size": 18,
         "accuracy": 0.93 * kept,
-        "logit_difference": 6 * kept,
+        "logit_difference": 6 * (kept - 0.02 * (model != "base")),
         "faithfulness": 0.93 * kept / old,
         "faithfulness_ld": kept,
-        "retention": kept,
-        "retention_ld": kept - 0.02 * (model != "base"),
     }
     if seed in experiment.weak:
         scores["faithfulness"] *= 0.5
@@ -198,7 +194,6 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "old_logit_difference": 6.5 * old,
         "new_accuracy": 0.41 if model == "base" else 0.93 + 0.01 * float(draw.normal()),
         "new_valid_mass": 0.5,
-        "flips": {"lost": 0.1, "gained": 0.01},
         "circuit": None if hidden else scores,
         "circuit_in_queried_clause": None if hidden else scores | {"faithfulness": 0.8 * kept / old},
         "own_circuit": None if hidden else scores | {"faithfulness": min(1.0, 0.93 * kept / old + 0.03)},
@@ -216,11 +211,10 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "inspection": _inspection(groups, kept, draw),
         "settings": {"random_circuits": 20},
     }
-    if experiment.by_example:
-        shares = {"model": old} | ({} if hidden else {"circuit": 0.93 * kept})
-        evaluated["examples"] = {
-            part: "".join(str(int(right)) for right in draw.random(200) < share) for part, share in shares.items()
-        }
+    shares = {"model": old} | ({} if hidden else {"circuit": 0.93 * kept})
+    evaluated["examples"] = {
+        part: "".join(str(int(right)) for right in draw.random(200) < share) for part, share in shares.items()
+    }
     write_json(root / f"evaluate/{model}/{seed}.json", evaluated)
     desiderata = ("positional", "object_value", "box_label_value")
     masked = {
@@ -444,7 +438,7 @@ def _matchings(experiment: Experiment, arm: str, seed: int, kept: float, old: fl
     entries = {}
     for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2), ("steps_160", -0.4)):
         left = kept + more * (1 - kept)
-        circuit = {"size": 18, "accuracy": 0.93 * left, "retention": left, "retention_ld": left - 0.02}
+        circuit = {"size": 18, "accuracy": 0.93 * left, "logit_difference": 6 * (left - 0.02)}
         entries[name] = {
             "old_accuracy": old + more * (0.96 - old),
             "old_logit_difference": 6 * old,

@@ -143,12 +143,9 @@ def test_readouts_by_hand() -> None:
     assert readout.logit_difference[:, 0].tolist() == [1.5, -1.5]
     expected = torch.softmax(logits[:, 0].double(), -1)[:, 1]
     assert torch.allclose(readout.p_correct[:, 0], expected, atol=1e-12)
-    record = circuit_record(
-        3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0}, None
-    )
+    record = circuit_record(3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0})
     assert record["faithfulness"] == 0.5
     assert record["faithfulness_ld"] is None
-    assert record["retention"] is None
 
 
 def test_evaluation_of_a_model() -> None:
@@ -193,27 +190,20 @@ def test_record_of_the_stage() -> None:
     nothing = Circuit((), 3, 4, identifiable=False)
     settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2, clauses="every")
 
-    def record(model: Walker, base: Walker, own: Circuit) -> dict[str, Any]:
-        return evaluate(
-            model, mean_outputs(model, IDS, MEMORY), base, of_the_base, circuit, own, examples, new, settings, 0
-        )
+    def record(model: Walker, own: Circuit) -> dict[str, Any]:
+        return evaluate(model, mean_outputs(model, IDS, MEMORY), circuit, own, examples, new, settings, 0)
 
-    of_the_base = mean_outputs(walker, IDS, MEMORY)
-
-    of_base = record(walker, walker, circuit)
+    of_base = record(walker, circuit)
     assert of_base["old_accuracy"] == 1.0
-    assert of_base["flips"] == {"lost": 0.0, "gained": 0.0}
     assert of_base["own_circuit"] == of_base["circuit"]
     assert of_base["examples"]["model"] == "111111"
-    assert of_base["circuit"]["retention_ld"] in (1.0, None)
     assert of_base["circuit"]["size"] == 3
     assert set(of_base["groups"]) == {"fetch", "bind"}
     assert len(of_base["random"]["accuracies"]) == 4
-    tuned = record(other, walker, nothing)
+    tuned = record(other, nothing)
     assert tuned["own_circuit"] is None
-    assert tuned["flips"]["lost"] == 1.0 - tuned["old_accuracy"]
-    assert record(other, walker, nothing) == tuned
-    empty = evaluate(other, of_the_base, walker, of_the_base, nothing, nothing, examples, new, settings, 0)
+    assert record(other, nothing) == tuned
+    empty = evaluate(other, mean_outputs(other, IDS, MEMORY), nothing, nothing, examples, new, settings, 0)
     assert empty["circuit"] is None and empty["circuit_in_queried_clause"] is None
     assert set(empty["examples"]) == {"model"}
     for entry in (of_base, tuned):

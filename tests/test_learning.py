@@ -494,7 +494,8 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
             save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
             # Skill is invented: the tiny model learns nothing in four steps.
             lines += [
-                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}" for i, row in enumerate(run.recorder.rows)
+                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}"
+                for i, row in enumerate(run.recorder.rows)
             ]
         curve = Path(f"reports/cells/finetune/{arm}/5.csv")
         curve.parent.mkdir(parents=True, exist_ok=True)

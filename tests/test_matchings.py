@@ -59,10 +59,10 @@ def test_a_checkpoint_is_measured_as_in_evaluate() -> None:
     new = Prompts(IDS, answer[:, None], answer, torch.tensor([[7, 8, 9]] * 6))
     circuit = Circuit((Group("fetch", "last", "logits", None, ((2, 0), (1, 3), (0, 1))),), 3, 4)
     settings = SimpleNamespace(random_circuits=1, memory_mib=MEMORY, processes=1, clauses="every")
-    means, base_means = (mean_outputs(w, IDS, MEMORY) for w in (walker, base_walker))
-    whole = evaluate(walker, means, base_walker, base_means, circuit, circuit, old, new, settings, 0)
+    means = mean_outputs(walker, IDS, MEMORY)
+    whole = evaluate(walker, means, circuit, circuit, old, new, settings, 0)
     of_base, of_tuned = (scores(m, circuit.nodes, IDS, old, new, MEMORY, "every") for m in (base, tuned))
-    found = record(3, of_tuned, of_base)
+    found = record(3, of_tuned)
     errors = [abs((found["circuit"][key] or 0.0) - (expected or 0.0)) for key, expected in whole["circuit"].items()]
     print("largest error", max(errors))
     assert found["circuit"].keys() == whole["circuit"].keys() and max(errors) < 1e-12
@@ -70,9 +70,7 @@ def test_a_checkpoint_is_measured_as_in_evaluate() -> None:
     for key in ("old_accuracy", "old_logit_difference", "new_accuracy"):
         assert found[key] == pytest.approx(whole[key], abs=1e-12)
     assert of_base["new_accuracy"] == 1.0
-    untouched = record(3, of_base, of_base)["circuit"]
-    assert untouched["retention"] in (1.0, None) and untouched["retention_ld"] in (1.0, None)
-    assert record(0, of_tuned, of_base)["circuit"] is None
+    assert record(0, of_tuned)["circuit"] is None
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +103,7 @@ def test_every_matching_by_hand(cells: Cells) -> None:
 
     records = [cells.record("matchings", arm, "0")["matchings"]["norm_3"] for arm in ("grpo", "sft_gold")]
     entry = found["norm_3"]
-    kept = [
-        cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["circuit"]["retention"] for s in "012"
-    ]
+    kept = [cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["circuit"]["retention"] for s in "012"]
     grpo = entry["arms"]["grpo"]["retention"]
     assert (grpo["n"], entry["arms"]["grpo"]["reached"]) == (3, 4)  # seed 3 has no circuit to keep
     assert grpo["mean"] == pytest.approx(np.mean(kept)) and grpo["ci"] == pytest.approx(t_interval(kept, 0.95))
@@ -120,6 +116,7 @@ def test_every_matching_by_hand(cells: Cells) -> None:
         "new_accuracy": pytest.approx(0.91),
         "kl_new": pytest.approx(0.52),
         "weight_norm": pytest.approx(3.05),
+        "gradient_steps": 45.0,
     }
 
 

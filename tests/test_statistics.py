@@ -30,6 +30,7 @@ from stages.statistics.paired import (
     t_interval,
     t_test_power,
 )
+from stages.statistics.retention import add_retention
 from stages.statistics.wording import headline, number, verdict
 from tests.synthetic_records import Experiment
 
@@ -202,9 +203,11 @@ def test_pairs_that_do_not_count_are_named(tmp_path: Path) -> None:
     assert found["reach"]["grpo"] == {"reached": 4, "of": 5}
     grpo = found["measures"]["evaluate.circuit.retention"]["grpo"]
     assert [entry["reason"] for entry in grpo["excluded"]] == ["level not reached", "base left out"]
-    record = json.loads((tmp_path / "reports/cells/evaluate/grpo/0.json").read_text())
-    reference = json.loads((tmp_path / "reports/cells/evaluate/sft_gold/0.json").read_text())
-    difference = record["circuit"]["retention"] - reference["circuit"]["retention"]
+    kept, of_reference, of_base = (
+        json.loads((tmp_path / f"reports/cells/evaluate/{model}/0.json").read_text())["circuit"]["accuracy"]
+        for model in ("grpo", "sft_gold", "base")
+    )
+    difference = (kept - of_reference) / of_base
     assert primary["values"]["0"] == pytest.approx(difference, abs=1e-15)
     assert primary["difference"] == pytest.approx(primary["arm_mean"] - primary["reference_mean"])
 
@@ -273,8 +276,27 @@ def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
     own = paired_outcomes(cells, "evaluate.circuit.faithfulness", "grpo", "sft_gold", "0")
     assert own is not None and own[1].sum() == text["grpo"]["model"].count("1")
     assert paired_outcomes(cells, "drift.new.kl", "grpo", "sft_gold", "0") is None
-    older = _compared(tmp_path, replace(experiment, by_example=False))
-    assert older["contrasts"][0]["ci_hierarchical"] is None
+    assert paired_outcomes(cells, "evaluate.circuit.retention_ld", "grpo", "sft_gold", "0") is None
+
+
+def test_what_takes_two_records_by_hand(tmp_path: Path) -> None:
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"), hidden=frozenset({1}))
+    experiment.write(tmp_path)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    base, tuned = (cells.record("evaluate", model, "0") for model in ("base", "grpo"))
+    assert base["circuit"]["retention"] == base["circuit"]["retention_ld"] == 1.0
+    assert base["flips"] == {"lost": 0.0, "gained": 0.0}
+    for circuit in ("circuit", "own_circuit"):
+        assert tuned[circuit]["retention"] == tuned[circuit]["accuracy"] / base["circuit"]["accuracy"] < 1
+    before, after = (np.array([*entry["examples"]["model"]]) == "1" for entry in (base, tuned))
+    assert tuned["flips"] == {"lost": np.mean(before & ~after), "gained": np.mean(~before & after)}
+    assert tuned["flips"]["lost"] > 0
+    matched = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]["circuit"]
+    assert matched["retention"] == matched["accuracy"] / base["circuit"]["accuracy"]
+    assert cells.record("evaluate", "grpo", "1")["circuit"] is None, "no circuit in this base"
+    base["circuit"]["logit_difference"] = 0.0
+    add_retention(cells.records, "base")
+    assert tuned["circuit"]["retention_ld"] is None, "a share of nothing"
 
 
 def test_no_pair_at_all(tmp_path: Path) -> None:

@@ -50,18 +50,17 @@ def scores(
     }
 
 
-def record(size: int, scored: Mapping[str, Any], of_base: Mapping[str, Any]) -> dict[str, Any]:
+def record(size: int, scored: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of one checkpoint: as in stage `evaluate`, `circuit` is None where the base has none.
 
     Args:
         size: number of nodes of the base's circuit.
         scored: `scores` of the checkpoint.
-        of_base: `scores` of its base, for the retention.
     """
     full = scored["full"]
     return {
         "old_accuracy": full["accuracy"],
         "old_logit_difference": full["logit_difference"],
         "new_accuracy": scored["new_accuracy"],
-        "circuit": circuit_record(size, scored["kept"], full, of_base["kept"]) if size else None,
+        "circuit": circuit_record(size, scored["kept"], full) if size else None,
     }

@@ -2,9 +2,7 @@
 
 F is a score over examples: the accuracy (argmax over the whole vocabulary is the answer) or the mean logit
 difference (answer minus mean of the other objects of the context). Faithfulness of a circuit C in a model M
-is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4). Retention of
-a circuit in a fine-tuned model is F(C|tuned) / F(C|base): how much of what it did is left, whatever else the
-model has learned.
+is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4).
 
 A node at a token of a clause is kept, or removed, at that token of every clause. Prakash et al. keep it in the queried
 clause alone. But a head that stands before the query cannot know which clause will be asked for, so it does there what
@@ -164,17 +162,13 @@ def ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator > 0 else None
 
 
-def circuit_record(
-    size: int, kept: Mapping[str, float], full: Mapping[str, float], reference: Mapping[str, float] | None
-) -> dict[str, float | int | None]:
-    """A circuit's scores in a model as shares of the model's own, and of a reference's (the same circuit in
-    the base).
+def circuit_record(size: int, kept: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float | int | None]:
+    """A circuit's scores in a model, and as shares of the model's own.
 
     Args:
         size: number of nodes.
         kept: means of the circuit in place, as in `Readout.means`.
         full: means of the whole model.
-        reference: means of the circuit in place in the base; None where there is nothing to compare with.
     """
     return {
         "size": size,
@@ -182,6 +176,4 @@ def circuit_record(
         "logit_difference": kept["logit_difference"],
         "faithfulness": ratio(kept["accuracy"], full["accuracy"]),
         "faithfulness_ld": ratio(kept["logit_difference"], full["logit_difference"]),
-        "retention": None if reference is None else ratio(kept["accuracy"], reference["accuracy"]),
-        "retention_ld": None if reference is None else ratio(kept["logit_difference"], reference["logit_difference"]),
     }

@@ -9,6 +9,7 @@ import pandas as pd
 
 from stages.pipeline.files import read_json
 from stages.pipeline.stage import Invalid
+from stages.statistics.retention import add_retention
 
 BASE = "base"
 Record = dict[str, Any]
@@ -69,7 +70,7 @@ class Cells:
 
 
 def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], arms: Sequence[str]) -> Cells:
-    """Read every record of every cell.
+    """Read every record of every cell, and add what takes two of them.
 
     Args:
         root: folder of the records.
@@ -89,6 +90,7 @@ def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], ar
             )
         records[stage, model, seed] = read_json(root / file)
         files.append(file)
+    add_retention(records, BASE)
     return Cells(names, tuple(models), records, tuple(files))
 
 
