@@ -71,13 +71,28 @@ def test_what_a_stage_runs_is_found() -> None:
         assert [path for path in found[f"finetune/{arm}"] if path.startswith(ARMS)] == [f"{ARMS}/{arm}.py"]
 
 
+LOADED = """
+import os, sys, torch, transformers, pandas  # once for all; each stage is then imported in a process of its own
+for stage in sys.argv[1:]:
+    if os.fork() == 0:
+        __import__(f"stages.{stage}")
+        print(stage, *(name for name in sys.modules if name.startswith("stages.")), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, stage
+"""
+
+
 def test_every_module_that_is_loaded_is_in_the_digests() -> None:
     """The imports that are followed in the text are at least those that Python makes."""
-    for stage in STAGES[1:]:
-        code = f"import sys, stages.{stage}; print(*(m for m in sys.modules if m.startswith('stages.')))"
-        loaded = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-        assert loaded.returncode == 0, loaded.stderr
-        files = {f"{name.replace('.', '/')}.py" for name in loaded.stdout.split()}
+    command = [sys.executable, "-c", LOADED, *STAGES[1:]]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == STAGES[1:]
+    for line in lines:
+        stage, *names = line.split()
+        files = {f"{name.replace('.', '/')}.py" for name in names}
+        assert f"stages/{stage}.py" in files
         assert {file for file in files if (REPOSITORY / file).exists()} <= set(code_of(stage))
 
 

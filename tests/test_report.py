@@ -118,7 +118,11 @@ def test_a_foreign_number_is_noticed(written: Path) -> None:
 
 def test_main_numbers_by_hand(written: Path) -> None:
     summary = read_json(written / "summary.json")
-    kept = [read_json(written / f"cells/evaluate/grpo/{seed}.json")["circuit"]["retention"] for seed in (0, 1)]
+    alone = {
+        model: [read_json(written / f"cells/evaluate/{model}/{seed}.json")["circuit"]["accuracy"] for seed in (0, 1)]
+        for model in ("base", "grpo")
+    }
+    kept = np.array(alone["grpo"]) / np.array(alone["base"])
     assert summary["arms"]["grpo"]["evaluate_circuit_retention"] == pytest.approx(np.mean(kept))
     assert summary["arms"]["grpo"]["evaluate_circuit_retention_sd"] == pytest.approx(np.std(kept, ddof=1))
     assert summary["contrasts"]["H1"]["n"] == 2

@@ -60,7 +60,7 @@ Betas = Annotated[
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
-def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:
+def _distinct(values: tuple[int | float, ...]) -> tuple[int | float, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"{list(values)}: must not name a value twice")
     return values
