@@ -34,7 +34,7 @@ PLAN = Plan(
 )
 
 
-LEVEL = {"matching": "level", "matchings": {"level": {"by_learning_rate": {}}}}
+PICKED = {"matching": "level", "matchings": {"level": {"by_learning_rate": {}}}}
 
 
 def experiment(rng: np.random.Generator, n: int, effects: dict[str, float], spread: float) -> Cells:
@@ -45,7 +45,7 @@ def experiment(rng: np.random.Generator, n: int, effects: dict[str, float], spre
         kept = 0.8 + shared + effects.get(arm, 0.0) + rng.normal(0, spread, n)
         for seed, value in zip(seeds, kept, strict=True):
             records["evaluate", arm, seed] = {"circuit": {"retention": float(value)}}
-            records["match", arm, seed] = {"reached": True, "like": None} | LEVEL
+            records["match", arm, seed] = {"reached": True, "like": None} | PICKED
     for seed in seeds:
         records["circuit", "base", seed] = {"identifiable": True}
         records["evaluate", "base", seed] = {"circuit": {"retention": 1.0, "faithfulness": 1.0}}
