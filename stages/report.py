@@ -88,7 +88,9 @@ def figures(
             base_old,
             short_name(primary),
         ),
-        "matchings": lambda: matchings.draw(long_table(statistics["matchings"]), level, base_old, len(left_out) < n),
+        "matchings": lambda: matchings.draw(
+            long_table(statistics["matchings"], cells.arms), level, base_old, len(left_out) < n
+        ),
         "circuit": lambda: circuit.draw(
             frames.circuit_heads(cells, seed),
             frames.circuit_paths(cells, seed),

@@ -122,7 +122,7 @@ def test_every_matching_by_hand(cells: Cells) -> None:
 
 def test_the_table_of_the_figure_has_every_number_once(cells: Cells) -> None:
     entries = compare_matchings(cells, PLAN)
-    table = long_table(entries)
+    table = long_table(entries, EXPERIMENT.arms)
     numbers = sum(entry["arms"][arm]["retention"]["n"] for entry in entries for arm in EXPERIMENT.arms)
     assert len(table.dropna(subset=["retention"])) == numbers
     assert len(table.drop_duplicates(["by", "at", "arm", "seed"])) == len(table)

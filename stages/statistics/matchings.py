@@ -123,13 +123,14 @@ def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def long_table(entries: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def long_table(entries: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> pd.DataFrame:
     """by, at, selected, arm, seed, retention, old_accuracy: one row for each number of `compare_matchings`, and one
     without numbers where an arm has none at a matching."""
     rows = []
     for entry in entries:
         key = {column: entry[column] for column in ("by", "at", "selected")}
-        for arm, found in entry["arms"].items():
+        for arm in arms:
+            found = entry["arms"][arm]
             values = {measure: found[measure]["values"] for measure in (RETENTION, OLD)}
             for seed in dict.fromkeys([*values[RETENTION], *values[OLD]]) or [None]:
                 rows.append(key | {"arm": arm, "seed": seed} | {m: values[m].get(seed) for m in values})
