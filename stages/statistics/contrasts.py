@@ -217,7 +217,7 @@ def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
     """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
-        rates: Mapping[str, Any] = cells.records["match", arm, seed].get("by_learning_rate") or {}
+        rates: Mapping[str, Any] = cells.record("match", arm, seed).get("by_learning_rate") or {}
         for rate, record in rates.items():
             entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
             entry["of"] += 1
