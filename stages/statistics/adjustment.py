@@ -23,6 +23,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from stages.statistics.cells import Cells
+from stages.statistics.wording import count
 
 Columns = Float[np.ndarray, "rows columns"]
 METHOD = "method"
@@ -152,9 +153,14 @@ def _deviations(part: pd.DataFrame, columns: Sequence[str]) -> Columns:
 def _why_not(x: Columns, y: Float[np.ndarray, " rows"], seeds: int) -> str | None:
     """Why no model can be fitted, or None. Values that differ by rounding alone have no spread."""
     if seeds < 2:
-        return f"{seeds} {'seed' if seeds == 1 else 'seeds'}, at least 2 are needed"
+        return f"{count(seeds, 'seed')}, at least 2 are needed"
     if np.abs(y).max() < 1e-12:
         return "the outcome has no spread inside the seeds"
+    return _undetermined(x)
+
+
+def _undetermined(x: Columns) -> str | None:
+    """Why the coefficients of these predictors are not determined, or None."""
     sizes = np.abs(x).max(axis=0)
     if (sizes < 1e-12).any():
         return "a predictor has no spread inside the seeds"
@@ -173,8 +179,7 @@ def left_out_r2(x: Columns, y: Float[np.ndarray, " rows"], seeds: np.ndarray) ->
     errors = np.empty_like(y)
     for seed in np.unique(seeds):
         out = seeds == seed
-        sizes = np.abs(x[~out]).max(axis=0)
-        if (sizes < 1e-12).any() or np.linalg.matrix_rank(x[~out] / sizes, tol=1e-9) < x.shape[1]:
+        if _undetermined(x[~out]):
             return None
         coefficients = np.linalg.lstsq(x[~out], y[~out], rcond=None)[0]
         errors[out] = y[out] - x[out] @ coefficients

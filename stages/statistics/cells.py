@@ -66,7 +66,7 @@ class Cells:
 
     def reached(self, arm: str, seed: str) -> bool:
         """Whether the arm reached the matching level; only then is its model comparable with others."""
-        return bool(self.records["match", arm, seed]["reached"])
+        return bool(self.record("match", arm, seed)["reached"])
 
 
 def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], arms: Sequence[str]) -> Cells:

@@ -218,7 +218,7 @@ def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
     without training, which has none, nothing."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
-        match = cells.records["match", arm, seed]
+        match = cells.record("match", arm, seed)
         primary = match["matchings"][match["matching"]]
         rates: Mapping[str, Any] = {} if match["like"] else primary["by_learning_rate"]
         for rate, record in rates.items():
