@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
 
-.PHONY: help repro test smoke bench clean-env
+.PHONY: help repro test smoke full bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -22,11 +22,13 @@ test: $(READY) ## format check, lint, types, and all tests with one smoke run of
 	ruff format --check stages tests
 	ruff check stages tests
 	basedpyright --level error
-	python -m stages.pipeline.dependencies
 	python -m pytest
 
 smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
-	python -m stages.pipeline.smoke
+	python -m stages.pipeline.preset smoke
+
+full: $(READY) ## the full preset, in build/full: says first what it will cost, and goes on where it was stopped
+	python -m stages.pipeline.preset full
 
 bench: $(READY) ## time exact path patching against the paper's algorithm: reports/benchmarks.json, README's table
 	python -m tests.benchmark

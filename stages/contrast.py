@@ -1,7 +1,8 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
-reads  reports/cells/**, exactly the cells that seeds and arms name
-writes reports/statistics.json   measures by arm, contrasts, reach rates
+reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name
+writes reports/statistics.json   measures by arm, contrasts, reach rates, adjustment for distance, similarity of
+                                 circuits, the same at every matching, hypervolumes of the trade-off
        reports/cells.csv         every scalar of every record, long form
 """
 
@@ -9,18 +10,26 @@ from pathlib import Path
 
 from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.stage import Cell, Invalid, run
+from stages.statistics.adjustment import Adjustment, adjust
 from stages.statistics.cells import long_form, read_cells
-from stages.statistics.contrasts import Plan, compare
+from stages.statistics.contrasts import Plan, compare, left_out_bases
+from stages.statistics.frames import training_curves
+from stages.statistics.hypervolume import compare_hypervolumes
+from stages.statistics.matchings import compare_matchings
+from stages.statistics.similarity import compare_circuits
+
+CELLS = Path("reports/cells")
 
 
 def main(cell: Cell) -> None:
     section = cell.params("contrast")
-    cells = read_cells(Path("reports/cells"), cell.params("seeds"), cell.params("models"), cell.params("arms"))
+    cells = read_cells(CELLS, cell.params("seeds"), cell.params("models"), cell.params("arms"))
     frame = long_form(cells)
     undefined = frame["value"].isna()
     full_names = frame["stage"] + "." + frame["measure"]
     known, empty = set(full_names), tuple(set(full_names[undefined] + "."))
-    for measure in (section.primary_measure, *section.secondary_measures):
+    asked = (section.adjust_for, section.forgetting, *section.predictors)
+    for measure in (section.primary_measure, *section.secondary_measures, *asked):
         if measure not in known and not measure.startswith(empty):
             raise Invalid(f"contrast measure '{measure}': no record has it; reports/cells.csv lists stage and measure")
     plan = Plan(
@@ -30,12 +39,29 @@ def main(cell: Cell) -> None:
         contrasts=tuple((arm, reference) for arm, reference in section.contrasts),
         confidence=section.confidence,
         alpha=section.alpha,
+        power=section.power,
         equivalence_margin=section.equivalence_margin,
         resamples=section.resamples,
         seed=section.seed,
     )
     write_csv("reports/cells.csv", frame)
-    write_json("reports/statistics.json", {"new_task": cell.params("new_task")} | compare(cells, plan))
+    adjustment = Adjustment(
+        outcome=plan.primary,
+        distance=section.adjust_for,
+        families=section.families,
+        contrasts=plan.contrasts,
+        forgetting=section.forgetting,
+        predictors=section.predictors,
+        confidence=plan.confidence,
+    )
+    left_out = left_out_bases(cells, plan)
+    curves = training_curves(CELLS, cells)
+    statistics = {"new_task": cell.params("new_task")} | compare(cells, plan)
+    statistics["adjustment"] = adjust(cells, adjustment, left_out)
+    statistics["similarity"] = compare_circuits(cells, plan, CELLS)
+    statistics["matchings"] = compare_matchings(cells, plan)
+    statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
+    write_json("reports/statistics.json", statistics)
 
 
 if __name__ == "__main__":

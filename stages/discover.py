@@ -5,10 +5,11 @@
 reads  models/<model>/<seed>, data/old/discovery.parquet
 writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
-         scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", [layers, heads]
+         scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
+                        "<hop>.half0" and "<hop>.half1", [layers, heads]
          record.json    accuracy, settings (with the implementation of hooks that was used, see `circuits/trace.py`),
-                        and every hop that was tried: its effect, what its heads feed (receiver and component), and
-                        what they read (the semantic position they attend to most)
+                        and every hop that was tried: its effect, what its heads feed (receiver, component, and the
+                        receiving heads), and what they read (the semantic position they attend to most)
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
 from stages.pipeline.stage import Cell, Invalid, run
-from stages.tasks.examples import read_examples
+from stages.tasks.examples import Examples, read_examples
 
 
 def main(cell: Cell) -> None:
@@ -47,9 +48,8 @@ def main(cell: Cell) -> None:
 
     def patcher_of(rows: slice) -> PathPatcher:
         part = examples.select(rows)
-        pairs = Pairs(part.input_ids, part.corrupt_ids, part.positions, part.corrupt_positions)
         measure = measure_of(metric, part.answer, part.others)
-        patcher = PathPatcher(walker, pairs, measure, settings.memory_mib / settings.processes)
+        patcher = PathPatcher(walker, _pairs(part), measure, settings.memory_mib / settings.processes)
         if not rows.start:  # all processes have equal shares, so the first one tells how far all are
             patcher.watch = _SenderBar()
         return patcher
@@ -57,8 +57,7 @@ def main(cell: Cell) -> None:
     if settings.processes == 1:
         patcher = patcher_of(slice(None))
     else:
-        pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
-        patcher = SpreadPatcher(walker, pairs, patcher_of, settings.processes)
+        patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, settings.processes)
     accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
@@ -86,6 +85,10 @@ def main(cell: Cell) -> None:
                 "settings": settings.model_dump(mode="json") | {"hooks": BACKEND},
             },
         )
+
+
+def _pairs(examples: Examples) -> Pairs:
+    return Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
 def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
@@ -141,6 +144,8 @@ def _arrays(hops: list[Hop]) -> dict[str, np.ndarray]:
         if hop.scores is not None:
             arrays[f"{hop.name}.score"] = hop.scores.score.numpy()
             arrays[f"{hop.name}.noise"] = hop.scores.noise.numpy()
+        if hop.halves is not None:
+            arrays |= {f"{hop.name}.half{number}": half.numpy() for number, half in enumerate(hop.halves)}
     return arrays
 
 
@@ -159,6 +164,7 @@ def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
         "position": hop.position,
         "receiver": hop.receiver,
         "component": None if hop.component is None else str(hop.component),
+        "feeds": [list(head) for head in hop.feeds],
         "joint": float(hop.joint.score),
         "joint_noise": float(hop.joint.noise),
         "selected": len(hop.heads),

@@ -1,15 +1,40 @@
-"""How far a tuned model moved from its base: its answers on old and new prompts, and its weights."""
+"""Stage `drift`: how far a tuned model moved from its base, and how much of the old circuit's edges it still has.
 
+    python -m stages.drift <arm> <seed>
+
+reads  models/base/<seed>, models/<arm>/<seed>, reports/cells/discover/base/<seed>, data/old, data/new/<new task>
+writes reports/cells/drift/<arm>/<seed>.json
+         old, new      divergences of the answers
+         weight_norm*, per_matrix*, per_head*
+         cka           of the residual stream at the last token of old prompts
+         relearning    steps on a few old examples until the old task is back
+         retraced      the hops of the base measured again in the tuned model: accuracy on the discovery split, the
+                       effect of all heads of each hop, similarity, overlap and edges; these are null, with a reason,
+                       where the circuit of base or tuned model is not identifiable
+       reports/cells/drift/<arm>/<seed>.npz
+         for every scored hop of the base "<hop>.half0" and "<hop>.half1": scores in the tuned model of the even and of
+         the odd examples, [layers, heads]
+"""
+
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from stages.pipeline.files import write_json
+from stages.pipeline.files import read_json, write_json, write_npz
 from stages.pipeline.stage import Cell, run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.circuits.walker import Walker
 
 
 def main(cell: Cell) -> None:
     import torch
 
+    from stages.circuits.walker import Walker
     from stages.learning.probes import last_logits
+    from stages.measures.alignment import last_streams, layer_cka
     from stages.measures.divergence import divergences
     from stages.measures.weights import per_head, per_matrix, whole
     from stages.pipeline.checkpoints import load_model
@@ -17,16 +42,22 @@ def main(cell: Cell) -> None:
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)
-    arm, seed = cell.item["arm"], cell.item["seed"]
+    arm, seed, settings = cell.item["arm"], cell.item["seed"], cell.params("drift")
     base, tuned = load_model(f"models/base/{seed}"), load_model(f"models/{arm}/{seed}")
-    old = read_examples(Path("data/old/evaluation.parquet")).input_ids[: cell.params("drift.n_examples")]
+    old = read_examples(Path("data/old/evaluation.parquet")).input_ids[: settings.n_examples]
     new_file = Path("data/new") / cell.params("new_task") / "evaluation.parquet"
-    new = read_prompts(new_file).input_ids[: cell.params("drift.n_examples")]
+    new = read_prompts(new_file).input_ids[: settings.n_examples]
 
-    passes = [(model, prompts) for prompts in (old, new) for model in (base, tuned)]
-    of_old_base, of_old_tuned, of_new_base, of_new_tuned = in_processes(
-        lambda part: last_logits(*part), passes, cell.params("drift.processes")
+    walkers = Walker(base), Walker(tuned)
+    work = [
+        *(partial(last_logits, model, prompts) for prompts in (old, new) for model in (base, tuned)),
+        *(partial(last_streams, walker, old) for walker in walkers),
+        partial(_relearn, base, tuned, settings.relearning),
+    ]
+    of_old_base, of_old_tuned, of_new_base, of_new_tuned, base_streams, tuned_streams, relearning = in_processes(
+        lambda part: part(), work, settings.processes
     )
+    retraced, arrays = _retraced(walkers[1], settings, seed)
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
     heads = per_head(base, tuned, base.config.num_attention_heads, base.config.num_key_value_heads)
@@ -41,8 +72,95 @@ def main(cell: Cell) -> None:
         "per_matrix_relative": matrices_relative,
         "per_head": [list(row[:3]) for row in heads],
         "per_head_relative": [[*row[:2], row[3]] for row in heads],
+        "cka": layer_cka(base_streams, tuned_streams),
+        "relearning": relearning,
+        "retraced": retraced,
     }
     write_json(f"reports/cells/drift/{arm}/{seed}.json", record)
+    write_npz(f"reports/cells/drift/{arm}/{seed}.npz", **arrays)
+
+
+def _relearn(base: Any, tuned: Any, settings: Any) -> dict[str, Any]:
+    from stages.measures.relearning import accuracy, relearn
+    from stages.tasks.examples import read_examples
+
+    examples = read_examples("data/old/relearning.parquet").select(slice(0, settings.examples))
+    probe = read_examples("data/old/selection.parquet").select(slice(0, settings.probe_examples))
+    found = relearn(
+        tuned,
+        examples,
+        probe,
+        settings.share * accuracy(base, probe),
+        settings.most_steps,
+        settings.learning_rate,
+        settings.betas,
+        settings.weight_decay,
+    )
+    return {
+        "target": found.target,
+        "accuracies": found.accuracies,
+        "steps": found.steps,
+        "regained": found.steps is not None,
+        "most_steps": settings.most_steps,
+    }
+
+
+def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, Any], dict[str, np.ndarray]]":
+    """The entry of the record and the scores; the settings of the base's discovery hold for the tuned model, too."""
+    import numpy as np
+
+    from stages.circuits.scores import Metric
+    from stages.measures.edges import changes
+    from stages.measures.effects import Effects
+    from stages.measures.overlap import overlaps
+    from stages.measures.retracing import retrace
+    from stages.measures.similarity import similarity
+    from stages.tasks.examples import read_examples
+
+    folder = Path("reports/cells/discover/base", seed)
+    discovered = read_json(folder / "record.json")
+    found = discovered["settings"]
+    with np.load(folder / "scores.npz") as arrays:
+        base = Effects.of(discovered["hops"], dict(arrays))
+    nothing = {"joint": None, "similarity": None, "overlap": None, "edges": None}
+    if base is None:
+        reason = "no circuit is identifiable in the base"
+        return {"accuracy": None, "identifiable": False, "reason": reason} | nothing, {}
+    examples = read_examples("data/old/discovery.parquet").select(slice(0, found["examples"]))
+    metric = Metric(found["score"])
+    patcher = _patcher(walker, examples, metric, found["memory_mib"], settings.processes)
+    accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).double().mean())
+    if accuracy < found["identifiable_accuracy"]:
+        reason = f"old-task accuracy {accuracy:.3f} is below {found['identifiable_accuracy']:g}"
+        return {"accuracy": accuracy, "identifiable": False, "reason": reason} | nothing, {}
+    scores, joint = retrace(patcher, metric, discovered["hops"], base.hops)
+    tuned = Effects.of(discovered["hops"], scores)
+    assert tuned is not None  # the same hops are scored
+    before = {hop["name"]: hop["joint"] for hop in discovered["hops"]}
+    return {
+        "accuracy": accuracy,
+        "identifiable": True,
+        "reason": None,
+        "joint": {hop: {"base": before[hop], "tuned": value} for hop, value in joint.items()},
+        "similarity": similarity(base, tuned, settings.permutations, [settings.seed, int(seed)]),
+        "overlap": overlaps(base, tuned, discovered["size"]),
+        "edges": changes(base, tuned, settings.strong_edge),
+    }, scores
+
+
+def _patcher(walker: "Walker", examples: Any, metric: Any, memory_mib: float, processes: int) -> Any:
+    from stages.circuits.path_patching import Pairs, PathPatcher
+    from stages.circuits.scores import measure_of
+    from stages.circuits.spread import SpreadPatcher
+
+    def pairs(of: Any) -> Pairs:
+        return Pairs(of.input_ids, of.corrupt_ids, of.positions, of.corrupt_positions)
+
+    def make(rows: slice) -> PathPatcher:
+        part = examples.select(rows)
+        return PathPatcher(walker, pairs(part), measure_of(metric, part.answer, part.others), memory_mib / processes)
+
+    return make(slice(None)) if processes == 1 else SpreadPatcher(walker, pairs(examples), make, processes)
 
 
 if __name__ == "__main__":

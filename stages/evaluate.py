@@ -3,7 +3,9 @@
 The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
 the same in the queried clause alone, the model's own circuit, random circuits of the same shape, the circuit
 without each of its groups, and the model without each group. `inspection` is a closer look at that circuit on
-the pruning split: complete, minimal, faithful at which size, and fed by which layers.
+the pruning split: complete, minimal, faithful at which size, and fed by which layers. `examples` has a text of 0 and 1
+for the whole model and for the base's circuit in it: which examples of the evaluation split, in the order of its file,
+are answered right.
 """
 
 from pathlib import Path
@@ -21,7 +23,7 @@ from stages.circuits.scores import Metric
 from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
-from stages.measures.faithfulness import circuit_record, evaluate_circuits, in_tail_order, ratio
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio, tail_order
 from stages.measures.inspection import inspect
 from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_model
@@ -33,8 +35,6 @@ from stages.tasks.examples import Examples, Prompts, read_examples, read_prompts
 def evaluate(
     walker: Walker,
     means: Float[Tensor, "layers t h a"],
-    base: Walker,
-    base_means: Float[Tensor, "layers t h a"],
     base_circuit: Circuit,
     own_circuit: Circuit,
     old: Examples,
@@ -42,13 +42,11 @@ def evaluate(
     settings: Any,
     seed: int,
 ) -> dict[str, Any]:
-    """The record of one cell, less its names; `base` may be the walker itself.
+    """The record of one cell, less its names.
 
     Args:
         walker: the model.
         means: its mean head outputs.
-        base: the base it was tuned from.
-        base_means: mean head outputs of the base.
         base_circuit: circuit of the base.
         own_circuit: circuit that was found in the model.
         old: evaluation examples of the old task.
@@ -60,27 +58,20 @@ def evaluate(
     groups = base_circuit.groups if base_circuit.identifiable else ()
     nodes = frozenset(base_circuit.nodes if base_circuit.identifiable else ())
     own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
-    old = in_tail_order(old, {node.position for node in nodes})
+    order = tail_order(old, {node.position for node in nodes})
+    old = old.select(order)
     generator = np.random.default_rng([seed, 0])
     shape = (walker.n_layers, walker.n_heads)
     random = [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
     circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
 
-    with tqdm(total=len(old) * (1 if base is walker else 2), desc="evaluate", unit="example") as bar:
+    with tqdm(total=len(old), desc="evaluate", unit="example") as bar:
         removed = [group.nodes for group in groups]
         found = evaluate_circuits(
-            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes
+            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes, [nodes]
         )
-        if base is walker:
-            base_full, base_kept = found.full, found.in_place.means()[0]
-        else:
-            reference = evaluate_circuits(
-                base, base_means, old, [nodes], [], memory, settings.clauses, bar.update, processes
-            )
-            base_full, base_kept = reference.full, reference.in_place.means()[0]
 
     full, kept, without = found.full.means()[0], found.in_place.means(), found.without.means()
-    before, after = base_full.correct[:, 0], found.full.correct[:, 0]
     return {
         "old_accuracy": full["accuracy"],
         "old_logit_difference": full["logit_difference"],
@@ -88,17 +79,11 @@ def evaluate(
         **_new_scores(walker, new),
         "n_old": len(old),
         "n_new": len(new),
-        "flips": {
-            "lost": float((before & ~after).double().mean()),
-            "gained": float((~before & after).double().mean()),
-        },
-        "circuit": circuit_record(len(nodes), kept[0], full, base_kept) if nodes else None,
-        "circuit_in_queried_clause": circuit_record(len(nodes), found.in_queried_clause.means()[0], full, None)
+        "circuit": circuit_record(len(nodes), kept[0], full) if nodes else None,
+        "circuit_in_queried_clause": circuit_record(len(nodes), found.in_queried_clause.means()[0], full)
         if nodes
         else None,
-        "own_circuit": circuit_record(len(own_nodes), kept[1], full, base_kept if nodes else None)
-        if own_nodes
-        else None,
+        "own_circuit": circuit_record(len(own_nodes), kept[1], full) if own_nodes else None,
         "groups": {
             group.name: {
                 "size": len(group.heads),
@@ -109,6 +94,8 @@ def evaluate(
             }
             for index, group in enumerate(groups)
         },
+        "examples": {"model": outcomes(found.full.correct[:, 0], order)}
+        | ({"circuit": outcomes(found.in_place.correct[:, 0], order)} if nodes else {}),
         "random": _random_record(kept[2 + len(groups) :], full) if random else None,
     }
 
@@ -169,20 +156,14 @@ def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
 def main(cell: Cell) -> None:
     model, seed = cell.item["model"], cell.item["seed"]
     walker = Walker(load_model(f"models/{model}/{seed}"))
-    base = walker if model == "base" else Walker(load_model(f"models/base/{seed}"))
     circuits = Path("reports/cells/discover")
     settings = cell.params("evaluate")
     torch.set_num_threads(1)
     prompts = read_examples("data/old/means.parquet").input_ids
     means = mean_outputs(walker, prompts, settings.memory_mib, settings.processes)
-    base_means = means
-    if base is not walker:
-        base_means = mean_outputs(base, prompts, settings.memory_mib, settings.processes)
     record = evaluate(
         walker,
         means,
-        base,
-        base_means,
         Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json")),
         Circuit.from_json(read_json(circuits / model / seed / "circuit.json")),
         read_examples("data/old/evaluation.parquet"),

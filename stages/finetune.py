@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from stages.learning.settings import Training
-from stages.learning.workers import Job, available_cores, run_jobs
+from stages.learning.workers import Job, run_jobs
 from stages.pipeline.files import replacing_directory, write_csv
 from stages.pipeline.stage import Cell, Invalid, run
 
@@ -36,7 +36,7 @@ def main(cell: Cell) -> None:
             )
             for index, rate in enumerate(rates)
         ]
-        curves = run_jobs(jobs, parallel=available_cores())
+        curves = run_jobs(jobs, training.processes)
 
         import pandas as pd  # only now: workers should not wait for it
 

@@ -1,103 +1,185 @@
-"""Pick the checkpoint of an arm at the frozen new-task level and write it as a model folder."""
+"""Stage `match` (arm, seed): pick the checkpoints at which the arms are compared.
+
+The primary one, at the frozen new-task level, is written as a model folder, which the stages below read. The ones of
+the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
+which matching picked which; stage `matchings` tests the circuit in them. The record holds what every matching picked at
+every learning rate of the grid.
+"""
 
 import math
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
-from stages.learning.matching import Pick, distance, moved_as_far, pick, read_checkpoint, read_curve, rule
+from stages.learning.matching import (
+    ACCURACY,
+    Matching,
+    Weights,
+    distance,
+    matchings,
+    moved_as_far,
+    pick,
+    read_checkpoint,
+    read_curve,
+    rule,
+)
+from stages.learning.settings import CurveRow
 from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 
 MODEL_FILE = "model.safetensors"
+_COLUMNS = ("new_accuracy", "old_accuracy", "kl_new", "weight_norm", "gradient_steps")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of an arm's checkpoints come from.
+
+    Attributes:
+        base: weights of the base.
+        checkpoints: of the run at the learning rate of the matching.
+        direction: of an arm without training: weights whose direction from the base is followed as far as the
+            checkpoint went; else None.
+    """
+
+    base: Weights
+    checkpoints: Path
+    direction: Weights | None
+
+    def weights(self, step: int) -> Weights:
+        found = read_checkpoint(self.checkpoints, step)
+        if self.direction is not None:
+            found = moved_as_far(self.base, self.direction, found)
+        if found.keys() != self.base.keys():
+            raise RuntimeError(f"{self.checkpoints} and the base hold different parameters")
+        return {name: found[name] for name in self.base}
 
 
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
     settings = cell.params("match")
-    level, rate, confirm = settings.level, settings.learning_rate, settings.confirm
+    rate, confirm = settings.learning_rate, settings.confirm
     new_task = cell.params("new_task")
-    _refuse_shortcut_level(level, new_task)
+    wanted = matchings(settings.levels, settings.kl, settings.norm, settings.steps)
+    primary = Matching(ACCURACY, settings.level)
+    _refuse_shortcut_levels(settings.levels, new_task)
 
     base_folder, target = Path(f"models/base/{seed}"), Path(f"models/{arm}/{seed}")
     base = load_file(base_folder / MODEL_FILE)
     curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
     untrained = set(curves) == {0.0}
-    source = settings.noise_like if untrained else arm
-    source_curves = read_curve(Path(f"reports/cells/finetune/{source}/{seed}.csv"))
-    index, picked = _at_rate(source_curves, rate, level, confirm)
-    weights = read_checkpoint(Path(f"models/runs/{source}/{seed}/lr{index}.safetensors"), picked.step)
+    like = settings.noise_like if untrained else arm
     if untrained:
         last = int(max(row["step"] for row in curves[0.0]))
         direction = read_checkpoint(Path(f"models/runs/{arm}/{seed}/lr0.safetensors"), last)
-        weights = moved_as_far(base, direction, weights)
-    if weights.keys() != base.keys():
-        raise RuntimeError(f"checkpoints of '{source}' and base {seed} hold different parameters")
+        curves = read_curve(Path(f"reports/cells/finetune/{like}/{seed}.csv"))
+    else:
+        direction = None
+    index, rows = _at_rate(curves, rate)
+    source = Source(base, Path(f"models/runs/{like}/{seed}/lr{index}.safetensors"), direction)
+    picks = {matching: pick(rows, matching, confirm) for matching in wanted}
+    picked = picks[primary]
+    weights = source.weights(picked.step)
 
     with replacing_directory(target) as folder:
         for file in sorted(base_folder.glob("*.json")):  # config and tokenizer
             shutil.copyfile(file, folder / file.name)
-        save_file({name: weights[name] for name in base}, folder / MODEL_FILE, metadata={"format": "pt"})
+        save_file(weights, folder / MODEL_FILE, metadata={"format": "pt"})
 
+    others = {m.name: _file_name(p.step) for m, p in picks.items() if p.reached and p.step != picked.step}
+    with replacing_directory(f"models/matched/{seed}/{arm}") as folder:
+        for step in sorted({picks[m].step for m in wanted if m.name in others}):
+            save_file(source.weights(step), folder / _file_name(step), metadata={"format": "pt"})
+        write_json(folder / "index.json", others)
+
+    by_rate: dict[Matching, dict[str, Any]]
     if untrained:
-        text = f"each tensor moved as far as in the picked checkpoint of '{source}', along a random direction"
-        old, new = _selection_accuracies(target, new_task)
+        steps = {picks[m].step for m in wanted}
+        scored = _scores(base_folder, {step: source.weights(step) for step in steps}, new_task)
+        own = scored[picked.step]
+        by_rate = {m: {f"{rate:g}": {"reached": p.reached} | scored[p.step]} for m, p in picks.items()}
+        text = f"each tensor moved as far as in the picked checkpoint of '{like}', along a random direction"
     else:
-        text, old, new = rule(confirm), picked.row["old_accuracy"], picked.row["new_accuracy"]
+        own = picked.row
+        text = rule(confirm)
+        by_rate = {m: {f"{key:g}": _numbers(run, m, confirm) for key, run in curves.items()} for m in wanted}
     record = {
         "arm": arm,
         "seed": int(seed),
         "reached": picked.reached,  # of an untrained arm: whether the arm that it imitates did
         "rule": text,
-        "like": source if untrained else None,
-        "level": level,
+        "like": like if untrained else None,
+        "matching": primary.name,
+        "level": settings.level,
         "learning_rate": rate,
         "step": None if untrained else picked.step,
-        "new_accuracy_selection": new,
-        "old_accuracy_selection": old,
+        "new_accuracy_selection": own["new_accuracy"],
+        "old_accuracy_selection": own["old_accuracy"],
         "weight_norm": distance(base, weights),
-        "by_learning_rate": {}
-        if untrained
-        else {f"{key:g}": _numbers(pick(rows, level, confirm)) for key, rows in curves.items()},
+        "matchings": {
+            m.name: {
+                "by": m.by,
+                "at": m.at,
+                "reached": picks[m].reached,
+                "as_primary": picks[m].step == picked.step,  # the same checkpoint, which stage `evaluate` measures
+                "by_learning_rate": by_rate[m],
+            }
+            for m in wanted
+        },
     }
     write_json(f"reports/cells/match/{arm}/{seed}.json", record)
 
 
-def _at_rate(curves: dict[float, Any], rate: float, level: float, confirm: int) -> tuple[int, Pick]:
+def _at_rate(curves: Mapping[float, list[CurveRow]], rate: float) -> tuple[int, list[CurveRow]]:
+    """The place of a learning rate in the grid, and the rows of its run."""
     for index, (trained_rate, rows) in enumerate(curves.items()):
         if math.isclose(trained_rate, rate, rel_tol=1e-6):
-            return index, pick(rows, level, confirm)
+            return index, rows
     grid = ", ".join(f"{entry:g}" for entry in curves)
     raise Invalid(f"match.learning_rate = {rate:g}: must be one of finetune.common.learning_rates ({grid})")
 
 
-def _numbers(picked: Pick) -> dict[str, float | bool]:
-    return {"reached": picked.reached} | picked.row | {"step": picked.step}
+def _numbers(rows: list[CurveRow], matching: Matching, confirm: int) -> dict[str, float | bool]:
+    picked = pick(rows, matching, confirm)
+    row = {column: picked.row[column] for column in _COLUMNS}
+    return {"reached": picked.reached, "step": picked.step, "furthest": picked.furthest} | row
 
 
-def _refuse_shortcut_level(level: float, new_task: str) -> None:
+def _file_name(step: int) -> str:
+    return f"{step:06d}.safetensors"
+
+
+def _refuse_shortcut_levels(levels: tuple[float, ...], new_task: str) -> None:
     shortcuts = read_json("data/tasks.json")["new_tasks"][new_task]["shortcuts"]
     name, score = max(shortcuts.items(), key=lambda item: item[1])
-    if level <= score:
-        raise Invalid(f"match.level = {level}: must be above {score:.3f}, which '{name}' scores on {new_task}")
+    for level in levels:
+        if level <= score:
+            raise Invalid(f"match.levels: {level} must be above {score:.3f}, which '{name}' scores on {new_task}")
 
 
-def _selection_accuracies(model_folder: Path, new_task: str) -> tuple[float, float]:
+def _scores(base_folder: Path, checkpoints: Mapping[int, Weights], new_task: str) -> dict[int, dict[str, float]]:
+    """What a training curve would say of models that no training has scored, by step."""
     import torch  # heavy, and needed for untrained arms only
 
-    from stages.learning.probes import is_valid, last_log_probs
+    from stages.learning.probes import Probe
     from stages.pipeline.checkpoints import load_model
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)  # two would mostly wait for each other in a model this small
-    model = load_model(model_folder)
+    model = load_model(base_folder)
     old = read_examples(Path("data/old/selection.parquet"))
     new = read_prompts(Path("data/new") / new_task / "selection.parquet")
-    right_old = last_log_probs(model, old.input_ids).argmax(-1) == old.answer
-    right_new = is_valid(last_log_probs(model, new.input_ids), new.valid)
-    return right_old.double().mean().item(), right_new.double().mean().item()
+    probe = Probe.of(model, old, new)
+    scored = {}
+    for step, weights in checkpoints.items():
+        model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        measured = probe.measure(model) | {"gradient_steps": 0.0}
+        scored[step] = {column: measured[column] for column in _COLUMNS}
+    return scored
 
 
 if __name__ == "__main__":

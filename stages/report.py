@@ -23,8 +23,11 @@ from stages.figures import (
     desiderata,
     forgetting,
     knockout,
+    matchings,
     nulls,
+    overlap,
     pareto,
+    similarity,
     sizes,
     training,
     transplants,
@@ -34,7 +37,9 @@ from stages.figures.style import label, png
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics import frames
+from stages.statistics import similarity as circuits
 from stages.statistics.cells import BASE, Cells, long_form, read_cells
+from stages.statistics.matchings import long_table
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
 from stages.statistics.wording import number, short_name
@@ -63,6 +68,7 @@ def figures(
     groups = list(counts)[:max_groups]
     drawn = cells.record("circuit", BASE, seed)
     rate = float(matched["learning_rate"].max())
+    floor = statistics["similarity"]["floor"]
     return {
         "contrasts": lambda: contrasts.draw(
             arms_only,
@@ -82,6 +88,9 @@ def figures(
             base_old,
             short_name(primary),
         ),
+        "matchings": lambda: matchings.draw(
+            long_table(statistics["matchings"], cells.arms), level, base_old, len(left_out) < n
+        ),
         "circuit": lambda: circuit.draw(
             frames.circuit_heads(cells, seed),
             frames.circuit_paths(cells, seed),
@@ -94,6 +103,10 @@ def figures(
         "sizes": lambda: sizes.draw(_counted(frames.size_curves(cells)), _circuit_sizes(cells)),
         "knockout": lambda: knockout.draw(_counted(frames.knockout_curves(cells)), _window(cells)),
         "nulls": lambda: nulls.draw(_counted(frames.circuits_and_nulls(cells))),
+        "similarity": lambda: similarity.draw(_counted(circuits.similarities(cells)), floor["similarity"]),
+        "overlap": lambda: overlap.draw(
+            _counted(circuits.overlap_curves(cells)), floor["sizes"], floor["overlap"]["share"]
+        ),
         "forgetting": lambda: forgetting.draw(curves, base_old, rate),
         "transplants": lambda: transplants.draw(
             _counted(frames.transplants(cells)), [frames.WHOLE, *groups], counts, n, base_old

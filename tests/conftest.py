@@ -58,13 +58,13 @@ def dvc(dvc_environment: dict[str, str]) -> Dvc:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, dvc: Dvc) -> Path:
     """A clone of the working copy in which the whole pipeline ran once with the smoke preset."""
-    from stages.pipeline.smoke import clone_with_preset
+    from stages.pipeline.preset import PRESETS, copy_with_preset
 
     clone = tmp_path_factory.mktemp("smoke") / "clone"
     before = Path.cwd()
     os.chdir(REPOSITORY)
     try:
-        clone_with_preset(clone)
+        copy_with_preset(clone, PRESETS / "smoke.yaml", {})
     finally:
         os.chdir(before)
     # commit what the clone adds to the last commit, so that `git status` shows only what the run wrote

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.pipeline.files import write_csv, write_json
+from stages.measures.edges import changes
+from stages.measures.effects import Effects
+from stages.measures.overlap import overlaps
+from stages.measures.similarity import similarity
+from stages.pipeline.files import write_csv, write_json, write_npz
 from stages.pipeline.stage import Cell
 
 ARMS = ("sft_gold", "self_sft", "reinforce", "grpo", "sft_replay", "noise")
@@ -24,6 +28,17 @@ GROUPS: tuple[Any, ...] = (
 )
 SHORTCUTS = {"any object": 2 / 7, "own object": 0.0}
 LAYERS, HEADS, RATES = 6, 8, (1e-4, 3e-4)
+# name -> column and value; the one at 0.9 is the primary one
+MATCHINGS = {
+    "accuracy_0_6": ("new_accuracy", 0.6),
+    "accuracy_0_8": ("new_accuracy", 0.8),
+    "accuracy_0_9": ("new_accuracy", 0.9),
+    "kl_0_5": ("kl_new", 0.5),
+    "kl_2": ("kl_new", 2.0),
+    "norm_3": ("weight_norm", 3.0),
+    "steps_160": ("gradient_steps", 160.0),
+}
+PRIMARY, AS_PRIMARY, FAR = "accuracy_0_9", ("accuracy_0_9", "kl_0_5"), "kl_2"  # no run gets to FAR
 
 
 @dataclass(frozen=True)
@@ -79,9 +94,14 @@ class Experiment:
                 contrasts=[list(pair) for pair in self.contrasts],
                 confidence=0.95,
                 alpha=0.05,
+                power=0.8,
                 equivalence_margin=0.05,
                 resamples=2000,
                 seed=0,
+                adjust_for="drift.new.kl",
+                families={"RL": ["reinforce", "grpo"], "SFT": ["sft_gold", "self_sft"]},
+                forgetting="evaluate.old_accuracy",
+                predictors=["drift.old.kl", "drift.new.kl", "evaluate.circuit.retention"],
             ),
             "report": SimpleNamespace(dpi=60, max_groups=6),
         }
@@ -153,16 +173,16 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "identifiable": not hidden,
         "accuracy": old,
         "settings": {"hops": "auto"},
+        "hops": [] if hidden else list(HOPS),
     }
     write_json(root / f"discover/{model}/{seed}/record.json", record)
+    write_npz(root / f"discover/{model}/{seed}/scores.npz", **({} if hidden else _effects(seed, 1.0)))
     scores = {
         "size": 18,
         "accuracy": 0.93 * kept,
-        "logit_difference": 6 * kept,
+        "logit_difference": 6 * (kept - 0.02 * (model != "base")),
         "faithfulness": 0.93 * kept / old,
         "faithfulness_ld": kept,
-        "retention": kept,
-        "retention_ld": kept - 0.02 * (model != "base"),
     }
     if seed in experiment.weak:
         scores["faithfulness"] *= 0.5
@@ -174,7 +194,6 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "old_logit_difference": 6.5 * old,
         "new_accuracy": 0.41 if model == "base" else 0.93 + 0.01 * float(draw.normal()),
         "new_valid_mass": 0.5,
-        "flips": {"lost": 0.1, "gained": 0.01},
         "circuit": None if hidden else scores,
         "circuit_in_queried_clause": None if hidden else scores | {"faithfulness": 0.8 * kept / old},
         "own_circuit": None if hidden else scores | {"faithfulness": min(1.0, 0.93 * kept / old + 0.03)},
@@ -191,6 +210,10 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         | {"faithfulness_ld": random},
         "inspection": _inspection(groups, kept, draw),
         "settings": {"random_circuits": 20},
+    }
+    shares = {"model": old} | ({} if hidden else {"circuit": 0.93 * kept})
+    evaluated["examples"] = {
+        part: "".join(str(int(right)) for right in draw.random(200) < share) for part, share in shares.items()
     }
     write_json(root / f"evaluate/{model}/{seed}.json", evaluated)
     desiderata = ("positional", "object_value", "box_label_value")
@@ -213,6 +236,39 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         root / f"dcm/{model}/{seed}.json",
         {"model": model, "seed": seed, "groups": masked, "settings": {"steps": 60}},
     )
+
+
+HOPS: tuple[Any, ...] = (
+    {"name": "fetch_answer", "position": "last", "component": None, "feeds": []},
+    {"name": "k_separator", "position": "earlier_separator", "component": "k", "feeds": [[5, 0]]},
+)
+
+
+def _effects(seed: int, kept: float) -> dict[str, np.ndarray]:
+    """Scores of both halves; those of the base with kept = 1."""
+    own, other, noise = _draw(seed, "own"), _draw(seed, "other"), _draw(seed, f"{kept}")
+    found = {}
+    for hop in HOPS:
+        true = kept * own.normal(size=(LAYERS, HEADS)) ** 3 + (1 - kept) * other.normal(size=(LAYERS, HEADS)) ** 3
+        for half in (0, 1):
+            found[f"{hop['name']}.half{half}"] = true + 0.1 * noise.normal(size=(LAYERS, HEADS))
+    return found
+
+
+def _retraced(experiment: Experiment, seed: int, kept: float) -> dict[str, Any]:
+    base, tuned = Effects.of(HOPS, _effects(seed, 1.0)), Effects.of(HOPS, _effects(seed, kept))
+    if seed in experiment.hidden or base is None or tuned is None:
+        hidden = {"identifiable": False, "reason": "no circuit", "accuracy": None, "joint": None}
+        return hidden | {"similarity": None, "overlap": None, "edges": None}
+    return {
+        "identifiable": True,
+        "reason": None,
+        "accuracy": 0.9,
+        "joint": {hop["name"]: {"base": 1.0, "tuned": kept} for hop in HOPS},
+        "similarity": similarity(base, tuned, 20, [seed]),
+        "overlap": overlaps(base, tuned, 18),
+        "edges": changes(base, tuned, 0.5),
+    }
 
 
 def _inspection(groups: tuple[Any, ...], kept: float, draw: np.random.Generator) -> dict[str, Any]:
@@ -292,6 +348,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "seed": seed,
             "reached": reached,
             "rule": "first checkpoint at the level",
+            "matching": PRIMARY,
             "like": "sft_gold" if noise else None,
             "level": 0.9,
             "learning_rate": RATES[1],
@@ -299,18 +356,10 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "new_accuracy_selection": 0.36 if noise else 0.93,
             "old_accuracy_selection": old,
             "weight_norm": 3.1,
-            "by_learning_rate": {}
-            if noise
-            else {
-                f"{rate:g}": {
-                    "reached": reached,
-                    "step": 45,
-                    "old_accuracy": old + (0.05 if rate == RATES[0] else 0.0),
-                }
-                for rate in RATES
-            },
+            "matchings": _match_entries(reached, noise, old),
         },
     )
+    write_json(root / f"matchings/{seed}/{arm}.json", _matchings(experiment, arm, seed, kept, old))
     groups = () if seed in experiment.hidden else _groups(seed)
     names = [name for name, *_ in groups] + (["circuit"] if groups else [])
 
@@ -351,6 +400,49 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "per_matrix": {"model.norm.weight": 0.1},
             "per_head": moved,
             "per_head_relative": moved,
+            "cka": {"layers": [0.9] * LAYERS, "mean": 0.9},
+            "relearning": {
+                "target": 0.86,
+                "accuracies": [0.5, 0.9],
+                "steps": 1 if seed < 3 else None,
+                "regained": seed < 3,
+                "most_steps": 16,
+            },
+            "retraced": _retraced(experiment, seed, kept),
         },
     )
     _write_model(root, experiment, arm, seed, kept, old)
+
+
+def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
+    """What every matching picked: the lower levels are always reached."""
+    entries = {}
+    for name, (by, at) in MATCHINGS.items():
+        there = name != FAR and (reached or name not in AS_PRIMARY)
+        row = {"reached": there, "new_accuracy": 0.91, "old_accuracy": old, "kl_new": 0.52}
+        row |= {"weight_norm": 3.05, "gradient_steps": 0 if noise else 45}
+        row |= {} if noise else {"step": 45, "furthest": at if there else 0.9 * at}
+        gentle = row | {"old_accuracy": old + 0.05}
+        entries[name] = {
+            "by": by,
+            "at": at,
+            "reached": there,
+            "as_primary": name in AS_PRIMARY,
+            "by_learning_rate": {f"{RATES[1]:g}": row} | ({} if noise else {f"{RATES[0]:g}": gentle}),
+        }
+    return entries
+
+
+def _matchings(experiment: Experiment, arm: str, seed: int, kept: float, old: float) -> dict[str, Any]:
+    """The circuit at the other matchings: the further, the less is left."""
+    entries = {}
+    for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2), ("steps_160", -0.4)):
+        left = kept + more * (1 - kept)
+        circuit = {"size": 18, "accuracy": 0.93 * left, "logit_difference": 6 * (left - 0.02)}
+        entries[name] = {
+            "old_accuracy": old + more * (0.96 - old),
+            "old_logit_difference": 6 * old,
+            "new_accuracy": 0.8,
+            "circuit": None if seed in experiment.hidden else circuit,
+        }
+    return {"arm": arm, "seed": seed, "matchings": entries}

@@ -13,7 +13,7 @@ from stages.circuits.exchange import Positions, random_nodes, random_weights
 from stages.circuits.types import Circuit, Component, Group, Node
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
-from stages.measures.faithfulness import Readout, circuit_record, evaluate_circuits, in_tail_order
+from stages.measures.faithfulness import Readout, circuit_record, evaluate_circuits, in_tail_order, outcomes, tail_order
 from stages.tasks.examples import Examples, Prompts
 from tests.oracles import KINDS, random_model, walker_of
 from tests.oracles_ablation import (
@@ -143,12 +143,9 @@ def test_readouts_by_hand() -> None:
     assert readout.logit_difference[:, 0].tolist() == [1.5, -1.5]
     expected = torch.softmax(logits[:, 0].double(), -1)[:, 1]
     assert torch.allclose(readout.p_correct[:, 0], expected, atol=1e-12)
-    record = circuit_record(
-        3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0}, None
-    )
+    record = circuit_record(3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0})
     assert record["faithfulness"] == 0.5
     assert record["faithfulness_ld"] is None
-    assert record["retention"] is None
 
 
 def test_evaluation_of_a_model() -> None:
@@ -171,6 +168,15 @@ def test_evaluation_of_a_model() -> None:
     assert evaluate_circuits(walker, means, ordered, [], [], MEMORY).without.correct.shape == (6, 0)
 
 
+def test_outcomes_stand_in_the_order_of_the_file() -> None:
+    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
+    order = tail_order(examples, {"earlier_label", "last"})
+    assert order.tolist() != list(range(6))
+    right = torch.tensor([True, True, False, True, False, False])
+    assert outcomes(right[order], order) == "110100"
+    assert outcomes(right, tail_order(examples, set())) == "110100"
+
+
 def test_record_of_the_stage() -> None:
     walker = walker_of(random_model("llama"))
     other = walker_of(random_model("llama", seed=1))
@@ -184,24 +190,24 @@ def test_record_of_the_stage() -> None:
     nothing = Circuit((), 3, 4, identifiable=False)
     settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2, clauses="every")
 
-    def record(model: Walker, base: Walker, own: Circuit) -> dict[str, Any]:
-        return evaluate(
-            model, mean_outputs(model, IDS, MEMORY), base, of_the_base, circuit, own, examples, new, settings, 0
-        )
+    def record(model: Walker, own: Circuit) -> dict[str, Any]:
+        return evaluate(model, mean_outputs(model, IDS, MEMORY), circuit, own, examples, new, settings, 0)
 
-    of_the_base = mean_outputs(walker, IDS, MEMORY)
-
-    of_base = record(walker, walker, circuit)
+    of_base = record(walker, circuit)
     assert of_base["old_accuracy"] == 1.0
-    assert of_base["flips"] == {"lost": 0.0, "gained": 0.0}
     assert of_base["own_circuit"] == of_base["circuit"]
-    assert of_base["circuit"]["retention_ld"] in (1.0, None)
+    assert of_base["examples"]["model"] == "111111"
     assert of_base["circuit"]["size"] == 3
     assert set(of_base["groups"]) == {"fetch", "bind"}
     assert len(of_base["random"]["accuracies"]) == 4
-    tuned = record(other, walker, nothing)
+    tuned = record(other, nothing)
     assert tuned["own_circuit"] is None
-    assert tuned["flips"]["lost"] == 1.0 - tuned["old_accuracy"]
-    assert record(other, walker, nothing) == tuned
-    empty = evaluate(other, of_the_base, walker, of_the_base, nothing, nothing, examples, new, settings, 0)
+    assert record(other, nothing) == tuned
+    empty = evaluate(other, mean_outputs(other, IDS, MEMORY), nothing, nothing, examples, new, settings, 0)
     assert empty["circuit"] is None and empty["circuit_in_queried_clause"] is None
+    assert set(empty["examples"]) == {"model"}
+    for entry in (of_base, tuned):
+        for part, accuracy in (("model", entry["old_accuracy"]), ("circuit", entry["circuit"]["accuracy"])):
+            assert entry["examples"][part].count("1") / 6 == accuracy
+    alone = other.run(IDS).logits.argmax(-1) == examples.answer  # in the order of IDS
+    assert tuned["examples"]["model"] == "".join(str(int(right)) for right in alone)

@@ -12,7 +12,7 @@ from stages.circuits.ablation import circuits_in_place, nodes_removed
 from stages.circuits.exchange import Sites
 from stages.circuits.masks import PairTable
 from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
-from stages.circuits.scores import Metric, measure_of, score, split_half
+from stages.circuits.scores import Metric, half_scores, measure_of, score
 from stages.circuits.transplant import transplant
 from stages.circuits.types import Component, Node
 from stages.circuits.walker import Walker
@@ -156,7 +156,8 @@ def test_scores_that_are_not_finite() -> None:
             score(metric, effects, clean, corrupt)
         with pytest.raises(Invalid, match="scores of 1 example: must be at least 2"):
             score(metric, effects[..., :1], clean[:1], corrupt[:1])
-    assert split_half(Metric.LOGIT_DIFFERENCE, torch.ones(2, 3, 2), clean, corrupt) is None
+    with pytest.raises(Invalid, match="scores of 1 example: must be at least 2"):
+        half_scores(Metric.LOGIT_DIFFERENCE, torch.ones(2, 3, 2), clean, corrupt)
 
 
 def test_transplants_and_masks(walker: Walker) -> None:

@@ -3,7 +3,10 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -86,28 +89,75 @@ def test_other_architectures_are_refused() -> None:
         per_head(model, model, 2, 2)
 
 
-def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages import drift
+def _prepare(folder: Path, identifiable_accuracy: float) -> None:
+    """Data, models and the record of the base's discovery, with two hops."""
+    from stages.pipeline.files import write_json, write_npz
     from stages.tasks.examples import Examples, Prompts, write_examples, write_prompts
 
-    monkeypatch.chdir(tmp_path)
-    ids = torch.randint(30, (12, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 30, (12, 9), generator=torch.Generator().manual_seed(0))
     column, last = ids[:, 0], {"last": torch.full((12,), 8)}
-    write_examples(
-        Path("data/old/evaluation.parquet"),
-        Examples(ids, column, ids[:, 1:3], last, {"last": last["last"][:, None]}, ids, last),
-    )
-    write_prompts(Path("data/new/adjacent/evaluation.parquet"), Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3]))
-    for folder, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
-        tiny_model(2, seed).save_pretrained(folder)
-    params = {"drift.n_examples": 10, "drift.processes": 1, "new_task": "adjacent"}
+    examples = Examples(ids, column, ids[:, 1:3], last, {"last": last["last"][:, None]}, ids.flip(1), last)
+    for name in ("evaluation", "discovery", "relearning", "selection"):
+        write_examples(folder / f"data/old/{name}.parquet", examples)
+    write_prompts(folder / "data/new/adjacent/evaluation.parquet", Prompts(ids.flip(0), ids[:, :2], column, ids[:, :3]))
+    for where, seed in (("models/base/0", 0), ("models/grpo/0", 1)):
+        tiny_model(2, seed).save_pretrained(folder / where)
+    hops = [
+        {"name": "answer", "position": "last", "component": None, "feeds": [], "joint": 1.0},
+        {"name": "q_last", "position": "last", "component": "q", "feeds": [[1, 0], [1, 2]], "joint": 0.5},
+        {"name": "k_last", "position": "last", "component": "k", "feeds": [[1, 0]], "joint": 0.0},
+    ]
+    settings = {"examples": 12, "score": "logit_difference", "memory_mib": 64.0}
+    settings["identifiable_accuracy"] = identifiable_accuracy
+    scores = {
+        f"{hop}.half{half}": torch.randn(2, 4, generator=torch.Generator().manual_seed(half)).numpy()
+        for hop in ("answer", "q_last")
+        for half in (0, 1)
+    }
+    write_json(folder / "reports/cells/discover/base/0/record.json", {"hops": hops, "size": 3, "settings": settings})
+    write_npz(folder / "reports/cells/discover/base/0/scores.npz", **scores)
+
+
+def _run_stage(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    from stages import drift
+
+    monkeypatch.chdir(folder)
+    relearning = {"examples": 12, "probe_examples": 12, "share": 0.0, "most_steps": 1, "learning_rate": 1e-3}
+    section = {"n_examples": 10, "processes": 1, "strong_edge": 0.05, "permutations": 20, "seed": 0}
+    section["relearning"] = SimpleNamespace(**relearning, betas=(0.9, 0.999), weight_decay=0.0)
+    params = {"drift": SimpleNamespace(**section), "new_task": "adjacent"}
     monkeypatch.setattr(Cell, "params", lambda cell, path: params[path])
     drift.main(Cell("drift", {"arm": "grpo", "seed": "0"}))
-    record = json.loads(Path("reports/cells/drift/grpo/0.json").read_text())
+    return json.loads(Path("reports/cells/drift/grpo/0.json").read_text())
+
+
+def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _prepare(tmp_path, 0.0)
+    record = _run_stage(monkeypatch, tmp_path)
     assert set(record["old"]) == set(record["new"]) == {"kl", "reverse_kl", "tv"}
+    ids = torch.randint(1, 30, (12, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         base, tuned = (tiny_model(2, seed)(ids[:10]).logits[:, -1].double().log_softmax(-1) for seed in (0, 1))
     expected = (base.exp() * (base - tuned)).sum(-1).mean().item()
     print(f"maximum error {abs(record['old']['kl'] - expected):.1e}")
     assert record["old"]["kl"] == pytest.approx(expected, rel=1e-5)
     assert len(record["per_head"]) == 8 and len(record["per_head"][0]) == 3
+    assert len(record["cka"]["layers"]) == 2 and record["relearning"]["steps"] == 0
+    retraced = record["retraced"]
+    assert retraced["identifiable"] and set(retraced["similarity"]["hops"]) == {"answer", "q_last"}
+    assert set(retraced["joint"]) == {"answer", "q_last", "k_last"} and retraced["joint"]["q_last"]["base"] == 0.5
+    assert retraced["overlap"]["nodes"] == 8 and retraced["overlap"]["at_circuit"]["size"] == 3
+    with np.load("reports/cells/drift/grpo/0.npz") as arrays:
+        assert sorted(arrays) == ["answer.half0", "answer.half1", "q_last.half0", "q_last.half1"]
+        assert not arrays["q_last.half0"][1].any() and arrays["q_last.half0"][0].any()
+
+
+def test_stage_does_not_retrace_where_the_model_cannot_do_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare(tmp_path, 1.0)
+    retraced = _run_stage(monkeypatch, tmp_path)["retraced"]
+    assert not retraced["identifiable"] and "is below 1" in retraced["reason"]
+    assert retraced["similarity"] is retraced["overlap"] is retraced["edges"] is None
+    with np.load("reports/cells/drift/grpo/0.npz") as arrays:
+        assert list(arrays) == []

@@ -34,7 +34,7 @@ from stages.learning.arms import (
     sft_oracle,
     sft_replay,
 )
-from stages.learning.matching import moved_as_far, pick, read_checkpoint, read_curve
+from stages.learning.matching import Matching, moved_as_far, pick, read_checkpoint, read_curve
 from stages.learning.probes import Probe, is_valid, last_log_probs, last_logits, valid_mass
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
@@ -52,6 +52,7 @@ WORDS = [f"w{i}" for i in range(40)]
 VOCAB = 43  # with <pad>, <bos>, <eos>
 LENGTH = 12
 TRAINING = Training(
+    processes=1,
     learning_rates=(1e-3, 3e-3),
     steps=4,
     prompts_per_step=6,
@@ -415,9 +416,10 @@ def rows_of(*accuracies: float) -> list[dict[str, float]]:
 
 
 def test_pick_needs_confirmation_and_never_takes_the_base() -> None:
-    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), 0.7, confirm=1).step == 40
-    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), 0.7, confirm=0).step == 20
-    lucky_end = pick(rows_of(0.9, 0.5, 0.6, 0.6, 0.6, 0.9), 0.7, confirm=1)
+    level = Matching("new_accuracy", 0.7)
+    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), level, confirm=1).step == 40
+    assert pick(rows_of(0.9, 0.5, 0.8, 0.6, 0.8, 0.9), level, confirm=0).step == 20
+    lucky_end = pick(rows_of(0.9, 0.5, 0.6, 0.6, 0.6, 0.9), level, confirm=1)
     assert (lucky_end.reached, lucky_end.step) == (False, 50)
 
 
@@ -495,26 +497,46 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
         folder = Path(f"models/runs/{arm}/5")
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy"]
+        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
         for index, rate in enumerate(rates):
             run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]))
             module.train(run)
             save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
             # Skill is invented: the tiny model learns nothing in four steps.
-            lines += [f"{arm},5,{rate},{row['step']},1.0,{0.2 * i}" for i, row in enumerate(run.recorder.rows)]
+            lines += [
+                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}"
+                for i, row in enumerate(run.recorder.rows)
+            ]
         curve = Path(f"reports/cells/finetune/{arm}/5.csv")
         curve.parent.mkdir(parents=True, exist_ok=True)
         curve.write_text("\n".join(lines) + "\n")
 
-    def params(**changed: float) -> dict[str, object]:
-        settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"} | changed
+    def params(**changed: Any) -> dict[str, object]:
+        settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"}
+        # kl and norm: the same checkpoint as the level, the next one (twice), and one that is not there
+        settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0), "steps": (2,)} | changed
         return {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
 
     for arm in ("sft_gold", "noise"):
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params()))
     record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
     assert (record["reached"], record["step"], record["learning_rate"]) == (True, 2, 3e-3)
-    assert set(record["by_learning_rate"]) == {"0.001", "0.003"}
+    entries = record["matchings"]
+    assert set(entries[record["matching"]]["by_learning_rate"]) == {"0.001", "0.003"}
+    as_primary = {name for name, entry in entries.items() if entry["as_primary"]}
+    assert as_primary == {"accuracy_0_3", "accuracy_0_35", "kl_0_15", "steps_2"}
+    assert not entries["norm_9"]["reached"] and entries["norm_9"]["by_learning_rate"]["0.003"]["furthest"] == 3.0
+    for arm in ("sft_gold", "noise"):  # stored once, although two matchings pick it
+        index = json.loads(Path(f"models/matched/5/{arm}/index.json").read_text())
+        assert index == {"kl_0_25": "000004.safetensors", "norm_3": "000004.safetensors"}
+        assert len(list(Path(f"models/matched/5/{arm}").iterdir())) == 2
+    last, twin_of_last = (load_file(f"models/matched/5/{arm}/000004.safetensors") for arm in ("sft_gold", "noise"))
+    of_run = read_checkpoint(Path("models/runs/sft_gold/5/lr1.safetensors"), 4)
+    assert last.keys() == of_run.keys() and all(np.array_equal(last[name].numpy(), of_run[name]) for name in last)
+    start = dict(tiny_model().named_parameters())
+    for name, weight in last.items():
+        far = (weight - start[name]).norm().item()
+        assert (twin_of_last[name] - start[name]).norm().item() == pytest.approx(far, rel=1e-3)
     tuned, twin = load_model("models/sft_gold/5"), load_model("models/noise/5")
     kept = read_checkpoint(Path("models/runs/sft_gold/5/lr1.safetensors"), 2)
     base = tiny_model()
@@ -527,8 +549,8 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     assert twin_record["weight_norm"] == pytest.approx(record["weight_norm"], rel=1e-4)
     assert list(read_curve(Path("reports/cells/finetune/noise/5.csv"))) == [0.0]
 
-    with pytest.raises(Invalid, match="match.level = 0.2"):
-        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(level=0.2)))
+    with pytest.raises(Invalid, match=r"match.levels: 0.2 must be above 0.286"):
+        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(levels=(0.2, 0.35))))
     with pytest.raises(Invalid, match="match.learning_rate = 0.5"):
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(learning_rate=0.5)))
 

@@ -34,9 +34,37 @@ def test_a_failure_is_raised_with_its_traceback() -> None:
         next(results)
 
 
+def test_bad_input_is_told_in_its_own_words() -> None:
+    def work(part: int) -> int:
+        raise Invalid(f"{part} is not valid")
+
+    with pytest.raises(Invalid, match="^0 is not valid$"):
+        list(in_processes(work, range(4), 2))
+
+
 def test_a_process_that_dies_is_told() -> None:
     with pytest.raises(RuntimeError, match="status 7"):
         list(in_processes(lambda part: os._exit(7), range(2), 2))
+    servers = Servers(lambda share: os._exit, [0, 1])
+    with pytest.raises(RuntimeError, match="status 7"):
+        servers.ask(7)
+    with pytest.raises(RuntimeError, match="status 7"):  # nor does it hang when it is asked again
+        servers.ask(7)
+
+
+def test_more_answers_than_a_pipe_holds() -> None:
+    found = list(in_processes(lambda part: torch.full((50_000,), part), range(6), 2))
+    assert [int(each[0]) for each in found] == list(range(6))
+
+
+def test_servers_have_an_end() -> None:
+    servers = Servers(lambda share: lambda question: os.getpid(), [0, 1])
+    assert servers.ask(0) == servers.pids
+    servers.end()
+    for pid in servers.pids:
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_servers_keep_their_share_and_answer_in_order() -> None:
@@ -61,3 +89,5 @@ def test_servers_keep_their_share_and_answer_in_order() -> None:
     with pytest.raises(RuntimeError, match="KeyError: 'wrong'"):
         servers.ask(14)
     assert servers.ask(4) == [(4, 5), (40, 5)]
+    assert servers.ask_each([5, 6]) == [(5, 6), (60, 6)]
+    servers.end()

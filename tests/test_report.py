@@ -100,7 +100,7 @@ def _derived(summary: dict[str, Any]) -> dict[str, Any]:
     """Numbers that a reader can count off in the summary: percent, lengths of lists."""
     plan = summary["plan"][0]
     excluded = [len(entry["excluded"]) for entry in summary["table_contrasts"]]
-    return summary | {"counted": [100 * plan["confidence"], len(plan["contrasts"]), *excluded, 1]}
+    return summary | {"counted": [100 * plan["confidence"], 100 * plan["power"], len(plan["contrasts"]), *excluded, 1]}
 
 
 def test_every_number_is_in_the_summary(written: Path) -> None:
@@ -118,7 +118,11 @@ def test_a_foreign_number_is_noticed(written: Path) -> None:
 
 def test_main_numbers_by_hand(written: Path) -> None:
     summary = read_json(written / "summary.json")
-    kept = [read_json(written / f"cells/evaluate/grpo/{seed}.json")["circuit"]["retention"] for seed in (0, 1)]
+    alone = {
+        model: [read_json(written / f"cells/evaluate/{model}/{seed}.json")["circuit"]["accuracy"] for seed in (0, 1)]
+        for model in ("base", "grpo")
+    }
+    kept = np.array(alone["grpo"]) / np.array(alone["base"])
     assert summary["arms"]["grpo"]["evaluate_circuit_retention"] == pytest.approx(np.mean(kept))
     assert summary["arms"]["grpo"]["evaluate_circuit_retention_sd"] == pytest.approx(np.std(kept, ddof=1))
     assert summary["contrasts"]["H1"]["n"] == 2
@@ -267,7 +271,7 @@ def test_no_text_of_a_figure_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(report, "png", checked)
     _run(tmp_path, experiment)
     print("inches beyond the edge, largest of each figure", beyond)
-    assert len(beyond) == 10 and max(beyond) <= 0.01
+    assert len(beyond) == 13 and max(beyond) <= 0.01
 
 
 def test_a_rerun_gives_the_same_bytes(small: Path) -> None:
@@ -307,7 +311,7 @@ def test_no_circuit_anywhere_still_gives_a_report(tmp_path: Path) -> None:
     _run(tmp_path, experiment)
     text = (tmp_path / "reports/report.md").read_text()
     assert "No answer" in text and not re.search(r"\bnan\b", text)
-    assert len(list((tmp_path / "reports/figures").iterdir())) == 10
+    assert len(list((tmp_path / "reports/figures").iterdir())) == 13
 
 
 def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +328,10 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
     pictures = (
         "contrasts",
         "pareto",
+        "matchings",
         "circuit",
+        "similarity",
+        "overlap",
         "sizes",
         "knockout",
         "nulls",

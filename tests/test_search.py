@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import discover
 from stages.circuits.path_patching import Pairs, PathPatcher
-from stages.circuits.scores import Metric, logit_difference, measure_of, score, split_half
+from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Hop, _group_of, paper_hops, search
 from stages.circuits.selection import Rule
 from stages.circuits.types import Circuit, Component, Group, Node
@@ -117,11 +117,18 @@ def test_noise_is_the_standard_deviation_over_repeated_draws():
 def test_split_half_correlation():
     patcher = counting_patcher()
     effects = torch.randn(2, 4, 40, generator=torch.Generator().manual_seed(0))
-    assert split_half(Metric.LOGIT_DIFFERENCE, torch.zeros(2, 4, 40), patcher.clean, patcher.corrupt) is None
+
+    def halves(effects):
+        return half_scores(Metric.LOGIT_DIFFERENCE, effects, patcher.clean, patcher.corrupt)
+
+    assert split_half(halves(torch.zeros(2, 4, 40))) is None
     steady = effects.mean(-1, keepdim=True).expand(-1, -1, 40)
-    assert split_half(Metric.LOGIT_DIFFERENCE, steady, patcher.clean, patcher.corrupt) == pytest.approx(1)
-    noisy = split_half(Metric.LOGIT_DIFFERENCE, effects, patcher.clean, patcher.corrupt)
+    assert split_half(halves(steady)) == pytest.approx(1)
+    noisy = split_half(halves(effects))
     assert noisy is not None and abs(noisy) < 0.9
+    full = patcher.corrupt - patcher.clean
+    by_hand = effects[1, 2, 1::2].mean() / full[1::2].mean()
+    assert float(halves(effects)[1, 1, 2]) == pytest.approx(float(by_hand))
 
 
 def test_search_finds_the_circuit_that_was_put_there():
@@ -250,10 +257,13 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
     assert circuit.identifiable and [group.name for group in circuit.groups][:2] == ["fetch_answer", "v_last"]
     with np.load(stage_folder / "scores.npz") as arrays:
         assert arrays["fetch_answer.score"].shape == arrays["v_label.noise"].shape == (2, 4)
+        assert arrays["v_label.half0"].shape == arrays["v_label.half1"].shape == (2, 4)
     record = json.loads(first["record.json"])
     assert record["size"] == 4 and record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
     assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
     # all heads spread their attention evenly: over the tokens up to the label, the earlier the more on each of them
+    feeds = {hop["name"]: hop["feeds"] for hop in record["hops"]}
+    assert feeds["fetch_answer"] == [] and feeds["v_last"] == [[1, 0]]
     reads = {hop["name"]: hop["reads"] for hop in record["hops"]}
     assert reads["q_last"] is None and set(reads["fetch_answer"]) == {"position", "share"}
     assert reads["fetch_answer"]["share"] == pytest.approx(1 / LENGTH, abs=1e-5)

@@ -55,6 +55,11 @@ def test_it_is_the_gradient_of_the_whole_batch_and_an_optimiser_moves_the_model(
     assert len(storages) == len(before)  # each has its own again
 
 
+def pids(gradient: SharedGradient) -> list[int | None]:
+    assert gradient._servers is not None
+    return gradient._servers.pids
+
+
 def test_failures_and_deaths_are_told_and_leave_no_process() -> None:
     model = nn.Linear(3, 1)
     children = []
@@ -63,13 +68,13 @@ def test_failures_and_deaths_are_told_and_leave_no_process() -> None:
         raise ValueError("no loss today")
 
     with pytest.raises(RuntimeError, match="no loss today"), SharedGradient(model, fails, 5, 2) as gradient:
-        children += [child.pid for child, _ in gradient._children]
+        children += pids(gradient)
         gradient.compute(PIECES)
     with (
         pytest.raises(RuntimeError, match="ended with status 7"),
         SharedGradient(model, lambda piece: os._exit(7), 5, 2) as gradient,
     ):
-        children += [child.pid for child, _ in gradient._children]
+        children += pids(gradient)
         gradient.compute(PIECES)
     assert len(children) == 4 and not any(map(is_running, children))
 
@@ -82,7 +87,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it from birth
 model = torch.nn.Linear(3, 1)
 with SharedGradient(model, lambda piece: model(piece).sum(), 2, 2) as gradient:
-    print(*(child.pid for child, _ in gradient._children), flush=True)
+    print(*gradient._servers.pids, flush=True)
     while True:
         gradient.compute([torch.ones(1, 3)] * 2)
 """

@@ -104,8 +104,15 @@ def test_report_params_make_only_the_report_stale(smoke_run: Path, dvc: Dvc) -> 
     ],
 )
 def test_editing_code_makes_its_stage_stale(smoke_run: Path, dvc: Dvc, module: str, stages: set[str]) -> None:
+    lock, digests = smoke_run / "dvc.lock", smoke_run / "data/code"
+    before = lock.read_bytes()
     with _edited(smoke_run / module, (smoke_run / module).read_text() + "\n# edited\n"):
+        assert _stale(dvc, smoke_run) == {"code"}
+        assert dvc(smoke_run, "repro", "code").returncode == 0
         stale = _stale(dvc, smoke_run)
+    lock.write_bytes(before)
+    assert dvc(smoke_run, "checkout", str(digests)).returncode == 0
+    assert _stale(dvc, smoke_run) == set()
     assert stale
     assert all(
         any(name == stage or name.startswith(f"{stage}@") or name.startswith(f"{stage}-") for stage in stages)

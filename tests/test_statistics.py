@@ -1,6 +1,5 @@
 """Statistics against answers worked out by hand, and contrasts that say what they leave out."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +8,29 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from stages import contrast as stage
 from stages.pipeline.stage import Invalid
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare
+from stages.statistics.hierarchical import difference, hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
+    detectable_difference,
     equivalence_p,
     holm,
     pairs_needed,
     power_note,
+    provable_margin,
+    resolution_note,
     sign_flip_p,
     smallest_sign_flip_p,
     t_interval,
+    t_test_power,
 )
+from stages.statistics.retention import add_retention
 from stages.statistics.wording import headline, number, verdict
 from tests.synthetic_records import Experiment
 
@@ -43,13 +50,42 @@ def test_sign_flip_by_hand(differences: list[float], expected: float) -> None:
     assert sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
 
 
-def test_sign_flip_against_enumeration() -> None:
-    x = np.random.default_rng(3).normal(0.4, 1.0, 7)
-    sums = [abs(float(np.dot(signs, x))) for signs in itertools.product((1, -1), repeat=len(x))]
-    p = sum(total >= abs(float(x.sum())) - 1e-12 for total in sums) / len(sums)
-    found = sign_flip_p(x)
-    print("max error", abs((found or 0) - p))
-    assert found == pytest.approx(p, abs=1e-12)
+def scipy_sign_flip_p(x: np.ndarray) -> float:
+    """The test as scipy has it: slow, and over all patterns."""
+    result = stats.permutation_test(
+        (x, np.zeros_like(x)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",  # swaps a difference with its zero, which flips its sign
+        n_resamples=2 ** len(x),  # all of them, so the p is exact
+        vectorized=True,
+    )
+    return float(result.pvalue)
+
+
+def test_sign_flip_against_scipy() -> None:
+    """Differences without ties, with many (whole numbers), and of a scale where rounding shows (tenths)."""
+    rng = np.random.default_rng(3)
+    cases = [rng.normal(rng.normal(), 1.0, rng.integers(2, 11)) for _ in range(60)]
+    cases += [rng.integers(-3, 5, rng.integers(2, 11)) / 1.0 for _ in range(60)]
+    cases += [tenths / 10 for tenths in (rng.integers(1, 9, rng.integers(2, 10)) for _ in range(30))]
+    errors = [abs((sign_flip_p(x) or 0.0) - scipy_sign_flip_p(x)) for x in cases]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-12
+
+
+def test_sign_flip_sees_ties_that_rounding_hides() -> None:
+    """Tenths of whole numbers have the p of the whole numbers, also where they nearly cancel."""
+    rng = np.random.default_rng(4)
+    cases = [[1, 2, -3], *(rng.integers(-4, 5, 9).tolist() for _ in range(100))]
+    assert sum([0.1, 0.2, -0.3]) != 0
+    for whole in cases:
+        assert sign_flip_p([value / 10 for value in whole]) == sign_flip_p([float(value) for value in whole]), whole
+
+
+def test_sign_flip_of_many_pairs() -> None:
+    assert sign_flip_p([0.1] * 29 + [-0.1]) == pytest.approx(62 / 2**30, abs=1e-15)  # none or one sign of 30 differs
+    with pytest.raises(Invalid, match="41 pairs"):
+        sign_flip_p([0.1] * 41)
 
 
 def test_smallest_p_is_reached() -> None:
@@ -66,6 +102,14 @@ def test_nothing_without_data() -> None:
 def test_holm_by_hand() -> None:
     # sorted .01 .02 .03 .04 times 4 3 2 1, made monotone: .04 .06 .06 .06
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+
+
+def test_holm_against_statsmodels() -> None:
+    rng = np.random.default_rng(5)
+    families = [rng.integers(0, 20, rng.integers(1, 8)) / 20 for _ in range(5)]
+    errors = [np.abs(np.array(holm(p.tolist())) - multipletests(p, method="holm")[1]).max() for p in families]
+    print("max error", max(errors))
+    assert max(errors) <= 1e-15
 
 
 def test_holm_counts_what_could_not_be_tested() -> None:
@@ -105,7 +149,36 @@ def test_power_note() -> None:
     assert "nothing can be tested" in power_note(0, 0.05, 6)
 
 
-PLAN = Plan("evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.05, 500, 0)
+def test_power_of_the_t_test_against_statsmodels() -> None:
+    errors = [
+        abs(t_test_power(effect, n, level, two_sided) - TTestPower().power(effect, n, level, alternative=alternative))
+        for effect in (0.0, 0.3, 1.0)
+        for n in (2, 3, 8, 30)
+        for level in (0.05, 0.01)
+        for two_sided, alternative in ((True, "two-sided"), (False, "larger"))
+    ]
+    print("max error", max(errors))
+    assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_detectable_difference_and_provable_margin(n: int) -> None:
+    """Of 20,000 simulated sets of pairs, 80 % detect the one and are equal within the other."""
+    sd = 0.03
+    detectable, margin = detectable_difference(n, sd, 0.05, 0.8), provable_margin(n, sd, 0.05, 0.8)
+    assert detectable is not None and margin is not None
+    x = np.random.default_rng(n).normal(0, sd, (20000, n))
+    errors = x.std(axis=1, ddof=1) / n**0.5
+    found = np.mean(np.abs(x.mean(axis=1) + detectable) / errors > stats.t.ppf(0.975, n - 1))
+    equal = np.mean(np.abs(x.mean(axis=1)) + stats.t.ppf(0.95, n - 1) * errors < margin)
+    print(f"n = {n}: {detectable:.3f} detected in {found:.3f}, equal within {margin:.3f} in {equal:.3f}")
+    assert found == pytest.approx(0.8, abs=0.01) and 0.79 <= equal <= (0.89 if n == 2 else 0.85)
+    assert detectable_difference(1, sd, 0.05, 0.8) is None and resolution_note(1, sd, 0.05, 0.8, "H1") == ""
+
+
+PLAN = Plan(
+    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.8, 0.05, 500, 0
+)
 
 
 def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:
@@ -130,9 +203,11 @@ def test_pairs_that_do_not_count_are_named(tmp_path: Path) -> None:
     assert found["reach"]["grpo"] == {"reached": 4, "of": 5}
     grpo = found["measures"]["evaluate.circuit.retention"]["grpo"]
     assert [entry["reason"] for entry in grpo["excluded"]] == ["level not reached", "base left out"]
-    record = json.loads((tmp_path / "reports/cells/evaluate/grpo/0.json").read_text())
-    reference = json.loads((tmp_path / "reports/cells/evaluate/sft_gold/0.json").read_text())
-    difference = record["circuit"]["retention"] - reference["circuit"]["retention"]
+    kept, of_reference, of_base = (
+        json.loads((tmp_path / f"reports/cells/evaluate/{model}/0.json").read_text())["circuit"]["accuracy"]
+        for model in ("grpo", "sft_gold", "base")
+    )
+    difference = (kept - of_reference) / of_base
     assert primary["values"]["0"] == pytest.approx(difference, abs=1e-15)
     assert primary["difference"] == pytest.approx(primary["arm_mean"] - primary["reference_mean"])
 
@@ -158,6 +233,70 @@ def test_a_measure_that_is_undefined_is_named(tmp_path: Path) -> None:
     cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
     primary = compare(cells, PLAN)["contrasts"][0]
     assert primary["excluded"] == [{"seed": "1", "reason": "undefined for", "models": ["grpo"]}]
+
+
+def naive_hierarchical(seeds: list[np.ndarray], resamples: int) -> list[float]:
+    """Means of the resamples, one example after another."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(resamples):
+        differences = []
+        for chosen in rng.integers(len(seeds), size=len(seeds)):
+            arm, arm_of, reference, reference_of = seeds[chosen]
+            drawn = rng.integers(len(arm), size=len(arm))
+            first = arm[drawn].sum() / arm_of[drawn].sum()
+            differences.append(first - reference[drawn].sum() / reference_of[drawn].sum())
+        means.append(float(np.mean(differences)))
+    return means
+
+
+def test_hierarchical_bootstrap_against_drawing_examples() -> None:
+    rng = np.random.default_rng(8)
+    shares = np.array([0.8, 0.95, 0.6, 0.9])[:, None]
+    seeds = [rng.random((4, 40)) < shares + rng.normal(0, 0.04, (4, 1)) for _ in range(4)]
+    expected = np.quantile(naive_hierarchical(seeds, 4000), [0.05, 0.95])
+    found = hierarchical_interval(seeds, 0.9, 20000, 0)
+    error = np.abs(np.array(found) - expected).max()
+    print("max error", error, "of an interval as wide as", np.ptp(expected))
+    assert error < 0.04 * np.ptp(expected)
+    assert hierarchical_interval(seeds[:1], 0.9, 100, 0) is None
+    assert hierarchical_interval(seeds, 0.9, 100, 0) == hierarchical_interval(seeds, 0.9, 100, 0)
+
+
+def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
+    """Retention is a share of the base's, faithfulness of the model's own; without outcomes there is no interval."""
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
+    assert _compared(tmp_path, experiment)["contrasts"][0]["ci_hierarchical"] is not None
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    text = {model: cells.record("evaluate", model, "0")["examples"] for model in cells.models}
+    rows = paired_outcomes(cells, PLAN.primary, "grpo", "sft_gold", "0")
+    assert rows is not None and not (rows[1] ^ rows[3]).any()
+    kept, gold, base = (text[model]["circuit"].count("1") for model in ("grpo", "sft_gold", "base"))
+    assert difference(rows) == pytest.approx((kept - gold) / base, abs=1e-15)
+    own = paired_outcomes(cells, "evaluate.circuit.faithfulness", "grpo", "sft_gold", "0")
+    assert own is not None and own[1].sum() == text["grpo"]["model"].count("1")
+    assert paired_outcomes(cells, "drift.new.kl", "grpo", "sft_gold", "0") is None
+    assert paired_outcomes(cells, "evaluate.circuit.retention_ld", "grpo", "sft_gold", "0") is None
+
+
+def test_what_takes_two_records_by_hand(tmp_path: Path) -> None:
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"), hidden=frozenset({1}))
+    experiment.write(tmp_path)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    base, tuned = (cells.record("evaluate", model, "0") for model in ("base", "grpo"))
+    assert base["circuit"]["retention"] == base["circuit"]["retention_ld"] == 1.0
+    assert base["flips"] == {"lost": 0.0, "gained": 0.0}
+    for circuit in ("circuit", "own_circuit"):
+        assert tuned[circuit]["retention"] == tuned[circuit]["accuracy"] / base["circuit"]["accuracy"] < 1
+    before, after = (np.array([*entry["examples"]["model"]]) == "1" for entry in (base, tuned))
+    assert tuned["flips"] == {"lost": np.mean(before & ~after), "gained": np.mean(~before & after)}
+    assert tuned["flips"]["lost"] > 0
+    matched = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]["circuit"]
+    assert matched["retention"] == matched["accuracy"] / base["circuit"]["accuracy"]
+    assert cells.record("evaluate", "grpo", "1")["circuit"] is None, "no circuit in this base"
+    base["circuit"]["logit_difference"] = 0.0
+    add_retention(cells.records, "base")
+    assert tuned["circuit"]["retention_ld"] is None, "a share of nothing"
 
 
 def test_no_pair_at_all(tmp_path: Path) -> None:
@@ -189,8 +328,9 @@ def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment.write(tmp_path)
     stage.main(experiment.cell("contrast"))
     rows = pd.read_csv("reports/cells.csv")
+    assert not rows["measure"].str.startswith("examples").any()
     assert list(rows) == ["stage", "model", "seed", "measure", "value"]
-    assert {"match", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
+    assert {"match", "matchings", "discover", "evaluate", "dcm", "cmap", "drift", "pretrain"} == set(rows["stage"])
     first = Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes()
     stage.main(experiment.cell("contrast"))
     assert Path("reports/statistics.json").read_bytes() + Path("reports/cells.csv").read_bytes() == first

@@ -3,14 +3,18 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from stages import synthesize
 from stages.pipeline.checkpoints import load_tokenizer
-from stages.pipeline.stage import Invalid
+from stages.pipeline.stage import Cell, Invalid
+from stages.synthesize import OLD_SPLITS, PAIR_SPLITS
 from stages.tasks import arithmetic
 from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
 from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
@@ -161,6 +165,33 @@ def test_splits_are_disjoint_and_stable() -> None:
     # the split of a context may never change: a base trained before would have seen evaluation contexts
     digest = hashlib.sha256(splits(everything)[:1000].astype(np.uint8).tobytes()).hexdigest()
     assert digest.startswith("a9c9539bcbe81e8c")
+
+
+def test_files_of_different_splits_share_no_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files of stage `synthesize`: every prompt's context, read from its words, is of the one split that the file
+    may have, clean and corrupt prompts alike. Few boxes, so that a draw from elsewhere would collide."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {
+        "old": dict.fromkeys(OLD_SPLITS, 60),
+        "new": dict.fromkeys(("train", "selection", "evaluation"), 60),
+        "desiderata": dict.fromkeys(PAIR_SPLITS, 60),
+    }
+    monkeypatch.setattr(Cell, "params", lambda self, path: SimpleNamespace(seed=0, boxes=3, **sizes))
+    synthesize.main(Cell("synthesize", {}))
+    allowed = {f"old/{name}": split for name, split in OLD_SPLITS.items()}
+    allowed |= {f"new/{task}/{split}": split for task in NEW_TASKS for split in ("train", "selection", "evaluation")}
+    allowed |= {f"desiderata/{d}/{name}": split for d in DESIDERATA for name, split in PAIR_SPLITS.items()}
+    written = {path.relative_to("data").with_suffix("").as_posix() for path in Path("data").rglob("*.parquet")}
+    assert written == set(allowed)
+    seen: dict[frozenset[tuple[str, str]], str] = {}
+    for name, split in allowed.items():
+        rows = pd.read_parquet(f"data/{name}.parquet")
+        prompts = [column for column in rows if column.endswith("_ids")]
+        assert prompts, name
+        for ids in (ids for column in prompts for ids in rows[column]):
+            assert SPLITS[split_of(ids)] == split, name
+            assert seen.setdefault(frozenset(read_context(ids)), split) == split, name
+    assert len(seen) > 1000 and set(seen.values()) == set(SPLITS)
 
 
 def test_too_many_boxes_are_refused() -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 from stages.circuits.exchange import (
     Positions,
     Sites,
-    at_all_indices,
     exchange_in_parts,
     node_weights,
     rows_that_fit,
@@ -85,8 +84,8 @@ def circuits_in_place(
         names = sorted(needed)
         at = stack_positions(positions, names)
         sites = Sites.alone(at, means.shape[1], walker.dtype)
-        weights = node_weights([circuits[number] for number in numbers], names, walker.n_layers, walker.n_heads)
-        weights = at_all_indices(weights, positions, names)
+        some = [circuits[number] for number in numbers]
+        weights = node_weights(some, positions, names, walker.n_layers, walker.n_heads)
         kept = exchange_in_parts(walker, background, sites, means[:, at], weights, memory_mib, ablated=True)
         logits[:, numbers] = kept
     return logits
@@ -110,8 +109,7 @@ def nodes_removed(
         return clean.logits
     names = sorted({node.position for node in nodes})
     at = stack_positions(positions, names)
-    weights = node_weights([nodes], names, walker.n_layers, walker.n_heads)
-    weights = at_all_indices(weights, positions, names)
+    weights = node_weights([nodes], positions, names, walker.n_layers, walker.n_heads)
     length = means.shape[1]
     logits = []
     for part in slices(len(at), rows_that_fit(walker, length, length, memory_mib)):

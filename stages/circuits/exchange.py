@@ -85,9 +85,7 @@ def stack_positions(positions: Positions, names: Sequence[str]) -> Int[Tensor, "
     """
     for name in names:
         check_name(name, positions)
-    return torch.cat(
-        [positions[name].flatten(1) if positions[name].ndim > 1 else positions[name][:, None] for name in names], dim=1
-    )
+    return torch.cat([positions[name][..., None].flatten(1) for name in names], dim=1)
 
 
 def at_all_indices(
@@ -99,9 +97,10 @@ def at_all_indices(
 
 
 def node_weights(
-    node_sets: Sequence[Iterable[Node]], names: Sequence[str], n_layers: int, n_heads: int
-) -> Bool[Tensor, "1 e layers q h"]:
-    """True at the nodes of each set at the q named positions; one variant per set, for all examples alike.
+    node_sets: Sequence[Iterable[Node]], positions: Positions, names: Sequence[str], n_layers: int, n_heads: int
+) -> Bool[Tensor, "1 e layers p h"]:
+    """True at the nodes of each set at the p indices of the named positions, in the order of `stack_positions`; one
+    variant per set, for all examples alike.
 
     Raises:
         Invalid: a node is outside the model, or at none of the named positions.
@@ -112,7 +111,7 @@ def node_weights(
             check_name(node.position, names)
             check_heads([(node.layer, node.head)], n_layers, n_heads, "node")
             weights[0, variant, node.layer, names.index(node.position), node.head] = True
-    return weights
+    return at_all_indices(weights, positions, names)
 
 
 def random_nodes(nodes: Iterable[Node], n_layers: int, n_heads: int, generator: np.random.Generator) -> frozenset[Node]:

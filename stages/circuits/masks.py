@@ -363,7 +363,7 @@ def swap_accuracies(
         for group, each in zip(groups, distinct[-1], strict=True):
             nodes = [[Node(layer, head, group.position) for layer, head in heads] for heads in each]
             n = len(table.target)
-            weight = node_weights(nodes, [group.position], *shape).expand(n, -1, -1, -1, -1)
+            weight = node_weights(nodes, table.base_positions, [group.position], *shape).expand(n, -1, -1, -1, -1)
             if generator is not None:
                 weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
             weights[-1].append(weight)

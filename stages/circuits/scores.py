@@ -133,19 +133,29 @@ def score(
     return Scores.of(metric, value, noise)
 
 
-def split_half(
+def half_scores(
     metric: Metric,
-    effects: Float[Tensor, "layers h n"],
+    effects: Float[Tensor, "*senders n"],
     clean: Float[Tensor, "n"],
     corrupt: Float[Tensor, "n"],
-) -> float | None:
-    """Pearson correlation between the scores of even and odd examples, over heads that are not exactly 0.
+) -> Float[Tensor, "2 *senders"]:
+    """Scores from the even examples alone, and from the odd ones.
+
+    Raises:
+        Invalid: a half has fewer than two examples.
+    """
+    return torch.stack(
+        [score(metric, effects[..., half::2], clean[half::2], corrupt[half::2]).score for half in (0, 1)]
+    )
+
+
+def split_half(halves: Float[Tensor, "2 layers h"]) -> float | None:
+    """Pearson correlation between the scores of two halves of the examples, over heads that are not exactly 0.
 
     Returns:
-        None when fewer than three heads have an effect, or a half has fewer than two examples.
+        None when fewer than three heads have an effect.
     """
-    live = effects.abs().sum(-1) > 0
-    if int(live.sum()) < 3 or len(clean) < 4:
+    live = (halves != 0).any(0)
+    if int(live.sum()) < 3:
         return None
-    halves = [score(metric, effects[live][:, half::2], clean[half::2], corrupt[half::2]).score for half in (0, 1)]
-    return float(torch.corrcoef(torch.stack(halves).double())[0, 1])
+    return float(torch.corrcoef(halves[:, live].double())[0, 1])

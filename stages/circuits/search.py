@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.circuits.path_patching import PathPatcher, Receivers
-from stages.circuits.scores import Metric, Scores, score, split_half
+from stages.circuits.scores import Metric, Scores, half_scores, score, split_half
 from stages.circuits.selection import Head, Rule, select_heads, strongest
 from stages.circuits.types import LOGITS, Circuit, Component, Group
 from stages.pipeline.stage import Invalid
@@ -39,9 +39,11 @@ class Hop:
         component: which input of the receivers; None for the logits.
         joint: score of all heads at the position together, with its noise.
         scores: score of each head alone, [layers h]; None where the joint effect did not pass.
-        split_half: correlation of scores between two halves of the examples.
+        halves: the scores of the even and of the odd examples; None without scores, or with fewer than four examples.
+        split_half: correlation between the two.
         heads: selected (layer, head) pairs, strongest first.
         group: name of the group that these heads form or join; None without heads.
+        feeds: the (layer, head) pairs of the receiver whose input was patched; none for the logits.
     """
 
     name: str
@@ -50,9 +52,11 @@ class Hop:
     component: Component | None
     joint: Scores
     scores: Scores | None = None
+    halves: Float[Tensor, "2 layers h"] | None = None
     split_half: float | None = None
     heads: tuple[Head, ...] = ()
     group: str | None = None
+    feeds: tuple[Head, ...] = ()
 
     @property
     def forms_group(self) -> bool:
@@ -141,7 +145,7 @@ def paper_hops(
             target = Receivers(component, feeding[receiver])
             together = patcher.joint_effects(position, [target])[0]
             alone = patcher.head_effects(position, [target])[0]
-            hop = Hop(name, position, receiver, component, _scores(patcher, metric, together))
+            hop = Hop(name, position, receiver, component, _scores(patcher, metric, together), feeds=target.heads)
             hop = _scored(patcher, metric, hop, alone)
             if receivers is None or heads is None:
                 selected = select_heads(patcher, metric, rule, position, target, together, alone)
@@ -177,8 +181,8 @@ def _try(
     counting = [number for number, joint in enumerate(joints) if rule.counts(joint)]
     effects = dict(zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True))
     hops: list[Hop] = []
-    for number, (name, receiver, component, _) in enumerate(targets):
-        hop = Hop(name, position, receiver, component, joints[number])
+    for number, (name, receiver, component, feeds) in enumerate(targets):
+        hop = Hop(name, position, receiver, component, joints[number], feeds=feeds)
         if number in effects:
             alone = effects[number]
             heads = select_heads(patcher, metric, rule, position, receivers[number], together[number], alone)
@@ -191,8 +195,11 @@ def _try(
 
 def _scored(patcher: PathPatcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
     """The hop with the scores of single heads."""
-    halves = split_half(metric, alone, patcher.clean, patcher.corrupt)
-    return replace(hop, scores=_scores(patcher, metric, alone), split_half=halves)
+    hop = replace(hop, scores=_scores(patcher, metric, alone))
+    if len(patcher.clean) < 4:
+        return hop
+    halves = half_scores(metric, alone, patcher.clean, patcher.corrupt)
+    return replace(hop, halves=halves, split_half=split_half(halves))
 
 
 def _group_of(hop: Hop, earlier: Sequence[Hop], merge_overlap: float) -> str | None:

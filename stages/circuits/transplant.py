@@ -61,7 +61,7 @@ def transplant(
     at = stack_positions(positions, names)
     sites = Sites.tail(at, clean.keys.shape[-2], receiver.dtype)
     given = outputs_at(donor.z, at)
-    weights = at_all_indices(node_weights([nodes], names, receiver.n_layers, receiver.n_heads), positions, names)
+    weights = node_weights([nodes], positions, names, receiver.n_layers, receiver.n_heads)
     logits = [exchange_in_parts(receiver, clean, sites, given, weights, memory_mib)]
     if random is not None:
         random = at_all_indices(random, positions, names)

@@ -95,8 +95,10 @@ def document(summary: Mapping[str, Any]) -> Document:
             _answer(summary),
             _checks(summary),
             _tasks(summary),
+            _matchings(summary),
             _circuit(summary),
-            _distance(),
+            _similarity(summary),
+            _distance(summary),
             _transplants(),
             _carried(),
             _learning(summary),
@@ -111,6 +113,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
     plan = summary["plan"][0]
     entries = [entry for entry in summary["table_contrasts"] if entry["measure"] == plan["primary"]]
     verdicts = summary["contrasts"]
+    by_example = any(e["ci_hierarchical"] for e in entries)  # records of older runs have no outcomes by example
     rows = [
         (
             f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
@@ -119,6 +122,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
             number(e["difference"], signed=True),
             _interval(e["ci"]),
             _interval(e["ci_bootstrap"]),
+            *([_interval(e["ci_hierarchical"])] if by_example else []),
             number(e["p"], 4),
             number(e["p_holm"], 4),
             number(e["p_equivalent"], 4),
@@ -147,7 +151,13 @@ def _answer(summary: Mapping[str, Any]) -> Section:
             Table(
                 f"Contrasts of the primary measure. Clear: corrected p below {plan['alpha']:g} and an "
                 "interval without zero. Suggestive: only the interval. Equivalent: inside the margin "
-                "(TOST). Undecided: none of these.",
+                "(TOST). Undecided: none of these."
+                + (
+                    " The hierarchical bootstrap draws seeds, and examples inside them; like the plain one it is too "
+                    "narrow where seeds are few."
+                    if by_example
+                    else ""
+                ),
                 (
                     "Contrast",
                     "Verdict",
@@ -155,6 +165,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
                     "Difference",
                     f"{percent} t interval",
                     "Bootstrap interval",
+                    *(["Hierarchical bootstrap"] if by_example else []),
                     "Exact p",
                     "Holm p",
                     "TOST p",
@@ -172,7 +183,25 @@ def _checks(summary: Mapping[str, Any]) -> Section:
     table = Table(
         "A check that fails limits what the contrasts can say.", ("What should hold", "Check", "Found"), rows, 3
     )
-    return Section("Could this experiment have shown anything?", tables=(table,))
+    plan = summary["plan"][0]
+    resolved = [
+        (
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            str(e["n"]),
+            *(number(e[key]) for key in ("sd", "detectable", "provable_margin")),
+        )
+        for e in summary["table_contrasts"]
+        if e["measure"] == plan["primary"]
+    ]
+    resolution = Table(
+        "What the pairs can resolve at the spread that was seen: the smallest true difference of the primary measure "
+        f"that a paired t test at {plan['alpha']:g}, not corrected, detects with {100 * plan['power']:g} % power, and "
+        "the smallest margin within which TOST shows equal arms to be equal as often.",
+        ("Contrast", "Pairs", "SD of differences", "Detectable difference", "Provable margin"),
+        resolved,
+        1,
+    )
+    return Section("Could this experiment have shown anything?", tables=(table, resolution))
 
 
 def _tasks(summary: Mapping[str, Any]) -> Section:
@@ -193,7 +222,121 @@ def _tasks(summary: Mapping[str, Any]) -> Section:
                 "(evaluation split).",
             ),
         ),
+        (_hypervolume(summary),),
     )
+
+
+def _hypervolume(summary: Mapping[str, Any]) -> Table:
+    [found] = summary["table_hypervolume"]
+    rows = [(label(arm), str(e["n"]), number(e["mean"]), _interval(e["ci"], False)) for arm, e in found["arms"].items()]
+    rows += [
+        (
+            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            str(e["n"]),
+            number(e["mean"], signed=True),
+            _interval(e["ci"]),
+        )
+        for e in found["contrasts"]
+    ]
+    return Table(
+        "Hypervolume: the area below an arm's best trade-off between new and old accuracy, over all checkpoints and "
+        f"learning rates (selection split), counted from {found['reference']} and as a share of the area that full "
+        "marks in both would have; means over seeds and t intervals. It describes, nothing is tested.",
+        ("Arm or contrast", "Seeds", "Hypervolume", "t interval"),
+        rows,
+        1,
+    )
+
+
+_MATCHED_BY = {
+    "new_accuracy": "new-task accuracy",
+    "kl_new": "KL",
+    "weight_norm": "weight norm",
+    "gradient_steps": "gradient steps",
+}
+
+
+def _matchings(summary: Mapping[str, Any]) -> Section:
+    entries = summary["table_matchings"]
+    few = [f"{_matching_name(e)} ({e['reached']} of {e['of']} runs)" for e in entries if e["selected"]]
+    reach = (
+        f"Marked with *, because fewer than {summary['least_reached_percent']:g} % of the trained runs get there, so "
+        f"that those that do are a selection: {', '.join(few)}."
+        if few
+        else "Every one of these is reached by nearly all trained runs."
+    )
+    distances = [
+        (
+            _matching_name(entry),
+            label(arm),
+            f"{found['reached']} of {found['of']}",
+            *(number(found["picked"][column]) for column in ("kl_new", "weight_norm", "new_accuracy")),
+            *(_mean_interval(found[measure]) for measure in ("retention", "retention_ld", "old_accuracy")),
+        )
+        for entry in entries
+        if entry["by"] != "new_accuracy"
+        for arm, found in entry["arms"].items()
+    ]
+    names = [f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}" for e in entries[0]["contrasts"]]
+    differences = [
+        (_matching_name(entry), title, *(_mean_interval(e[measure], True) for e in entry["contrasts"]))
+        for measure, title in (("retention", "Retention"), ("old_accuracy", "Old-task accuracy"))
+        for entry in entries
+    ]
+    return Section(
+        "At other levels, at equal distance, and at equal budget",
+        (
+            "The contrasts above are at one level of the new task. Here the same checks are made at other levels, and "
+            "at checkpoints that moved equally far from the base, in answers (KL) or in weights (norm), and after "
+            "equally many gradient steps, always at the same learning rate. These describe; nothing is tested. "
+            f"{reach}",
+        ),
+        (
+            Picture(
+                "matchings",
+                "Above: what the base's circuit in place still does. Below: the old task of the whole model. Large "
+                "marks are means, small ones seeds; the level of the contrasts is in bold. Every run is at its first "
+                "checkpoint at the value. The random direction is moved as far in weights as the arm that it "
+                "imitates; it learns nothing.",
+            ),
+        ),
+        (
+            Table(
+                "At equal distance and at equal budget. Reached: seeds with a checkpoint at the value; its own KL, "
+                "norm and new-task accuracy (means, selection split) say how close it came. What is kept: means on the "
+                "evaluation split, over the seeds whose base counts, with t intervals.",
+                (
+                    "Matched on",
+                    "Arm",
+                    "Reached",
+                    "KL",
+                    "Norm",
+                    "New-task accuracy",
+                    "Circuit retention",
+                    "in logit difference",
+                    "Old-task accuracy",
+                ),
+                distances,
+                2,
+            ),
+            Table(
+                "The planned differences at every matching, paired over seeds, with t intervals.",
+                ("Matched on", "Measure", *names),
+                differences,
+                2,
+            ),
+        ),
+    )
+
+
+def _matching_name(entry: Mapping[str, Any]) -> str:
+    return f"{_MATCHED_BY[entry['by']]} {entry['at']:g}{'*' if entry['selected'] else ''}"
+
+
+def _mean_interval(entry: Mapping[str, Any], signed: bool = False) -> str:
+    if entry["ci"] is None:
+        return number(entry["mean"], signed=signed)
+    return f"{number(entry['mean'], signed=signed)} ({_interval(entry['ci'], signed)})"
 
 
 def _circuit(summary: Mapping[str, Any]) -> Section:
@@ -283,10 +426,116 @@ def _circuit_tests(summary: Mapping[str, Any]) -> Table:
     )
 
 
-def _distance() -> Section:
+def _similarity(summary: Mapping[str, Any]) -> Section:
+    rows = [
+        (
+            label(e["arm"]),
+            str(e["n"]),
+            *(
+                f"{number(e[kind], 2)} ({number(e[f'{kind}_null'], 2)}, {number(e[f'{kind}_floor'], 2)}, "
+                f"{number(e[f'{kind}_ceiling'], 2)})"
+                for kind in ("cosine", "spearman")
+            ),
+            f"{number(e['overlap_share'], 2)} ({number(e['overlap_layered'], 2)})",
+            f"{number(e['overlap_corrected'], 2)} ({number(e['overlap_ceiling_corrected'], 2)})",
+            number(e["edges_change"], 2),
+            number(e["edges_flipped"], 2),
+            *(
+                f"{number(e[f'edges_{kind}'], 2)} ({number(e[f'edges_{kind}_noise'], 2)})"
+                for kind in ("weakened", "new")
+            ),
+            number(e["cka"], 2),
+            number(e["relearning_steps"], 1),
+            number(e["savings"]),
+        )
+        for e in summary["table_similarity"]
+    ]
+    pairs = summary["similarity_pairs_of_bases"]
+    return Section(
+        "Is it the same circuit?",
+        (
+            "The hops of the base are measured again in each tuned model, with the same senders, receivers and "
+            "positions, so that every edge has a number in both. Models are compared across halves of the examples, "
+            "so that their similarity can be read against the ceiling that the halves of one model give. The floor is "
+            f"the mean over {count(pairs, 'pair')} of bases, which solve the same task with other heads. A tuned model "
+            "whose old-task accuracy is too low is not identifiable and left out here.",
+        ),
+        (
+            Picture(
+                "similarity",
+                "Similarity of the signed path-patching effects of all hops. The cosine is decided by the few strong "
+                "edges, the rank correlation counts weak edges as much, so its ceiling is lower.",
+            ),
+            Picture(
+                "overlap",
+                "Of the base's strongest (head, position) nodes, how many are among as many strongest ones of the "
+                "tuned model? Every curve ends near 1, where all nodes are taken, so it says something only between "
+                "chance and ceiling.",
+            ),
+        ),
+        (
+            Table(
+                "Means over the seeds that count. Similarity in brackets: heads renamed, two bases, ceiling. Overlap "
+                "at the size of the base's circuit; in brackets chance with as many nodes of each layer. Corrected: 0 "
+                "is that chance; in brackets the ceiling. Edges: relative change without the noise; shares of strong "
+                "edges that flipped their sign, fell under half or are new, in brackets what noise alone does. CKA: "
+                "unbiased, mean over layers. Relearning: gradient steps on old examples until the old task is back, "
+                "and the share of the base's own first steps that this saves, over the seeds that regained it.",
+                (
+                    "Arm",
+                    "Seeds",
+                    "Cosine",
+                    "Rank correlation",
+                    "Overlap",
+                    "Corrected",
+                    "Change",
+                    "Flipped",
+                    "Weakened",
+                    "New",
+                    "CKA",
+                    "Steps",
+                    "Savings",
+                ),
+                rows,
+                1,
+            ),
+        ),
+    )
+
+
+def _distance(summary: Mapping[str, Any]) -> Section:
+    adjustment = summary["adjustment"][0]
+    families = "; ".join(
+        f"{name}: {', '.join(label(arm) for arm in arms) or 'none'}" for name, arms in adjustment["families"].items()
+    )
+    distance = short_name(adjustment["distance"])
+    effects = [
+        (
+            " − ".join(label(name) for name in e["name"].split(" − ")),
+            e["adjusted_why_not"] or "",
+            str(e["n"]),
+            number(e["raw_effect"], signed=True),
+            number(e["adjusted_effect"], signed=True),
+            _interval(e["adjusted_ci"]),
+            *(_r2(e[key]) for key in ("raw_r2", "distance_r2", "adjusted_r2")),
+        )
+        for e in adjustment["effects"]
+    ]
+    predictors = [
+        (
+            short_name(e["measure"]),
+            e["why_not"] or "",
+            str(e["n"]),
+            number(e["effect"], signed=True),
+            _interval(e["ci"]),
+            _r2(e["r2"]),
+        )
+        for e in adjustment["predictors"]
+    ]
+    percent = f"{100 * summary['plan'][0]['confidence']:g} %"
     return Section(
         "Forgetting against distance",
-        (),
+        adjustment["sentences"],
         (
             Picture(
                 "forgetting",
@@ -296,7 +545,41 @@ def _distance() -> Section:
                 "models. One learning rate, the one that arms are matched at.",
             ),
         ),
+        (
+            Table(
+                f"Does the method matter at the same distance? {short_name(adjustment['outcome'])} of the matched "
+                f"models by method and {distance}, in a linear model with the seed as block ({families}; a family is "
+                "the mean of its arms). The distance is itself an outcome of the method, so this says what goes "
+                "together. R2 is of seeds that were not fitted: 0 is guessing that all arms of a "
+                "seed are alike, and it is negative where the model does worse.",
+                (
+                    "Methods",
+                    "Not estimable because",
+                    "Seeds",
+                    "Difference",
+                    "Adjusted",
+                    f"{percent} interval",
+                    "R2, method",
+                    "distance",
+                    "both",
+                ),
+                effects,
+                2,
+            ),
+            Table(
+                f"What predicts the loss of {short_name(adjustment['forgetting'])}? One line for each predictor, over "
+                "all arms, with the seed as block; the interval takes the models of a seed for independent. R2 as "
+                "above.",
+                ("Predictor", "Not estimable because", "Models", "Slope", f"{percent} interval", "R2"),
+                predictors,
+                2,
+            ),
+        ),
     )
+
+
+def _r2(value: float | None) -> str:
+    return "below −1" if value is not None and value < -1 else number(value, 2)
 
 
 def _transplants() -> Section:
@@ -499,8 +782,8 @@ def _mean_sd(entry: Mapping[str, Any]) -> str:
     return number(entry["mean"]) if entry["sd"] is None else f"{number(entry['mean'])} ± {number(entry['sd'])}"
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "–" if bounds is None else f"{number(bounds[0], signed=True)} to {number(bounds[1], signed=True)}"
+def _interval(bounds: Sequence[float] | None, signed: bool = True) -> str:
+    return "–" if bounds is None else f"{number(bounds[0], signed=signed)} to {number(bounds[1], signed=signed)}"
 
 
 def to_html(report: Document, images: Mapping[str, bytes]) -> str:

@@ -1,13 +1,15 @@
-"""Picking one checkpoint of a run, so that arms are compared at equal skill in the new task.
+"""Picking checkpoints of a run, so that arms are compared at equal skill in the new task, or at an equal distance.
 
-The rule, the same for every arm and frozen before the runs: the first checkpoint whose new-task accuracy on
-    the selection split, and that of the next `confirm` checkpoints, is at least `level`. A single lucky
-    checkpoint is thus not picked, and since the measured comparison uses other splits, what luck remains does
-    not flatter any arm. A run that never gets there is recorded as not reached, with its last checkpoint; it
-    is not replaced by another run.
+A matching is a column of the training curve and a value of it, frozen before the runs and the same for every arm. Of
+new-task accuracy on the selection split: the first checkpoint at which it, and that of the next `confirm` checkpoints,
+is at least the value. A single lucky checkpoint is thus not picked, and since the measured comparison uses other
+splits, what luck remains does not flatter any arm. Of the distances, KL(base || model) on new-task prompts and the norm
+of the weight change, and of the budget, the number of gradient steps: the first checkpoint at or above the value. A run
+that never gets there is recorded as not reached, with its last checkpoint; it is not replaced by another run.
 """
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +20,49 @@ from stages.learning.settings import CurveRow
 
 Weights = dict[str, np.ndarray]
 
+ACCURACY, KL, NORM, STEPS = "new_accuracy", "kl_new", "weight_norm", "gradient_steps"  # columns of a training curve
+_SHORT = {ACCURACY: "accuracy", KL: "kl", NORM: "norm", STEPS: "steps"}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What arms are made equal in.
+
+    Attributes:
+        by: column of the training curve.
+        at: its value: a share, nats, a Euclidean norm, or a number of steps.
+    """
+
+    by: str
+    at: float
+
+    @property
+    def name(self) -> str:
+        """A key for records and files, for example accuracy_0_95; without a dot, which parts the keys of a measure."""
+        return f"{_SHORT[self.by]}_{self.at:g}".replace(".", "_")
+
+
+def matchings(
+    levels: Sequence[float], kl: Sequence[float], norm: Sequence[float], steps: Sequence[int]
+) -> list[Matching]:
+    """All matchings: by accuracy, by KL, by norm, by budget, each in increasing order."""
+    kinds = ((ACCURACY, levels), (KL, kl), (NORM, norm), (STEPS, steps))
+    return [Matching(by, float(at)) for by, values in kinds for at in sorted(values)]
+
 
 @dataclass(frozen=True)
 class Pick:
-    """A checkpoint of a run: its row of the curve, and whether it (and its confirmers) reached the level."""
+    """A checkpoint of a run.
+
+    Attributes:
+        reached: whether it (and its confirmers) are at the value; if not, it is the last one.
+        row: its row of the curve.
+        furthest: the largest value of the run, whether confirmed or not.
+    """
 
     reached: bool
     row: CurveRow
+    furthest: float
 
     @property
     def step(self) -> int:
@@ -32,7 +70,7 @@ class Pick:
 
 
 def rule(confirm: int) -> str:
-    """The rule of `pick` in words, for the record."""
+    """The rule of `pick` for accuracy in words, for the record."""
     return f"first checkpoint whose new-task accuracy, and that of the next {confirm}, is at least the level"
 
 
@@ -46,14 +84,23 @@ def read_curve(path: Path) -> dict[float, list[CurveRow]]:
     return curves
 
 
-def pick(rows: list[CurveRow], level: float, confirm: int) -> Pick:
-    """Apply the rule to the rows of one run; step 0 is the base and is never picked."""
+def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
+    """Apply the rule to the rows of one run; step 0 is the base and is never picked.
+
+    Args:
+        rows: of the training curve.
+        matching: what to reach.
+        confirm: so many next checkpoints must be at the value, too. Not asked of the distances and the budget: they
+            are measured on the weights, or over whole distributions, or counted, and do not get there by luck.
+    """
     trained = sorted((row for row in rows if row["step"] > 0), key=lambda row: row["step"])
-    above = [row["new_accuracy"] >= level for row in trained]
-    for first in range(len(trained) - confirm):
-        if all(above[first : first + confirm + 1]):
-            return Pick(True, trained[first])
-    return Pick(False, trained[-1])
+    above = [row[matching.by] >= matching.at for row in trained]
+    furthest = float(max(row[matching.by] for row in trained))
+    needed = confirm + 1 if matching.by == ACCURACY else 1
+    for first in range(len(trained) - needed + 1):
+        if all(above[first : first + needed]):
+            return Pick(True, trained[first], furthest)
+    return Pick(False, trained[-1], furthest)
 
 
 def read_checkpoint(path: Path, step: int) -> Weights:

@@ -10,6 +10,7 @@ class Training:
     """Everything that must be equal between arms, so that only the arm differs.
 
     Attributes:
+        processes: runs at the same time, of one thread each.
         learning_rates: the grid; one run for each.
         steps: gradient steps of a run.
         prompts_per_step: different new-task prompts in each step.
@@ -22,6 +23,7 @@ class Training:
         seed: base of every random draw, together with the arm and its seed.
     """
 
+    processes: int
     learning_rates: tuple[float, ...]
     steps: int
     prompts_per_step: int

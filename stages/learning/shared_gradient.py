@@ -9,19 +9,15 @@ same bits whatever the number of processes.
 
 import math
 import mmap
-import multiprocessing
-import pickle
-import signal
-import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
 from types import TracebackType
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from stages.pipeline.processes import Servers
 
 Piece = TypeVar("Piece")
 
@@ -55,10 +51,8 @@ class SharedGradient(Generic[Piece]):
         for parameter, part in zip(self._parameters, flat.split([p.numel() for p in self._parameters]), strict=True):
             parameter.data = part.view(parameter.shape)
         self.weights = nn.Parameter(flat)
-        self._children: list[tuple[ForkProcess, Connection]] = []
-        processes = min(processes, most_pieces)
-        for _ in range(processes if processes > 1 else 0):
-            self._start()
+        self._processes = min(processes, most_pieces)
+        self._servers = Servers(lambda _: self._fill_all, range(self._processes)) if self._processes > 1 else None
 
     def __enter__(self) -> "SharedGradient[Piece]":
         return self
@@ -66,10 +60,8 @@ class SharedGradient(Generic[Piece]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child, pipe in self._children:
-            child.terminate()
-            child.join()
-            pipe.close()
+        if self._servers is not None:
+            self._servers.end()
         for parameter in self._parameters:  # tensors of one storage cannot be saved
             parameter.data = parameter.data.clone()
 
@@ -79,48 +71,24 @@ class SharedGradient(Generic[Piece]):
         Raises:
             RuntimeError: a process failed or ended; its traceback or status is in the message.
         """
-        if self._children:
-            shares = _shares(len(pieces), len(self._children))
-            for (child, pipe), share in zip(self._children, shares, strict=True):
-                try:
-                    # plain pickle copies tensors; the one of multiprocessing would share them through files
-                    pipe.send_bytes(pickle.dumps([(row, pieces[row]) for row in share]))
-                except (BrokenPipeError, ConnectionResetError):
-                    raise _ended(child) from None
-            losses = dict(loss for child, pipe in self._children for loss in _receive(child, pipe))
+        work = list(enumerate(pieces))
+        if self._servers is None:
+            losses = self._fill_all(work)
         else:
-            losses = dict(self._fill(row, piece) for row, piece in enumerate(pieces))
+            shares = _shares(len(pieces), self._processes)
+            filled = self._servers.ask_each([[work[row] for row in share] for share in shares])
+            losses = [loss for part in filled for loss in part]
         self.weights.grad = self._rows[: len(pieces)].sum(dim=0)
-        return math.fsum(losses.values())  # exact, so in any order
+        return math.fsum(losses)  # exact, so in any order
 
-    def _fill(self, row: int, piece: Piece) -> tuple[int, float]:
-        loss = self._loss(piece)
-        self._rows[row] = _as_vector(torch.autograd.grad(loss, self._parameters))
-        return row, float(loss.detach())
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        child = context.Process(target=self._child, args=(theirs, ours), daemon=True)
-        child.start()
-        theirs.close()  # only the child's copy is left, so that its death ends the pipe
-        self._children.append((child, cast(Connection, ours)))
-
-    def _child(self, pipe: Connection, end_of_parent: Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes Ctrl-C and ends its children
-        for end in [end_of_parent, *(end for _, end in self._children)]:
-            end.close()  # so that the pipe ends when the parent is gone
-        try:
-            while True:
-                work: list[tuple[int, Piece]] = pickle.loads(pipe.recv_bytes())
-                try:
-                    done = [self._fill(row, piece) for row, piece in work]
-                except Exception:
-                    pipe.send_bytes(pickle.dumps(traceback.format_exc()))
-                else:
-                    pipe.send_bytes(pickle.dumps(done))
-        except (EOFError, OSError):  # the parent is gone
-            pass
+    def _fill_all(self, work: list[tuple[int, Piece]]) -> list[float]:
+        """Fill rows with the gradients of pieces; returns their losses."""
+        losses = []
+        for row, piece in work:
+            loss = self._loss(piece)
+            self._rows[row] = _as_vector(torch.autograd.grad(loss, self._parameters))
+            losses.append(float(loss.detach()))
+        return losses
 
 
 def _shared_memory(size: int) -> Float[Tensor, "size"]:
@@ -136,18 +104,3 @@ def _shares(pieces: int, processes: int) -> list[list[int]]:
     """Pieces of each process, dealt to and fro (0 1 1 0 0 1 ...): as pieces grow, the shares stay equal."""
     turns = [*range(processes), *reversed(range(processes))]
     return [[piece for piece in range(pieces) if turns[piece % len(turns)] == own] for own in range(processes)]
-
-
-def _receive(child: ForkProcess, pipe: Connection) -> list[tuple[int, float]]:
-    try:
-        answer = pickle.loads(pipe.recv_bytes())
-    except (EOFError, ConnectionResetError):
-        raise _ended(child) from None
-    if isinstance(answer, str):
-        raise RuntimeError(f"a process failed:\n{answer}")
-    return answer
-
-
-def _ended(child: ForkProcess) -> RuntimeError:
-    child.join()
-    return RuntimeError(f"a process ended with status {child.exitcode}")

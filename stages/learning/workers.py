@@ -100,11 +100,6 @@ def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:
     return [results[number] for number in range(len(jobs))]
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _work(job: Job, send: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported

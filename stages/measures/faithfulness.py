@@ -2,9 +2,7 @@
 
 F is a score over examples: the accuracy (argmax over the whole vocabulary is the answer) or the mean logit
 difference (answer minus mean of the other objects of the context). Faithfulness of a circuit C in a model M
-is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4). Retention of
-a circuit in a fine-tuned model is F(C|tuned) / F(C|base): how much of what it did is left, whatever else the
-model has learned.
+is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4).
 
 A node at a token of a clause is kept, or removed, at that token of every clause. Prakash et al. keep it in the queried
 clause alone. But a head that stands before the query cannot know which clause will be asked for, so it does there what
@@ -80,7 +78,7 @@ class Evaluation:
         full: the whole model, one variant.
         in_place: each circuit, everything else mean-ablated.
         without: the model without each set of nodes.
-        in_queried_clause: the first circuit, kept in no other clause; no variant where there is no circuit.
+        in_queried_clause: each circuit that was asked for so, kept in no other clause.
     """
 
     full: Readout
@@ -89,12 +87,24 @@ class Evaluation:
     in_queried_clause: Readout
 
 
-def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
-    """The examples in an order in which passes from the earliest named position on are shortest, as far as it is the
-    queried clause's."""
+def tail_order(examples: Examples, names: Collection[str]) -> Int[Tensor, " n"]:
+    """Indices of the examples in an order in which passes from the earliest named position on are shortest, as far as
+    it is the queried clause's."""
     if not names:
-        return examples
-    return examples.select(by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1)))
+        return torch.arange(len(examples))
+    return by_earliest(torch.stack([examples.positions[name] for name in sorted(names)], 1))
+
+
+def in_tail_order(examples: Examples, names: Collection[str]) -> Examples:
+    """The examples in `tail_order`."""
+    return examples.select(tail_order(examples, names))
+
+
+def outcomes(correct: Bool[Tensor, " n"], order: Int[Tensor, " n"]) -> str:
+    """One character an example, 1 where the answer is right, as the examples were before they were put in `order`."""
+    before = torch.empty_like(correct)
+    before[order] = correct
+    return "".join("1" if right else "0" for right in before.tolist())
 
 
 def evaluate_circuits(
@@ -107,6 +117,7 @@ def evaluate_circuits(
     clauses: Clauses | str = Clauses.EVERY,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
+    queried: Sequence[Collection[Node]] = (),
 ) -> Evaluation:
     """Run a model whole, with each circuit in place, and without each set of nodes.
 
@@ -120,6 +131,7 @@ def evaluate_circuits(
         clauses: where nodes at a token of a clause are kept or removed.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
+        queried: nodes that stay in the queried clause alone, whatever `clauses` says.
     """
     length = examples.input_ids.shape[1]
 
@@ -132,8 +144,8 @@ def evaluate_circuits(
         kept = circuits_in_place(walker, background, means, places, circuits, memory_mib)
         lost = [nodes_removed(walker, clean, means, places, nodes, memory_mib) for nodes in removed]
         lost = torch.stack(lost, 1) if lost else clean.logits[:, None][:, :0]
-        queried = circuits_in_place(walker, background, means, part.positions, circuits[:1], memory_mib)
-        runs = (clean.logits[:, None], kept, lost, queried)
+        in_queried_clause = circuits_in_place(walker, background, means, part.positions, queried, memory_mib)
+        runs = (clean.logits[:, None], kept, lost, in_queried_clause)
         return tuple(Readout.of(logits, part.answer, part.others) for logits in runs)
 
     found = []
@@ -150,17 +162,13 @@ def ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator > 0 else None
 
 
-def circuit_record(
-    size: int, kept: Mapping[str, float], full: Mapping[str, float], reference: Mapping[str, float] | None
-) -> dict[str, float | int | None]:
-    """A circuit's scores in a model as shares of the model's own, and of a reference's (the same circuit in
-    the base).
+def circuit_record(size: int, kept: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float | int | None]:
+    """A circuit's scores in a model, and as shares of the model's own.
 
     Args:
         size: number of nodes.
         kept: means of the circuit in place, as in `Readout.means`.
         full: means of the whole model.
-        reference: means of the circuit in place in the base; None where there is nothing to compare with.
     """
     return {
         "size": size,
@@ -168,6 +176,4 @@ def circuit_record(
         "logit_difference": kept["logit_difference"],
         "faithfulness": ratio(kept["accuracy"], full["accuracy"]),
         "faithfulness_ld": ratio(kept["logit_difference"], full["logit_difference"]),
-        "retention": None if reference is None else ratio(kept["accuracy"], reference["accuracy"]),
-        "retention_ld": None if reference is None else ratio(kept["logit_difference"], reference["logit_difference"]),
     }

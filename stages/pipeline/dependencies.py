@@ -1,49 +1,65 @@
-"""Which modules of this repository each stage runs, so that dvc.yaml can list them file by file.
+"""Which files of this repository each stage runs, found by following its imports.
 
-DVC reruns a stage only for files that it lists, and takes neither globs nor imports into account. This module follows
-the imports of every stage and writes (`--write`) or checks the `stages/*.py` lines of its `deps`.
+DVC reruns a stage only for files that `deps` lists, and takes neither globs nor imports into account. Listing some
+thirty modules for each cell would keep the lists right only by care, and would make dvc.lock so long that DVC spends
+seconds a cell reading and writing it. So stage `code` writes, for every stage, one small file with the digests of what
+it runs, and the cells depend on that file: an edit reruns the stages that run the edited module, and no others.
 
 Two modules are told apart:
 - `stages/pipeline/params.py` is left out: it can only refuse a run, never change what a stage computes, since values
   reach a stage from params.yaml as they are (it holds no defaults).
-- the arms in `stages/learning/arms/` are imported by name, so `finetune` lists `arms/${item.arm}.py`: editing one arm
-  reruns that arm's cells only.
+- the arms in `stages/learning/arms/` are imported by name, so each has a file of its own: editing one arm reruns that
+  arm's cells only.
 """
 
 import ast
-import sys
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from ruamel.yaml import YAML
 
 VALIDATION_ONLY = "stages/pipeline/params.py"
 ARMS = "stages/learning/arms"
-BY_NAME = {"stages/finetune.py": (ARMS, f"{ARMS}/${{item.arm}}.py")}
+# what is run, but not imported: pins and templates
+BESIDES = {
+    "contrast": ("requirements.txt",),
+    "report": (
+        "requirements.txt",
+        "stages/figures/templates/report.html.jinja",
+        "stages/figures/templates/report.md.jinja",
+    ),
+}
+PINS = ("requirements-compute.txt",)
 
 
-def code_dependencies(stage: str) -> list[str]:
-    """Paths of all repository modules that a stage imports, its own first."""
+def manifests(stages: Sequence[str]) -> dict[str, dict[str, str]]:
+    """For every stage, and as "finetune/<arm>" for every arm, the digest of each file that it runs.
+
+    Args:
+        stages: names of modules in stages/.
+    """
+    arms = sorted(path.stem for path in Path(ARMS).glob("*.py") if path.stem != "__init__")
+    found = {stage: _digests(code_of(stage)) for stage in stages}
+    if "finetune" in found:
+        found |= {f"finetune/{arm}": _digests(code_of("finetune", arm)) for arm in arms}
+        del found["finetune"]
+    return found
+
+
+def code_of(stage: str, arm: str | None = None) -> list[str]:
+    """Paths of all files that a stage runs, its own first; of stage `finetune` those for one arm, if it is named."""
     entry = f"stages/{stage}.py"
+    todo = [entry] if arm is None else [entry, f"{ARMS}/{arm}.py"]
     found: list[str] = []
-    templated: list[str] = []
-    todo = [entry]
     while todo:
         path = todo.pop()
-        if path in found or path == VALIDATION_ONLY:
-            continue
-        found.append(path)
-        todo.extend(_imports(path))
-        if path in BY_NAME:
-            folder, template = BY_NAME[path]
-            templated.append(template)
-            for module in sorted(Path(folder).glob("*.py")):
-                todo.extend(_imports(module.as_posix()))
-    return [entry, *sorted([path for path in found if path != entry] + templated)]
+        if path not in found and path != VALIDATION_ONLY:
+            found.append(path)
+            todo.extend(_imports(path))
+    return [entry, *sorted(set(found) - {entry}), *BESIDES.get(stage, PINS)]
 
 
 def _imports(path: str) -> Iterator[str]:
-    """Repository modules with content that one module imports, at top level or inside functions."""
+    """Repository modules that one module imports, at top level or inside functions."""
     for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
@@ -57,32 +73,5 @@ def _imports(path: str) -> Iterator[str]:
                 yield candidate.as_posix()
 
 
-def is_code(dependency: str) -> bool:
-    return dependency.startswith("stages/") and dependency.endswith(".py")
-
-
-def main() -> int:
-    """Check dvc.yaml, or rewrite its code dependencies with --write; the exit status is 1 when it is out of date."""
-    yaml = YAML()
-    yaml.width = 120
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    pipeline = yaml.load(Path("dvc.yaml").read_text(encoding="utf-8"))
-    stale = []
-    for name, stage in pipeline["stages"].items():
-        wanted = code_dependencies(name)
-        if [dep for dep in stage["deps"] if is_code(dep)] != wanted:
-            stale.append(name)
-            others = [dep for dep in stage["deps"] if not is_code(dep)]
-            stage["deps"] = wanted + others
-    if "--write" in sys.argv[1:]:
-        with Path("dvc.yaml").open("w", encoding="utf-8") as file:
-            yaml.dump(pipeline, file)
-    elif stale:
-        print(f"dvc.yaml lists other modules than these stages import: {', '.join(stale)}")
-        print("run: python -m stages.pipeline.dependencies --write")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _digests(paths: list[str]) -> dict[str, str]:
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}

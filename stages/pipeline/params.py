@@ -59,6 +59,15 @@ Betas = Annotated[
 ]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
+
+def _distinct(values: tuple[int | float, ...]) -> tuple[int | float, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)}: must not name a value twice")
+    return values
+
+
+_DISTINCT = AfterValidator(_distinct)
+
 LEARNED_LATE = ("adjacent", "lacks", "precedes", "arithmetic")  # the base learns a little of them, in a late phase
 NEW_TASKS = (*LEARNED_LATE, "contains")
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
@@ -157,6 +166,7 @@ class Pretrain(Section):
 class Common(Section):
     """What all arms share."""
 
+    processes: Count
     learning_rates: Rates
     steps: Count
     prompts_per_step: Count
@@ -230,6 +240,10 @@ class Match(Section):
     learning_rate: Positive
     confirm: NotNegativeCount
     noise_like: str
+    levels: Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
+    kl: Annotated[Rates, _DISTINCT]
+    norm: Annotated[Rates, _DISTINCT]
+    steps: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
 
 
 class PaperTop(Section):
@@ -284,9 +298,23 @@ class Cmap(Section):
     memory_mib: Positive
 
 
+class Relearning(Section):
+    examples: Count
+    probe_examples: Count
+    share: Fraction
+    most_steps: Count
+    learning_rate: Positive
+    betas: Betas
+    weight_decay: NotNegative
+
+
 class Drift(Section):
     processes: Count
-    n_examples: Count
+    n_examples: Annotated[int, Field(ge=4)]  # the unbiased CKA needs four
+    strong_edge: Positive
+    permutations: Count
+    seed: Seed
+    relearning: Relearning
 
 
 class Contrast(Section):
@@ -296,9 +324,14 @@ class Contrast(Section):
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     alpha: Annotated[float, Field(gt=0, lt=1)]
+    power: Annotated[float, Field(gt=0, lt=1)]
     equivalence_margin: Positive
     resamples: Count
     seed: Seed
+    adjust_for: str
+    families: Annotated[dict[str, list[str]], Field(min_length=2, max_length=2)]
+    forgetting: str
+    predictors: list[str]
 
 
 class Report(Section):
@@ -384,6 +417,13 @@ def _check_axes(params: Params) -> None:
                 valid = ", ".join(params.arms)
                 raise Invalid(f"params.yaml: contrast.contrasts: '{arm}' must be one of the arms {valid}")
 
+    members = [arm for family in params.contrast.families.values() for arm in family]
+    for arm in members:
+        if arm not in arms:
+            raise Invalid(f"params.yaml: contrast.families: there is no arm '{arm}': must be one of {', '.join(arms)}")
+        if members.count(arm) > 1:
+            raise Invalid(f"params.yaml: contrast.families: '{arm}' stands twice: must be in one family, once")
+
 
 def _check_sizes(params: Params) -> None:
     common, synthesize = params.finetune.common, params.synthesize
@@ -398,6 +438,15 @@ def _check_sizes(params: Params) -> None:
             f"params.yaml: discover.examples = {params.discover.examples}: "
             f"must be at most synthesize.old.discovery = {synthesize.old['discovery']}"
         )
+    for name, size, split in (
+        ("examples", params.drift.relearning.examples, "relearning"),
+        ("probe_examples", params.drift.relearning.probe_examples, "selection"),
+    ):
+        if size > synthesize.old[split]:
+            raise Invalid(
+                f"params.yaml: drift.relearning.{name} = {size}: "
+                f"must be at most synthesize.old.{split} = {synthesize.old[split]}"
+            )
     if common.dense_until > common.steps:
         raise Invalid(
             f"params.yaml: finetune.common.dense_until = {common.dense_until}: "
@@ -411,11 +460,18 @@ def _check_levels(params: Params) -> None:
     shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}[
         params.new_task
     ] / boxes
-    if match.level <= shortcut:
-        raise Invalid(
-            f"params.yaml: match.level = {match.level}: must be above {shortcut:.3f}, "
-            f"which naming any object of the context scores on {params.new_task}"
-        )
+    if match.level not in match.levels:
+        valid = ", ".join(f"{level:g}" for level in match.levels)
+        raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
+    for level in match.levels:
+        if level <= shortcut:
+            raise Invalid(
+                f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
+                f"which naming any object of the context scores on {params.new_task}"
+            )
+    most = params.finetune.common.steps
+    if max(match.steps) > most:
+        raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
     stop_at = params.pretrain.stop_at
     if params.new_task == "contains" and (stop_at is None or stop_at >= match.level):
         raise Invalid(

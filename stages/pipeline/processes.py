@@ -10,7 +10,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from stages.pipeline.stage import Invalid
@@ -33,40 +33,32 @@ def in_processes(work: Callable[[Part], Result], parts: Sequence[Part], processe
             the threads of a parent do not exist in its fork.
 
     Raises:
-        RuntimeError: a process failed; its traceback is in the message.
+        Invalid: a process found bad input.
+        RuntimeError: a process failed or ended; its traceback or status is in the message.
     """
     processes = min(processes, len(parts))
     if processes <= 1:
         yield from map(work, parts)
         return
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in range(processes)]
-    children = [
-        context.Process(target=_child, args=(work, parts[first::processes], pipes, first), daemon=True)
-        for first in range(processes)
-    ]
-    for child in children:
-        child.start()
-    for _, send in pipes:
-        send.close()  # only the children's copies are left, so that their death ends the pipe
+
+    children: list[_Process] = []
     try:
+        for first in range(processes):
+            children.append(_Process(partial(_do, work, parts[first::processes]), children))
         for index in range(len(parts)):
-            try:
-                failed, result = pickle.loads(pipes[index % processes][0].recv_bytes())
-            except EOFError:
-                children[index % processes].join()
-                raise RuntimeError(f"a process ended with status {children[index % processes].exitcode}") from None
-            if failed:
-                raise RuntimeError(f"a process failed:\n{result}")
-            yield result
+            yield children[index % processes].receive()
     finally:
         for child in children:
-            child.terminate()
-            child.join()
+            child.end()
 
 
 class Servers(Generic[Question, Answer]):
-    """Forked processes that stay: each prepares its share once, then answers the same questions about it.
+    """Forked processes that stay: each prepares its share once, then answers questions about it.
+
+    They end with their parent, or by `end`.
+
+    Attributes:
+        pids: of the processes.
 
     Args:
         serve: called in each process with its share; gives what answers there.
@@ -74,78 +66,142 @@ class Servers(Generic[Question, Answer]):
     """
 
     def __init__(self, serve: Callable[[Part], Callable[[Question], Answer]], shares: Sequence[Part]) -> None:
-        context = multiprocessing.get_context("fork")
-        self._connections: list[Any] = []  # their class depends on the platform
+        self._children: list[_Process] = []
         for share in shares:
-            ours, theirs = context.Pipe()
-            # daemons end with the parent; a process that is born later holds the ends of its elders, so it closes them
-            process = context.Process(
-                target=_serve, args=(serve, share, theirs, [*self._connections, ours]), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
+            self._children.append(_Process(partial(_serve, serve, share), self._children))
+        self.pids = [child.pid for child in self._children]
 
     def ask(self, question: Question) -> list[Answer]:
-        """The answers of all processes, in the order of their shares.
+        """The answers of all processes to one question, in the order of their shares.
 
         Raises:
             Invalid: a process found bad input.
-            RuntimeError: a process failed; its traceback is in the message.
+            RuntimeError: a process failed or ended; its traceback or status is in the message.
         """
-        for connection in self._connections:
-            connection.send_bytes(pickle.dumps(question))
-        replies = []
-        for connection in self._connections:
-            try:
-                replies.append(pickle.loads(connection.recv_bytes()))
-            except EOFError:
-                raise RuntimeError("a process ended without an answer") from None
-        for failed, answer in replies:
-            if isinstance(failed, Invalid):
-                raise failed
-            if failed:
-                raise RuntimeError(f"a process failed:\n{answer}")
-        return [answer for _, answer in replies]
+        return self.ask_each([question] * len(self._children))
+
+    def ask_each(self, questions: Sequence[Question]) -> list[Answer]:
+        """As `ask`, with a question for each process."""
+        for child, question in zip(self._children, questions, strict=True):
+            child.send(question)
+        # all are read before one is looked at, so that no answer is left for the next question
+        replies = [child.read() for child in self._children]
+        return [_result(reply) for reply in replies]
+
+    def end(self) -> None:
+        """Stop the processes at once."""
+        for child in self._children:
+            child.end()
 
 
-def _serve(
-    serve: Callable[[Part], Callable[[Question], Answer]], share: Part, connection: Any, others: list[Any]
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes Ctrl-C and ends its children
-    for other in others:
-        other.close()
-    answer = None
-    try:
-        while True:
-            question = pickle.loads(connection.recv_bytes())
-            try:
-                answer = answer or serve(share)
-                reply = (False, answer(question))
-            except Invalid as error:
-                reply = (error, "")
-            except BaseException:
-                reply = (True, traceback.format_exc())
-            connection.send_bytes(pickle.dumps(reply))
-    except (EOFError, BrokenPipeError):  # the parent has no more questions
-        pass
+_Pipe = Any  # the class of a pipe's end depends on the platform
 
 
-def _child(
-    work: Callable[[Part], Result], parts: Sequence[Part], pipes: list[tuple[Connection, Connection]], own: int
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes Ctrl-C and ends its children
-    for receive, _ in pipes:
-        receive.close()  # so that a send fails when the parent is gone
-    send = pipes[own][1]
-    for other, (_, end) in enumerate(pipes):
-        if other != own:
-            end.close()
-    try:
-        for part in parts:
+class _Process:
+    """A forked process at the other end of a pipe; it ends with its parent.
+
+    Args:
+        talk: called in the process with its end of the pipe.
+        elders: processes that were made before it, and still run.
+    """
+
+    def __init__(self, talk: Callable[[_Pipe], None], elders: "Sequence[_Process]") -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        # a fork holds the parent's ends of all pipes so far; it closes them, so that pipes end with the parent
+        held = [self._pipe, *(elder._pipe for elder in elders)]
+        self._process = context.Process(target=_child, args=(talk, theirs, held), daemon=True)
+        self._process.start()
+        theirs.close()  # only the child's copy is left, so that its death ends the pipe
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def send(self, message: Any) -> None:
+        """Send what can be pickled.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        try:
             # plain pickle copies tensors; the one of multiprocessing would share them, and they would end with us
-            send.send_bytes(pickle.dumps((False, work(part))))
-    except BrokenPipeError:
+            self._pipe.send_bytes(pickle.dumps(message))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._ended() from None
+
+    def read(self) -> tuple[Any, Any]:
+        """The next reply, for `_result`.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        try:
+            return pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            raise self._ended() from None
+
+    def receive(self) -> Any:
+        """The result of the next reply.
+
+        Raises:
+            Invalid: the process found bad input.
+            RuntimeError: the process failed or ended.
+        """
+        return _result(self.read())
+
+    def end(self) -> None:
+        """Stop the process at once."""
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
+
+    def _ended(self) -> RuntimeError:
+        self._process.join()
+        return RuntimeError(f"a process ended with status {self._process.exitcode}")
+
+
+def _child(talk: Callable[[_Pipe], None], pipe: _Pipe, held: Sequence[_Pipe]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes Ctrl-C and ends its children
+    for end in held:
+        end.close()
+    try:
+        talk(pipe)
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         pass
+
+
+def _do(work: Callable[[Part], Any], parts: Sequence[Part], pipe: _Pipe) -> None:
+    for part in parts:
+        _reply(pipe, partial(work, part))
+
+
+def _serve(serve: Callable[[Part], Callable[[Question], Any]], share: Part, pipe: _Pipe) -> None:
+    prepared: list[Callable[[Question], Any]] = []  # with the first question, so that its failure is an answer
+
+    def answer(question: Question) -> Any:
+        if not prepared:
+            prepared.append(serve(share))
+        return prepared[0](question)
+
+    while True:
+        _reply(pipe, partial(answer, pickle.loads(pipe.recv_bytes())))
+
+
+def _reply(pipe: _Pipe, work: Callable[[], Any]) -> None:
+    """Send what `work` gives, or how it failed."""
+    try:
+        reply = pickle.dumps((None, work()))
+    except Invalid as error:
+        reply = pickle.dumps((error, None))
     except BaseException:
-        send.send_bytes(pickle.dumps((True, traceback.format_exc())))
+        reply = pickle.dumps((RuntimeError(f"a process failed:\n{traceback.format_exc()}"), None))
+    pipe.send_bytes(reply)
+
+
+def _result(reply: tuple[Any, Any]) -> Any:
+    """What the work gave; raises what it failed with."""
+    failure, result = reply
+    if failure is not None:
+        raise failure
+    return result

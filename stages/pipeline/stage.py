@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stages.pipeline.memory import keep_freed_memory
+from stages.pipeline.memory import keep_freed_memory, keep_what_exists
 
 PARAMS_FILE = Path("params.yaml")
 PIPELINE_FILE = Path("dvc.yaml")
@@ -47,11 +48,16 @@ class Cell:
 
 def declared_params(stage: str, item: dict[str, str]) -> list[str]:
     """The dotted param paths that dvc.yaml declares for one cell of a stage."""
-    entry = yaml.safe_load(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
+    entry = _pipeline(PIPELINE_FILE.read_text(encoding="utf-8"))["stages"][stage]
     paths = [str(path) for path in entry.get("params", [])]
     for axis, value in item.items():
         paths = [path.replace(f"${{item.{axis}}}", value) for path in paths]
     return paths
+
+
+@cache
+def _pipeline(text: str) -> Any:
+    return yaml.safe_load(text)
 
 
 def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None:
@@ -69,7 +75,9 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         keep_freed_memory()
+        keep_what_exists()
         work(Cell(stage, item))
+        keep_what_exists()  # the process ends: nothing is worth collecting
     except Invalid as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -9,6 +9,7 @@ import pandas as pd
 
 from stages.pipeline.files import read_json
 from stages.pipeline.stage import Invalid
+from stages.statistics.retention import add_retention
 
 BASE = "base"
 Record = dict[str, Any]
@@ -17,6 +18,7 @@ Record = dict[str, Any]
 # models only
 _OF_BASE = {"pretrain": "pretrain/{seed}/record.json"}
 _OF_ARMS = {stage: f"{stage}/{{model}}/{{seed}}.json" for stage in ("match", "cmap", "drift")}
+_OF_ARMS["matchings"] = "matchings/{seed}/{model}.json"
 _OF_MODELS = {
     "discover": "discover/{model}/{seed}/record.json",
     "circuit": "discover/{model}/{seed}/circuit.json",
@@ -68,7 +70,7 @@ class Cells:
 
 
 def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], arms: Sequence[str]) -> Cells:
-    """Read every record of every cell.
+    """Read every record of every cell, and add what takes two of them.
 
     Args:
         root: folder of the records.
@@ -88,6 +90,7 @@ def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], ar
             )
         records[stage, model, seed] = read_json(root / file)
         files.append(file)
+    add_retention(records, BASE)
     return Cells(names, tuple(models), records, tuple(files))
 
 

@@ -8,18 +8,22 @@ the primary measure form one family for Holm's correction; those of the secondar
 not corrected.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from stages.statistics.cells import BASE, Cells
+from stages.statistics.hierarchical import hierarchical_interval, paired_outcomes
 from stages.statistics.paired import (
     bootstrap_interval,
+    detectable_difference,
     equivalence_p,
     holm,
     power_note,
+    provable_margin,
+    resolution_note,
     sign_flip_p,
     smallest_sign_flip_p,
     t_interval,
@@ -37,6 +41,7 @@ class Plan:
         contrasts: (arm, reference) pairs; their order names them H1, H2, ...
         confidence: coverage of intervals.
         alpha: level of tests.
+        power: share of experiments that must detect a difference which counts as detectable.
         equivalence_margin: largest difference of the primary measure that counts as none.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -48,6 +53,7 @@ class Plan:
     contrasts: tuple[tuple[str, str], ...]
     confidence: float
     alpha: float
+    power: float
     equivalence_margin: float
     resamples: int
     seed: int
@@ -58,7 +64,7 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     measures = (plan.primary, *plan.secondary)
     left_out = left_out_bases(cells, plan)
     contrasts = [
-        contrast(cells, plan, measure, f"H{number}", arm, reference)
+        contrast(cells, plan, measure, f"H{number}", arm, reference, left_out)
         for measure in measures
         for number, (arm, reference) in enumerate(plan.contrasts, start=1)
     ]
@@ -72,7 +78,8 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
         "plan": asdict(plan)
         | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
         "measures": {
-            measure: {model: describe(cells, plan, measure, model) for model in cells.models} for measure in measures
+            measure: {model: describe(cells, plan, measure, model, left_out) for model in cells.models}
+            for measure in measures
         },
         "contrasts": contrasts,
         "reach": {
@@ -80,8 +87,19 @@ def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
             for arm in cells.arms
         },
         "learning_rates": {arm: by_learning_rate(cells, arm) for arm in cells.arms},
-        "power_note": power_note(family[0]["n"] if family else 0, plan.alpha, len(family)),
+        "power_note": _power_note(family, plan),
     }
+
+
+def _power_note(family: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+    """What the first contrast's pairs can show, by counting and at their spread."""
+    if not family:
+        return power_note(0, plan.alpha, 0)
+    first = family[0]
+    note = power_note(first["n"], plan.alpha, len(family))
+    if first["sd"] is not None:
+        note += " " + resolution_note(first["n"], first["sd"], plan.alpha, plan.power, first["name"])
+    return note
 
 
 def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
@@ -95,10 +113,18 @@ def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
     return found
 
 
-def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, Any]:
-    """Mean, spread and interval of a measure over the seeds at which the model counts."""
+def describe(
+    cells: Cells, plan: Plan, measure: str, model: str, left_out: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """Mean, spread and interval of a measure over the seeds at which the model counts.
+
+    Args:
+        cells, plan: all records, and what is compared.
+        measure: "<stage>.<dotted path in its record>".
+        model: base or arm.
+        left_out: what `left_out_bases` gives.
+    """
     values, excluded = {}, []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         value = cells.value(measure, model, seed)
         if seed in left_out:
@@ -120,12 +146,19 @@ def describe(cells: Cells, plan: Plan, measure: str, model: str) -> dict[str, An
     }
 
 
-def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, reference: str) -> dict[str, Any]:
-    """One contrast of one measure: arm minus reference."""
+def contrast(
+    cells: Cells,
+    plan: Plan,
+    measure: str,
+    name: str,
+    arm: str,
+    reference: str,
+    left_out: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """One contrast of one measure: arm minus reference, without the seeds that `left_out_bases` names."""
     values: dict[str, float] = {}
     sides: list[tuple[float, float]] = []
     excluded: list[dict[str, Any]] = []
-    left_out = left_out_bases(cells, plan)
     for seed in cells.seeds:
         pair = [cells.value(measure, model, seed) for model in (arm, reference)]
         unreached = [model for model in (arm, reference) if not cells.reached(model, seed)]
@@ -141,6 +174,8 @@ def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, refere
             values[seed] = first - second
             sides.append((first, second))
     x = list(values.values())
+    sd = float(np.std(x, ddof=1)) if len(x) > 1 else None
+    resolved = (len(x), sd, plan.alpha, plan.power) if sd is not None and measure == plan.primary else None
     return {
         "name": name,
         "measure": measure,
@@ -148,24 +183,44 @@ def contrast(cells: Cells, plan: Plan, measure: str, name: str, arm: str, refere
         "reference": reference,
         "n": len(x),
         "difference": float(np.mean(x)) if x else None,
+        "sd": sd,
         "arm_mean": float(np.mean([first for first, _ in sides])) if sides else None,
         "reference_mean": float(np.mean([second for _, second in sides])) if sides else None,
         "values": values,
         "excluded": excluded,
         "ci": _pair(t_interval(x, plan.confidence)),
         "ci_bootstrap": _pair(bootstrap_interval(x, plan.confidence, plan.resamples, plan.seed)),
+        "ci_hierarchical": _pair(_hierarchical(cells, plan, arm, reference, values))
+        if measure == plan.primary
+        else None,
         "p": sign_flip_p(x),
         "p_holm": None,
         "p_equivalent": equivalence_p(x, plan.equivalence_margin) if measure == plan.primary else None,
+        "detectable": detectable_difference(*resolved) if resolved else None,
+        "provable_margin": provable_margin(*resolved) if resolved else None,
         "smallest_possible_p": smallest_sign_flip_p(len(x)),
     }
 
 
+def _hierarchical(
+    cells: Cells, plan: Plan, arm: str, reference: str, seeds: Collection[str]
+) -> tuple[float, float] | None:
+    """Hierarchical bootstrap interval of the primary measure; None unless all seeds have outcomes by example."""
+    outcomes = [paired_outcomes(cells, plan.primary, arm, reference, seed) for seed in seeds]
+    known = [entry for entry in outcomes if entry is not None]
+    if len(known) < len(outcomes):
+        return None
+    return hierarchical_interval(known, plan.confidence, plan.resamples, plan.seed)
+
+
 def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
-    """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid."""
+    """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid; of an arm
+    without training, which has none, nothing."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
-        rates: Mapping[str, Any] = cells.record("match", arm, seed).get("by_learning_rate") or {}
+        match = cells.record("match", arm, seed)
+        primary = match["matchings"][match["matching"]]
+        rates: Mapping[str, Any] = {} if match["like"] else primary["by_learning_rate"]
         for rate, record in rates.items():
             entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
             entry["of"] += 1

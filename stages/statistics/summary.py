@@ -12,7 +12,9 @@ import numpy as np
 
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
-from stages.statistics.wording import headline, number, verdict
+from stages.statistics.matchings import LEAST_REACHED
+from stages.statistics.similarity import table
+from stages.statistics.wording import adjustment_sentences, headline, number, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
@@ -42,7 +44,8 @@ def summarise(
     """
     plan = plan_of(statistics)
     measures = tuple(dict.fromkeys((*_ALWAYS, plan.primary, *plan.secondary, *_LAST)))
-    described = {model: {m: describe(cells, plan, m, model) for m in measures} for model in cells.models}
+    left_out = left_out_bases(cells, plan)
+    described = {model: {m: describe(cells, plan, m, model, left_out) for m in measures} for model in cells.models}
     primary = [entry for entry in statistics["contrasts"] if entry["measure"] == plan.primary]
     levels = {cells.record("match", arm, seed)["level"] for arm in cells.arms for seed in cells.seeds}
     level = levels.pop() if len(levels) == 1 else None
@@ -67,6 +70,7 @@ def summarise(
             arm: dict(statistics["reach"][arm])
             | {key(m): described[arm][m]["mean"] for m in measures}
             | {f"{key(m)}_sd": described[arm][m]["sd"] for m in measures}
+            | {"hypervolume": statistics["hypervolume"]["arms"][arm]["mean"]}
             for arm in cells.arms
         },
         "contrasts": {
@@ -84,6 +88,9 @@ def summarise(
             for entry in primary
         },
         "plan": [statistics["plan"]],
+        "adjustment": [
+            statistics["adjustment"] | {"sentences": adjustment_sentences(statistics["adjustment"], plan.confidence)}
+        ],
         "measures": list(measures),
         "table_contrasts": list(statistics["contrasts"]),
         "table_models": [
@@ -105,6 +112,8 @@ def summarise(
             for seed in cells.seeds
         ],
         "table_circuits": [_circuit_tests(cells, model) for model in cells.models],
+        "table_similarity": table(statistics),
+        "similarity_pairs_of_bases": statistics["similarity"]["floor"]["pairs"],
         "table_learning_rates": [
             {
                 "arm": arm,
@@ -116,6 +125,9 @@ def summarise(
             for arm in cells.arms
             for rate, e in sorted(statistics["learning_rates"][arm].items(), key=lambda item: float(item[0]))
         ],
+        "table_matchings": list(statistics["matchings"]),
+        "table_hypervolume": [statistics["hypervolume"]],
+        "least_reached_percent": 100 * LEAST_REACHED,
         "not_identifiable": [
             {"model": model, "seed": seed}
             for model in cells.models

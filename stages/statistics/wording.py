@@ -142,6 +142,36 @@ def headline(
     return f"Not decided: {facts}, which cannot be told from none (exact p = {p}, {limit})."
 
 
+def adjustment_sentences(adjustment: Mapping[str, Any], confidence: float) -> list[str]:
+    """H5 and H6 in a sentence each, from entry `adjustment` of statistics.json."""
+    effect, percent = adjustment["effects"][0], f"{100 * confidence:g} %"
+    outcome, distance = short_name(adjustment["outcome"]), short_name(adjustment["distance"])
+    lost = short_name(adjustment["forgetting"])
+    if effect["adjusted_ci"] is None:
+        why = effect["adjusted_why_not"]
+        first = f"Does the method matter at the same distance ({effect['name']})? Not estimable: {why}."
+    else:
+        low, high = (number(bound, signed=True) for bound in effect["adjusted_ci"])
+        apart = effect["adjusted_ci"][0] > 0 or effect["adjusted_ci"][1] < 0
+        raw = number(effect["raw_effect"], signed=True)
+        first = (
+            f"{effect['name']}, {outcome}: {raw}, and {number(effect['adjusted_effect'], signed=True)} where "
+            f"{distance} is taken into account ({percent} interval {low} to {high}, which "
+            f"{'leaves zero out' if apart else 'holds zero'}; {count(effect['n'], 'seed')})."
+        )
+    known = sorted((e for e in adjustment["predictors"] if e["r2"] is not None), key=lambda e: -e["r2"])
+    if not known:
+        why = "; ".join(
+            dict.fromkeys(e["why_not"] or "too few seeds to leave one out" for e in adjustment["predictors"])
+        )
+        return [first, f"What predicts the loss of {lost}? Not estimable{': ' if why else ''}{why}."]
+    listed = ", ".join(f"{short_name(e['measure'])} {number(e['r2'], 2)}" for e in known)
+    best = (
+        f"best predicted by {short_name(known[0]['measure'])}" if known[0]["r2"] > 0 else "predicted by none of these"
+    )
+    return [first, f"The loss of {lost} is {best} (R2 in seeds that were not fitted: {listed})."]
+
+
 def count(n: int, what: str) -> str:
     """ "1 pair", "2 pairs"."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -170,15 +170,16 @@ def _write(path: str | Path, rows: _Rows) -> None:
 
 
 def _read(path: str | Path, kind: type[_Set]) -> _Set:
-    table = pq.read_table(path)
+    with pq.ParquetFile(path) as file:  # unlike pq.read_table, this loads no module for sets of files
+        table = file.read()
     values: dict[str, Any] = {}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
+        # DLPack shares the numbers; `to_numpy` would first load pandas, which costs more than all reading
         if pa.types.is_fixed_size_list(column.type):
-            array = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+            tensor = torch.from_dlpack(column.values).view(len(column), column.type.list_size).long()
         else:
-            array = column.to_numpy()
-        tensor = torch.from_numpy(array.astype(np.int64))
+            tensor = torch.from_dlpack(column).long()
         field, _, key = name.partition(".")
         if key:
             values.setdefault(field, {})[key] = tensor

@@ -5,20 +5,16 @@ to the base in KL(q || p). `self_sft` draws one answer of it for each prompt; he
 itself, as from infinitely many draws.
 """
 
-import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
-from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from stages.learning import supervised
 from stages.learning.probes import last_logits
 from stages.learning.run import Run
-from stages.learning.schedule import optimiser
-from stages.learning.trainers import KeepCheckpoints, common_arguments, refuse_dropout, train_quietly
 
 
 class SoftTargetTrainer(SFTTrainer):
@@ -40,30 +36,9 @@ class SoftTargetTrainer(SFTTrainer):
 
 
 def train(run: Run) -> None:
-    refuse_dropout(run.model)
     targets = restricted(last_logits(run.model, run.train.input_ids), run.train.valid)
-    rows = torch.from_numpy(run.order).flatten()
-    prompts = run.train.input_ids[rows]
-    labels = torch.full_like(prompts, -100)
-    labels[:, -1] = rows
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SoftTargetTrainer(
-            model=run.model,
-            args=SFTConfig(
-                **common_arguments(run, folder),
-                per_device_train_batch_size=run.training.prompts_per_step,
-                max_length=None,
-                packing=False,
-                loss_type="nll",
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
-            train_dataset=Dataset.from_dict({"input_ids": prompts.tolist(), "labels": labels.tolist()}),
-            processing_class=run.tokenizer,
-            optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, completions_per_step=run.training.prompts_per_step)],
-            targets=targets,
-        )
-        train_quietly(trainer)
+    rows = torch.from_numpy(run.order)
+    supervised.fit_sequences(run, run.train.input_ids[rows], rows, SoftTargetTrainer, targets=targets)
 
 
 def restricted(logits: Float[Tensor, "n vocab"], valid: Tensor) -> Float[Tensor, "n vocab"]:

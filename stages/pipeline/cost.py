@@ -1,0 +1,67 @@
+"""What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
+
+The figures are those of the default preset on two otherwise idle cores of a small server; other machines differ, and
+so do models of another size. They are for planning, not for reporting.
+"""
+
+from typing import Any
+
+# measured seconds of one core in the default preset
+PRETRAIN_STEP = 0.33  # 64 contexts
+TRAIN_STEP = 0.27  # 64 prompts
+PROBE = 0.0013  # one prompt
+START = 4.0  # a process that imports torch and transformers
+# one cell, its start included
+CELL = {"match": 3.0, "discover": 20.0, "evaluate": 27.0, "dcm": 26.0, "cmap": 11.0, "drift": 8.0}
+MATCHINGS = 12.0  # the other checkpoints of an arm
+# what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock of so many cells
+DVC, DVC_PER_CELL = 0.5, 0.008
+
+
+def estimate(params: Any, workers: int) -> dict[str, tuple[int, float]]:
+    """Number of cells and core seconds by stage.
+
+    Args:
+        params: validated params (`stages.pipeline.params.load_params`).
+        workers: that share the cells.
+    """
+    seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
+    found = {
+        "code": (1, 2.0),
+        "synthesize": (1, 10.0),
+        "pretrain": (seeds, seeds * _pretrain(params.pretrain)),
+        "finetune": (arms * seeds, seeds * sum(_finetune(params.finetune, arm) for arm in params.arms)),
+    }
+    found["matchings"] = (seeds, seeds * (START + arms * MATCHINGS))
+    for stage, seconds in CELL.items():
+        cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
+        found[stage] = (cells, cells * seconds)
+    found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
+    cells = sum(number for number, _ in found.values())
+    found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / workers / 2))
+    return found
+
+
+def table(costs: dict[str, tuple[int, float]], workers: int, done: int) -> str:
+    """The estimate as text, with the number of cells that are done already."""
+    cells, seconds = costs["dvc"][0], sum(value for _, value in costs.values())
+    lines = [f"{'stage':<11} {'cells':>5} {'core minutes':>12}"]
+    lines += [f"{stage:<11} {number:>5} {value / 60:>12.1f}" for stage, (number, value) in costs.items()]
+    lines.append(f"from nothing about {seconds / workers / 3600:.1f} hours with {workers} workers, a core for each")
+    lines.append(f"{done} of {cells} cells are done")
+    return "\n".join(lines)
+
+
+def _pretrain(section: Any) -> float:
+    steps = [phase.most_steps for phase in section.curriculum.values()]
+    # a phase but the last ends when it is passed, mostly after a third of its steps
+    return START + PRETRAIN_STEP * (sum(steps[:-1]) / 3 + steps[-1])
+
+
+def _finetune(section: Any, arm: str) -> float:
+    common, scales = section.common, getattr(getattr(section, arm), "scales", None)
+    checkpoints = len(scales) if scales else common.dense_until // common.dense_every + common.sparse_checkpoints
+    probes = (checkpoints + 1) * 2 * common.probe_examples * PROBE
+    if scales:
+        return START + probes
+    return START + len(common.learning_rates) * (probes + common.steps * TRAIN_STEP * common.prompts_per_step / 64)

@@ -1,0 +1,218 @@
+"""Run a preset beside the working copy, so that nothing of it is touched.
+
+    python -m stages.pipeline.preset smoke                        in a temporary clone, deleted by nobody
+    python -m stages.pipeline.preset full                         in build/full; its report goes to reports/full/
+    python -m stages.pipeline.preset full --name full_precedes --set new_task=precedes
+
+A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so the
+seeds are dealt out to as many workers as there are cores, each a clone with its own dvc.lock and all with the cache of
+the working copy. When they are done their locks are put together in one more clone, whose `dvc repro` finds every cell
+done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was at. Before
+it starts it says what it will cost.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from stages.pipeline.cost import estimate, table
+from stages.pipeline.files import write_text
+from stages.pipeline.params import load_params
+from stages.pipeline.stage import PARAMS_FILE, Invalid
+
+DVC = [sys.executable, "-m", "dvc"]
+LOCK = "dvc.lock"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
+PRESETS = Path("stages/presets")
+CELL_STAGES = (
+    "evaluate",
+    "matchings",
+    "dcm",
+    "cmap",
+    "drift",
+)  # what the statistics read; DVC runs what they need, too
+RESULTS = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv", "figures")
+
+
+def copy_with_preset(destination: Path, preset: Path, changes: dict[str, Any]) -> None:
+    """Bring a clone to the state of this working copy, uncommitted changes included, with a preset as params.yaml.
+
+    Args:
+        destination: folder of the clone, made if it is not there; what the pipeline has written in it stays.
+        preset: a whole params.yaml with other values.
+        changes: dotted paths of params and their values.
+
+    Raises:
+        Invalid: a change names a param that does not exist.
+    """
+    source = Path.cwd()
+    if not destination.exists():
+        subprocess.run(["git", "clone", "--quiet", str(source), str(destination)], check=True)
+        (destination / "dvc.lock").unlink(missing_ok=True)  # it describes another preset
+    here, there = _files(source), _files(destination)
+    written = {"dvc.lock", *(f"reports/{name}" for name in RESULTS)}  # by the pipeline
+    for name in sorted(here | there):
+        if name in written or name.startswith("reports/figures/"):
+            continue
+        if name in here:
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, destination / name)
+        else:
+            (destination / name).unlink(missing_ok=True)
+    params = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        section = params
+        for key in parents:
+            section = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise Invalid(f"{path} = {value}: no such param in {preset}")
+        section[last] = value
+    if changes:
+        (destination / PARAMS_FILE).write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    else:
+        shutil.copy2(source / preset, destination / PARAMS_FILE)
+
+
+def _files(root: Path) -> set[str]:
+    """Tracked and untracked files that git does not ignore and that exist."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return {name for name in listed.split("\0") if name and (root / name).is_file()}
+
+
+def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) -> int:
+    """Run a preset in build/<name> and copy its results to reports/<name>; returns the exit status.
+
+    Args:
+        preset: name of a file in stages/presets.
+        name: of the folders.
+        changes: other values of single params.
+        workers: cells that run at the same time, of different seeds.
+    """
+    folder, file = Path("build") / name, PRESETS / f"{preset}.yaml"
+    whole = folder / "whole"
+    copy_with_preset(whole, file, changes)
+    params = load_params(whole / PARAMS_FILE)
+    clones = {}
+    for number in range(min(workers, len(params.seeds))):
+        clone = folder / f"worker{number}"
+        seeds = params.seeds[number::workers]
+        copy_with_preset(clone, file, changes | {"seeds": seeds})
+        clones[number] = clone
+    for clone in (whole, *clones.values()):
+        cache = ["config", "--local", "cache.dir", str(Path.cwd() / ".dvc" / "cache")]
+        subprocess.run([*DVC, *cache], cwd=clone, check=True, capture_output=True)
+    costs, done = estimate(params, len(clones)), len(_joined([_locked(clone) for clone in clones.values()]))
+    print(table(costs, len(clones), done), flush=True)
+    if not _run_cells(clones, folder, total=costs["dvc"][0] - 2):  # all but contrast and report
+        return 1
+    lock = {"schema": "2.0", "stages": _joined([_locked(clone) for clone in (whole, *clones.values())])}
+    write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
+    for command in (["checkout", "--quiet", "--force"], ["repro"]):
+        status = subprocess.run([*DVC, *command], cwd=whole).returncode
+        if status and command == ["repro"]:  # a checkout cannot restore the report, which is not in the cache
+            return status
+    _publish(whole, Path("reports") / name)
+    return 0
+
+
+def _run_cells(clones: dict[int, Path], folder: Path, total: int) -> bool:
+    """Let every worker run the cells of its seeds, under one progress bar; whether all of them succeeded.
+
+    What DVC and the stages print goes to build/<name>/worker<k>.log.
+    """
+    logs = {number: (folder / f"worker{number}.log").open("a", encoding="utf-8") for number in clones}
+    running = {
+        number: subprocess.Popen([*DVC, "repro", *CELL_STAGES], cwd=clone, stdout=logs[number], stderr=logs[number])
+        for number, clone in clones.items()
+    }
+    try:
+        with tqdm(total=total, desc=folder.name, unit="cell") as bar:
+            while any(worker.poll() is None for worker in running.values()):
+                time.sleep(5)
+                bar.update(len(_joined([_locked(clone) for clone in clones.values()])) - bar.n)
+    finally:
+        for worker in running.values():
+            worker.wait()  # Ctrl-C reaches them, too
+        for log in logs.values():
+            log.close()
+    failed = [number for number, worker in running.items() if worker.returncode]
+    for number in failed:
+        print(f"error: worker {number} failed: see {folder / f'worker{number}.log'}", file=sys.stderr)
+    return not failed
+
+
+def _locked(clone: Path) -> dict[str, Any]:
+    """Stage entries of a clone's dvc.lock."""
+    file = clone / LOCK
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER)["stages"] if file.is_file() else {}
+
+
+def _joined(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: entry for part in stages for name, entry in part.items()}
+
+
+def _publish(clone: Path, target: Path) -> None:
+    """Copy the results of a clone, its params and its lock to `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for result in (*(f"reports/{name}" for name in RESULTS), str(PARAMS_FILE)):
+        source = clone / result
+        if source.is_dir():
+            shutil.rmtree(target / source.name, ignore_errors=True)
+            shutil.copytree(source, target / source.name)
+        else:
+            shutil.copy2(source, target / source.name)
+    print(f"report: {target / 'report.html'}")
+
+
+def smoke() -> int:
+    """Run the smoke preset in a temporary clone."""
+    clone = Path(tempfile.mkdtemp(prefix="smoke-")) / "clone"
+    copy_with_preset(clone, PRESETS / "smoke.yaml", {})
+    status = subprocess.run([*DVC, "repro"], cwd=clone).returncode
+    if status == 0:
+        print(f"report: {clone / 'reports' / 'report.html'}")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m stages.pipeline.preset", description="Run a preset.")
+    parser.add_argument("preset", choices=sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    parser.add_argument("--name", help="of the folders in build/ and reports/; the preset's name unless given")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at the same time")
+    parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="another value of one param")
+    arguments = parser.parse_args()
+    if arguments.preset == "smoke":
+        return smoke()
+    changes = {}
+    for text in arguments.set:
+        path, equals, value = text.partition("=")
+        if not equals:
+            parser.error(f"--set {text}: must be PARAM=VALUE")
+        changes[path] = yaml.safe_load(value)
+    try:
+        return run_preset(arguments.preset, arguments.name or arguments.preset, changes, arguments.workers)
+    except Invalid as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

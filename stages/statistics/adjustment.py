@@ -1,0 +1,186 @@
+"""What a distance between outputs explains: hypotheses H5 and H6 of the plan.
+
+H5: does the method still matter where the distance moved is taken into account? A linear model of the primary measure
+on method and distance, with the seed as block and one value of each method a seed; the coefficient of the method is its
+partial effect. The distance is itself an outcome of the method, so this says what goes together, not what would happen
+if the distance were held.
+
+H6: which distance predicts how much of the old task is lost? One line for each predictor, with the seed as block.
+
+Blocks are taken out by taking all values as deviations from the mean of their seed, which gives the same coefficients
+as one dummy variable for each seed. How well a model predicts is measured on seeds that it was not fitted on: R2 is 1 -
+(squared errors) / (squared deviations), over all left-out seeds, each with its arms as deviations from its own mean. It
+asks whether arms of a new seed are told apart; 0 is guessing that all are alike, and it is negative where a model does
+worse than that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from stages.statistics.cells import Cells
+from stages.statistics.wording import count
+
+Columns = Float[np.ndarray, "rows columns"]
+METHOD = "method"
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What is asked, fixed before the results.
+
+    Attributes:
+        outcome: the primary measure.
+        distance: measure that the method's effect is adjusted for.
+        families: two names with their arms; the effect is the first family minus the second.
+        contrasts: (arm, reference) pairs, which are adjusted, too.
+        forgetting: measure whose loss is predicted: the base's value minus the arm's.
+        predictors: measures that may predict it.
+        confidence: coverage of intervals.
+    """
+
+    outcome: str
+    distance: str
+    families: Mapping[str, Sequence[str]]
+    contrasts: Sequence[tuple[str, str]]
+    forgetting: str
+    predictors: Sequence[str]
+    confidence: float
+
+
+def adjust(cells: Cells, asked: Adjustment, left_out: Mapping[str, float | None]) -> dict[str, Any]:
+    """Entry `adjustment` of statistics.json.
+
+    Args:
+        cells: all records.
+        asked: what is asked.
+        left_out: seeds that no contrast counts, because of their base.
+    """
+    measures = tuple(dict.fromkeys((asked.outcome, asked.distance, asked.forgetting, *asked.predictors)))
+    rows = [
+        {"arm": arm, "seed": seed} | {measure: cells.value(measure, arm, seed) for measure in measures}
+        for arm in cells.arms
+        for seed in cells.seeds
+        if seed not in left_out and cells.reached(arm, seed)
+    ]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", *measures]).astype(dict.fromkeys(measures, "float64"))
+    (first, arms), (second, others) = asked.families.items()
+    sides = [(f"{first} − {second}", tuple(arms), tuple(others))]
+    sides += [(f"{arm} − {reference}", (arm,), (reference,)) for arm, reference in asked.contrasts]
+    return {
+        "outcome": asked.outcome,
+        "distance": asked.distance,
+        "forgetting": asked.forgetting,
+        "families": {name: [arm for arm in cells.arms if arm in arms] for name, arms in asked.families.items()},
+        "effects": [_effect(frame, asked, *side) for side in sides],
+        "predictors": [_predictor(frame, asked, predictor) for predictor in asked.predictors],
+    }
+
+
+def _effect(
+    frame: pd.DataFrame, asked: Adjustment, name: str, arms: Sequence[str], references: Sequence[str]
+) -> dict[str, Any]:
+    """Effect of the method on the outcome, raw and adjusted for the distance.
+
+    The unit is the seed, as everywhere: the arms of a family are averaged at each seed that has an arm of both sides.
+    """
+    counts = frame["arm"].isin([*arms, *references]) & frame[[asked.outcome, asked.distance]].notna().all(axis=1)
+    part = pd.DataFrame(frame[counts]).assign(**{METHOD: lambda rows: rows["arm"].isin(arms).astype(float)})
+    sides = part.groupby(["seed", METHOD])[[asked.outcome, asked.distance]].mean()
+    part = pd.DataFrame(sides).reset_index()
+    part = pd.DataFrame(part[part["seed"].duplicated(keep=False)])
+    entry: dict[str, Any] = {"name": name, "arms": list(arms), "references": list(references)}
+    fits = {
+        key: fit(part, asked.outcome, predictors, METHOD, asked.confidence)
+        for key, predictors in (("raw", [METHOD]), ("adjusted", [METHOD, asked.distance]))
+    }
+    alone = fit(part, asked.outcome, [asked.distance], asked.distance, asked.confidence)
+    return (
+        entry
+        | {"n": len(set(part["seed"]))}
+        | {f"{key}_{what}": found[what] for key, found in fits.items() for what in ("effect", "ci", "why_not", "r2")}
+        | {"distance_r2": alone["r2"]}
+    )
+
+
+def _predictor(frame: pd.DataFrame, asked: Adjustment, predictor: str) -> dict[str, Any]:
+    """Slope of the loss on one predictor, and how well it predicts left-out seeds."""
+    part = frame[["arm", "seed"]].assign(loss=-frame[asked.forgetting], predictor=frame[predictor]).dropna()
+    found = fit(part, "loss", ["predictor"], "predictor", asked.confidence)  # the base's own value is in the block
+    return {"measure": predictor, "n": len(part), "seeds": len(set(part["seed"]))} | found
+
+
+def fit(
+    part: pd.DataFrame, outcome: str, predictors: Sequence[str], of_interest: str, confidence: float
+) -> dict[str, Any]:
+    """A linear model with the seed as block: coefficient of one predictor, its t interval, and R2 on left-out seeds.
+
+    What cannot be estimated is None, and `why_not` says why.
+
+    Args:
+        part: one row for each model, with its seed.
+        outcome, predictors: columns.
+        of_interest: the predictor whose coefficient is asked for.
+        confidence: coverage of the interval.
+    """
+    x, y, seeds = _deviations(part, predictors), _deviations(part, [outcome])[:, 0], part["seed"].to_numpy()
+    why_not = _why_not(x, y, len(set(seeds)))
+    if why_not:
+        return {"effect": None, "ci": None, "r2": None, "why_not": why_not}
+    from statsmodels.regression.linear_model import OLS
+
+    model = OLS(y, x)
+    model.df_resid = len(y) - x.shape[1] - len(set(seeds))  # one mean of each seed was fitted, too
+    index, ci, effect = list(predictors).index(of_interest), None, None
+    if model.df_resid > 0:
+        result = model.fit()
+        effect = float(result.params[index])
+        ci = [float(bound) for bound in result.conf_int(1 - confidence)[index]]
+    else:
+        why_not = f"{len(set(seeds))} seeds leave no degree of freedom"
+    return {"effect": effect, "ci": ci, "r2": left_out_r2(x, y, seeds), "why_not": why_not}
+
+
+def _deviations(part: pd.DataFrame, columns: Sequence[str]) -> Columns:
+    values = part[list(columns)].astype("float64")
+    return (values - values.groupby(part["seed"]).transform("mean")).to_numpy()
+
+
+def _why_not(x: Columns, y: Float[np.ndarray, " rows"], seeds: int) -> str | None:
+    """Why no model can be fitted, or None. Values that differ by rounding alone have no spread."""
+    if seeds < 2:
+        return f"{count(seeds, 'seed')}, at least 2 are needed"
+    if np.abs(y).max() < 1e-12:
+        return "the outcome has no spread inside the seeds"
+    return _undetermined(x)
+
+
+def _undetermined(x: Columns) -> str | None:
+    """Why the coefficients of these predictors are not determined, or None."""
+    sizes = np.abs(x).max(axis=0)
+    if (sizes < 1e-12).any():
+        return "a predictor has no spread inside the seeds"
+    if np.linalg.matrix_rank(x / sizes, tol=1e-9) < x.shape[1]:
+        return "the predictors go together entirely"
+    return None
+
+
+def left_out_r2(x: Columns, y: Float[np.ndarray, " rows"], seeds: np.ndarray) -> float | None:
+    """R2 of predictions for seeds that were not fitted; None where the others alone allow no fit.
+
+    Args:
+        x, y: deviations from the mean of their seed.
+        seeds: the seed of each row.
+    """
+    errors = np.empty_like(y)
+    for seed in np.unique(seeds):
+        out = seeds == seed
+        if _undetermined(x[~out]):
+            return None
+        coefficients = np.linalg.lstsq(x[~out], y[~out], rcond=None)[0]
+        errors[out] = y[out] - x[out] @ coefficients
+    return float(1 - (errors**2).sum() / (y**2).sum())

@@ -1,0 +1,138 @@
+"""The comparison at every matching: at several levels of the new task, at equal KL, at equal norm of the change, after
+equally many steps.
+
+The primary matching is the one that `contrasts` tests. All matchings describe here, the primary one among them: means
+and t intervals over the seeds at which an arm got there and whose base counts, and the planned differences, paired in
+the seed. Which runs get to a value is an outcome of training, so a comparison of those that do is a selection; a
+matching that fewer than `LEAST_REACHED` of the trained runs reach is marked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stages.statistics.cells import Cells
+from stages.statistics.contrasts import Plan, left_out_bases
+from stages.statistics.paired import t_interval
+
+LEAST_REACHED = 0.95
+RETENTION, RETENTION_LD, OLD, NEW = "retention", "retention_ld", "old_accuracy", "new_accuracy"
+MEASURES = (RETENTION, RETENTION_LD, OLD, NEW)  # of the evaluation split
+CLOSENESS = ("new_accuracy", "kl_new", "weight_norm", "gradient_steps")  # of the picked checkpoint, selection split
+
+
+def compare_matchings(cells: Cells, plan: Plan) -> list[dict[str, Any]]:
+    """One entry for each matching, in the order of the match records: by accuracy, by KL, by norm, by steps."""
+    return [_matching(cells, plan, name) for name in _names(cells)]
+
+
+def value(cells: Cells, arm: str, seed: str, name: str, measure: str) -> float | None:
+    """One of `MEASURES` of the checkpoint that a matching picked; None where the run did not get there, or where the
+    base has no circuit."""
+    found = _picked(cells, arm, seed, name)
+    if not found["reached"]:
+        return None
+    if found["as_primary"]:
+        record = cells.record("evaluate", arm, seed)
+    else:
+        record = cells.record("matchings", arm, seed)["matchings"][name]
+    return ((record["circuit"] or {}) if measure in (RETENTION, RETENTION_LD) else record).get(measure)
+
+
+def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
+    first = _picked(cells, cells.arms[0], cells.seeds[0], name)
+    runs = [
+        (arm, seed) for arm in cells.arms for seed in cells.seeds if cells.record("match", arm, seed)["like"] is None
+    ]
+    reached = sum(_picked(cells, arm, seed, name)["reached"] for arm, seed in runs)
+    share = reached / len(runs) if runs else 0.0
+    return {
+        "name": name,
+        "by": first["by"],
+        "at": first["at"],
+        "primary": name == cells.record("match", cells.arms[0], cells.seeds[0])["matching"],
+        "reached": reached,
+        "of": len(runs),
+        "selected": share < LEAST_REACHED,
+        "arms": {arm: _of_arm(cells, plan, arm, name) for arm in cells.arms},
+        "contrasts": [
+            {"name": f"H{number}"} | _difference(cells, plan, arm, reference, name)
+            for number, (arm, reference) in enumerate(plan.contrasts, start=1)
+        ],
+    }
+
+
+def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:
+    reached = [seed for seed in cells.seeds if _picked(cells, arm, seed, name)["reached"]]
+    entry: dict[str, Any] = {"reached": len(reached), "of": len(cells.seeds)}
+    for measure in MEASURES:
+        values = {seed: value(cells, arm, seed, name, measure) for seed in _seeds(cells, plan)}
+        entry[measure] = summary({seed: v for seed, v in values.items() if v is not None}, plan.confidence)
+    at_rate = [_at_rate(cells, arm, seed, name) for seed in reached]
+    entry["picked"] = {column: _mean([float(row[column]) for row in at_rate]) for column in CLOSENESS}
+    return entry
+
+
+def _difference(cells: Cells, plan: Plan, arm: str, reference: str, name: str) -> dict[str, Any]:
+    """Arm minus reference, of the retention and of the old task, over the seeds at which both have the number."""
+    entry: dict[str, Any] = {"arm": arm, "reference": reference}
+    for measure in MEASURES:
+        pairs = {
+            seed: [value(cells, model, seed, name, measure) for model in (arm, reference)]
+            for seed in _seeds(cells, plan)
+        }
+        entry[measure] = summary(
+            {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}, plan.confidence
+        )
+    return entry
+
+
+def summary(values: Mapping[str, float], confidence: float) -> dict[str, Any]:
+    """n, mean and t interval of numbers by seed, and the numbers."""
+    x = list(values.values())
+    interval = t_interval(x, confidence)
+    return {"n": len(x), "mean": _mean(x), "ci": None if interval is None else list(interval), "values": dict(values)}
+
+
+def _seeds(cells: Cells, plan: Plan) -> list[str]:
+    """The seeds that count in the contrasts, as far as that is the base's doing."""
+    left_out = left_out_bases(cells, plan)
+    return [seed for seed in cells.seeds if seed not in left_out]
+
+
+def _names(cells: Cells) -> list[str]:
+    """Increasing within accuracy, KL, norm and steps."""
+    found = cells.record("match", cells.arms[0], cells.seeds[0])["matchings"]
+    order = {column: place for place, column in enumerate(CLOSENESS)}
+    return sorted(found, key=lambda name: (order[found[name]["by"]], found[name]["at"]))
+
+
+def _picked(cells: Cells, arm: str, seed: str, name: str) -> dict[str, Any]:
+    return cells.record("match", arm, seed)["matchings"][name]
+
+
+def _at_rate(cells: Cells, arm: str, seed: str, name: str) -> dict[str, Any]:
+    """The picked checkpoint's row of the curve at the learning rate of the matching."""
+    rate = cells.record("match", arm, seed)["learning_rate"]
+    return _picked(cells, arm, seed, name)["by_learning_rate"][f"{rate:g}"]
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def long_table(entries: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> pd.DataFrame:
+    """by, at, selected, arm, seed, retention, old_accuracy: one row for each number of `compare_matchings`, and one
+    without numbers where an arm has none at a matching."""
+    rows = []
+    for entry in entries:
+        key = {column: entry[column] for column in ("by", "at", "selected")}
+        for arm in arms:
+            found = entry["arms"][arm]
+            values = {measure: found[measure]["values"] for measure in (RETENTION, OLD)}
+            for seed in dict.fromkeys([*values[RETENTION], *values[OLD]]) or [None]:
+                rows.append(key | {"arm": arm, "seed": seed} | {m: values[m].get(seed) for m in values})
+    columns = ["by", "at", "selected", "arm", "seed", RETENTION, OLD]
+    return pd.DataFrame(rows, columns=columns).astype({RETENTION: "float64", OLD: "float64"})

@@ -1,0 +1,124 @@
+"""Running a preset beside the working copy: dealt out to workers, resumable, and priced beforehand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stages.pipeline.cost import estimate, table
+from stages.pipeline.params import load_params
+from stages.pipeline.preset import copy_with_preset
+from stages.pipeline.stage import Invalid
+from tests.conftest import REPOSITORY
+
+PRESET = "stages/presets/toy.yaml"
+# stages with the names and axes of the real ones, and trivial work that leaves a trace of every run
+CELL = "mkdir -p reports/cells/{0} && echo {0} ${{item.seed}} | tee -a ../trace > reports/cells/{0}/${{item.seed}}.json"
+RESULTS = "report.html report.md summary.json statistics.json cells.csv"
+COLLECT = (
+    f"cat reports/cells/*/*.json > reports/all; mkdir -p reports/figures; cd reports; tee {RESULTS} figures/a < all"
+)
+
+
+def toy_pipeline() -> dict[str, Any]:
+    stages: dict[str, Any] = {
+        name: {
+            "matrix": {"seed": "${seeds}"},
+            "cmd": CELL.format(name),
+            "deps": ["input"],
+            "outs": [f"reports/cells/{name}/${{item.seed}}.json"],
+        }
+        for name in ("evaluate", "matchings", "dcm", "cmap", "drift")
+    }
+    outs = [{f"reports/{name}": {"cache": False}} for name in [*RESULTS.split(), "figures"]]
+    stages["report"] = {"cmd": COLLECT, "deps": ["reports/cells"], "params": ["seeds"], "outs": outs}
+    return {"stages": stages}
+
+
+@pytest.fixture
+def working_copy(tmp_path: Path) -> Path:
+    """A repository with the toy pipeline and the params of the smoke preset, for three seeds."""
+    root = tmp_path / "repository"
+    (root / "stages/presets").mkdir(parents=True)
+    params = yaml.safe_load((REPOSITORY / "stages/presets/smoke.yaml").read_text()) | {"seeds": [0, 1, 2]}
+    (root / PRESET).write_text(yaml.safe_dump(params))
+    (root / "params.yaml").write_text(yaml.safe_dump(params | {"seeds": [5]}))
+    (root / "dvc.yaml").write_text(yaml.safe_dump(toy_pipeline()))
+    (root / ".gitignore").write_text("/build/\n/reports/cells/\n/trace\n")
+    (root / "input").write_text("x")
+    (root / "reports").mkdir()
+    (root / "reports/README.md").write_text("x")
+    for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"],
+    ):
+        subprocess.run(command, cwd=root, check=True, env=_environment(root))
+    return root
+
+
+def _environment(root: Path) -> dict[str, str]:
+    site = str(root.parent / "site")
+    return os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": site, "PYTHONPATH": str(REPOSITORY)}
+
+
+def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.pipeline.preset", "toy", "--workers", "2", *arguments]
+    return subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True)
+
+
+def test_every_cell_runs_once_on_some_worker_and_the_report_has_all(working_copy: Path) -> None:
+    result = _run(working_copy)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 of" in result.stdout and "hours" in result.stdout, "the cost is said"
+    report = (working_copy / "reports/toy/summary.json").read_text().split("\n")
+    cells = sorted(f"{name} {seed}" for name in ("evaluate", "matchings", "dcm", "cmap", "drift") for seed in (0, 1, 2))
+    assert sorted(filter(None, report)) == cells
+    assert not (working_copy / "dvc.lock").exists() and yaml.safe_load((working_copy / "params.yaml").read_text())[
+        "seeds"
+    ] == [5], "the working copy is as it was"
+    # stopped halfway: one worker has lost two of its cells, with their results
+    clone = working_copy / "build/toy/worker0"
+    lock = yaml.safe_load((clone / "dvc.lock").read_text())
+    for name in ("cmap@2", "drift@2"):
+        del lock["stages"][name]
+    (clone / "dvc.lock").write_text(yaml.safe_dump(lock))
+    traced = (working_copy / "build/toy/trace").read_text() if (working_copy / "build/toy/trace").exists() else None
+    again = _run(working_copy)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "13 of" in again.stdout
+    if traced is not None:
+        assert (working_copy / "build/toy/trace").read_text() == traced, "restored from the cache, not run again"
+
+
+def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) -> None:
+    pipeline = toy_pipeline()
+    pipeline["stages"]["cmap"]["cmd"] = "exit 3"
+    (working_copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    result = _run(working_copy)
+    assert result.returncode == 1
+    assert "worker0.log" in result.stderr and "cmap" in (working_copy / "build/toy/worker0.log").read_text()
+    assert not (working_copy / "reports/toy").exists()
+
+
+def test_a_change_of_an_unknown_param_is_refused(working_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(working_copy)
+    with pytest.raises(Invalid, match="match.lvel = 1"):
+        copy_with_preset(working_copy / "build/x", Path(PRESET), {"match.lvel": 1})
+
+
+def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
+    params = load_params(REPOSITORY / "params.yaml")
+    costs = estimate(params, workers=2)
+    seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
+    # code, synthesize, contrast, report; pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
+    assert costs["dvc"][0] == 4 + seeds * (2 + 4 * arms + 3 * models)
+    more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}), workers=2)
+    assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
+    hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600
+    assert f"about {hours:.1f} hours" in table(costs, 2, 0)
