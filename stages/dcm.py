@@ -1,12 +1,16 @@
-"""Stage `dcm` (model, seed): which information do the groups of the base's circuit carry in this model?"""
+"""Stage `dcm` (model, seed): which information do the groups of the base's circuit carry in this model?
 
+The desiderata `of_base` are asked of the base alone, in masks of their own.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.circuits.masks import MaskSettings, component_masks
+from stages.circuits.masks import Carried, MaskSettings, component_masks
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
@@ -14,12 +18,10 @@ from stages.pipeline.files import read_json, write_json
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import DesiderataPairs, read_pairs
 
-DESIDERATA = ("positional", "object_value", "box_label_value")
 
-
-def read_desiderata(split: str) -> dict[str, DesiderataPairs]:
+def read_desiderata(names: Sequence[str], split: str) -> dict[str, DesiderataPairs]:
     """The pairs of each desideratum."""
-    return {name: read_pairs(f"data/desiderata/{name}/{split}.parquet") for name in DESIDERATA}
+    return {name: read_pairs(f"data/desiderata/{name}/{split}.parquet") for name in names}
 
 
 def main(cell: Cell) -> None:
@@ -37,28 +39,35 @@ def main(cell: Cell) -> None:
         memory_mib=section.memory_mib,
     )
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
-    found = {}
+    asked = {"groups": section.desiderata, "additional": section.of_base if model == "base" else ()}
+    found: dict[str, dict[str, dict[str, Carried]]] = {what: {} for what in asked}
     if circuit.identifiable:
-        with tqdm(total=len(circuit.groups) + 2, desc="dcm", unit="step") as bar:
+        walker = Walker(load_model(f"models/{model}/{seed}"))
+        rounds = [(number, what) for number, (what, names) in enumerate(asked.items()) if names]
+        with tqdm(total=len(rounds) * (len(circuit.groups) + 2), desc="dcm", unit="step") as bar:
 
             def advance(what: str) -> None:
                 bar.set_postfix_str(what)
                 bar.update()
 
-            found = component_masks(
-                Walker(load_model(f"models/{model}/{seed}")),
-                read_desiderata("train"),
-                read_desiderata("selection"),
-                read_desiderata("test"),
-                circuit.groups,
-                settings,
-                np.random.default_rng([int(seed), 0]),
-                advance,
-                section.processes,
-            )
-    groups = {group: {name: asdict(result) for name, result in each.items()} for group, each in found.items()}
+            for number, what in rounds:
+                found[what] = component_masks(
+                    walker,
+                    read_desiderata(asked[what], "train"),
+                    read_desiderata(asked[what], "selection"),
+                    read_desiderata(asked[what], "test"),
+                    circuit.groups,
+                    settings,
+                    np.random.default_rng([int(seed), number]),
+                    advance,
+                    section.processes,
+                )
+    results = {
+        what: {group: {name: asdict(result) for name, result in each.items()} for group, each in groups.items()}
+        for what, groups in found.items()
+    }
     stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"}
-    record = {"model": model, "seed": int(seed), "groups": groups, "settings": stated}
+    record = {"model": model, "seed": int(seed), **results, "settings": stated}
     write_json(f"reports/cells/dcm/{model}/{seed}.json", record)
 
 

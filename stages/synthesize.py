@@ -16,7 +16,7 @@ from stages.pipeline.files import replacing_directory, write_json
 from stages.pipeline.stage import Cell, run
 from stages.tasks.arithmetic import prompt_tokens
 from stages.tasks.contexts import SPLITS, Split
-from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
+from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import write_examples, write_pairs, write_prompts
 from stages.tasks.new_tasks import NEW_TASKS
@@ -66,8 +66,9 @@ def main(cell: Cell) -> None:
                         "best_shortcut": max(scores.values()),
                     }
     chance = {}
+    desiderata = (*cell.params("dcm.desiderata"), *cell.params("dcm.of_base"))
     with replacing_directory(DATA / "desiderata") as folder:
-        for desideratum in DESIDERATA:
+        for desideratum in desiderata:
             (folder / desideratum).mkdir()
             for name, size in settings.desiderata.items():
                 stream = rng(f"desiderata/{desideratum}/{name}")
@@ -88,7 +89,7 @@ def main(cell: Cell) -> None:
                 "desiderata": dict(settings.desiderata),
             },
             "new_tasks": tasks,
-            "desiderata": {name: {"floors": chance[name]} for name in DESIDERATA},
+            "desiderata": {name: {"floors": chance[name]} for name in desiderata},
         },
     )
 

@@ -22,7 +22,7 @@ from tests.oracles_ablation import naive_exchange, outputs_of, random_positions,
 
 SETTINGS = MaskSettings(
     steps=40,
-    batch=32,
+    batch=16,
     learning_rate=0.1,
     start=0.5,
     sparsity=0.02,
@@ -103,6 +103,20 @@ def test_gradient_of_the_mask_equals_finite_differences() -> None:
         print(f"head {HEADS[index]}: {float(share.grad[index]):.6f} and {slope:.6f}")
         assert abs(float(share.grad[index]) - slope) <= 1e-6
         assert abs(slope) > 1e-4 or HEADS[index][0] == 2, "only the last layer may have no effect at this position"
+
+
+def test_sources_of_unequal_lengths_give_what_each_gives_alone() -> None:
+    """Shorter sources are lengthened behind their last position, where nothing earlier can see it."""
+    walker = walker_of(random_model("llama"))
+    short, long = pairs(5, 0), pairs(4, 1)
+    short = replace(short, source_ids=short.source_ids[:, :9], source_positions={"last": torch.full((5,), 8)})
+    table = PairTable.of([short, long], ["last"])
+    both = table.run(walker, slice(None))
+    for number, entry in enumerate((short, long)):
+        alone = PairTable.of([entry], ["last"]).run(walker, slice(None))
+        error = float((both.source["last"][:, both.desideratum == number] - alone.source["last"]).abs().max())
+        print(f"max error {error:.1e}")
+        assert error <= 1e-12
 
 
 def known(position: str, carriers: list[tuple[int, int]], n: int, seed: int) -> DesiderataPairs:

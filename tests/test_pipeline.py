@@ -203,11 +203,12 @@ def test_bad_params_end_in_one_clear_sentence(tmp_path: Path, path: str, value: 
 def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
     """params.py knows nothing of the task modules, so that refusing a value is quick; here they are compared."""
     from stages.pipeline import params
-    from stages.tasks.desiderata import LEAST_BOXES
+    from stages.tasks.desiderata import HYPOTHESES, LEAST_BOXES, WORDINGS
     from stages.tasks.new_tasks import NEW_TASKS
     from stages.tasks.vocabulary import LABELS, OBJECTS
 
     assert set(params.NEW_TASKS) == set(NEW_TASKS)
+    assert params.HYPOTHESES == HYPOTHESES and params.WORDINGS == WORDINGS
     assert set(params.LEARNED_LATE) == set(NEW_TASKS) - {"contains"}
     assert params.MOST_BOXES == len(LABELS) - 1 and 2 * params.MOST_BOXES <= len(OBJECTS)
     with pytest.raises(ValueError, match="greater than or equal to 3"):

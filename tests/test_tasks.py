@@ -17,7 +17,7 @@ from stages.pipeline.stage import Cell, Invalid
 from stages.synthesize import OLD_SPLITS, PAIR_SPLITS
 from stages.tasks import arithmetic
 from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
-from stages.tasks.desiderata import DESIDERATA, draw_pairs, floors
+from stages.tasks.desiderata import HYPOTHESES, WORDINGS, draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import (
     POSITIONS,
@@ -28,6 +28,7 @@ from stages.tasks.examples import (
     write_pairs,
     write_prompts,
 )
+from stages.tasks.new_tasks import NEW_TASKS
 from stages.tasks.relations import RELATIONS, draw_prompts, make_prompts, query_words, target_weights
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, render
@@ -176,19 +177,27 @@ def test_files_of_different_splits_share_no_context(tmp_path: Path, monkeypatch:
         "new": dict.fromkeys(("train", "selection", "evaluation"), 60),
         "desiderata": dict.fromkeys(PAIR_SPLITS, 60),
     }
-    monkeypatch.setattr(Cell, "params", lambda self, path: SimpleNamespace(seed=0, boxes=3, **sizes))
+    params = {
+        "synthesize": SimpleNamespace(seed=0, boxes=3, **sizes),
+        "dcm.desiderata": HYPOTHESES[:2],
+        "dcm.of_base": HYPOTHESES[2:],
+    }
+    monkeypatch.setattr(Cell, "params", lambda self, path: params[path])
     synthesize.main(Cell("synthesize", {}))
     allowed = {f"old/{name}": split for name, split in OLD_SPLITS.items()}
     allowed |= {f"new/{task}/{split}": split for task in NEW_TASKS for split in ("train", "selection", "evaluation")}
-    allowed |= {f"desiderata/{d}/{name}": split for d in DESIDERATA for name, split in PAIR_SPLITS.items()}
+    allowed |= {f"desiderata/{d}/{name}": split for d in HYPOTHESES for name, split in PAIR_SPLITS.items()}
     written = {path.relative_to("data").with_suffix("").as_posix() for path in Path("data").rglob("*.parquet")}
     assert written == set(allowed)
-    seen: dict[frozenset[tuple[str, str]], str] = {}
+    seen: dict[frozenset[tuple[Any, str]], str] = {}
     for name, split in allowed.items():
         rows = pd.read_parquet(f"data/{name}.parquet")
         prompts = [column for column in rows if column.endswith("_ids")]
         assert prompts, name
         for ids in (ids for column in prompts for ids in rows[column]):
+            if name.startswith("new/arithmetic/"):  # sums have no context; a split is one of orders of numbers
+                assert seen.setdefault(frozenset(enumerate(words_of(ids))), split) == split, name
+                continue
             assert SPLITS[split_of(ids)] == split, name
             assert seen.setdefault(frozenset(read_context(ids)), split) == split, name
     assert len(seen) > 1000 and set(seen.values()) == set(SPLITS)
@@ -324,7 +333,7 @@ def test_shortcuts_of_arithmetic() -> None:
     assert max(scores.values()) < 0.8
 
 
-@pytest.mark.parametrize("desideratum", DESIDERATA)
+@pytest.mark.parametrize("desideratum", HYPOTHESES)
 @pytest.mark.parametrize("boxes", [3, 7, 25])
 def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
     n = 126 if boxes == 7 else 4 * boxes
@@ -340,6 +349,8 @@ def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
         shift[(source_clause - base_clause) % boxes] += 1
         hypotheses = {"clean": base[base_clause][0], "positional": base[source_clause][0]}
         hypotheses["object_value"] = source[source_clause][0]
+        if desideratum == "next_clause":
+            hypotheses["next_clause"] = base[(source_clause + 1) % boxes][0]
         if asked in base_labels:
             hypotheses["box_label_value"] = dict(zip(base_labels, (n for n, _ in base), strict=True))[asked]
         assert len(set(hypotheses.values())) == len(hypotheses)
@@ -356,11 +367,39 @@ def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
     assert 0 not in shift  # never the base's own clause
     if boxes == 7:
         print(shift)
-        assert len(shift) == 6  # every other one
-        assert max(shift.values()) < 2 * 126 / 6
+        others = 5 if desideratum == "next_clause" else 6  # of the control, not the one before the base's own either
+        assert len(shift) == others
+        assert max(shift.values()) < 2 * 126 / others
     assert floors(pairs, boxes)["clean_answer"] == 0
     in_base = floors(pairs, boxes)["random_base_object"]
     assert in_base == pytest.approx(0 if desideratum == "object_value" else 1 / boxes)
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("boxes", [3, 7, 25])
+def test_a_source_of_another_wording_asks_the_same(wording: str, boxes: int) -> None:
+    plain, worded = (
+        draw_pairs(rng(5), VOCABULARY, name, Split.EVALUATION, 42, boxes)
+        for name in ("object_value", f"object_value-{wording}")
+    )
+    assert torch.equal(plain.base_ids, worded.base_ids) and torch.equal(plain.target, worded.target)
+    assert not torch.equal(plain.source_ids, worded.source_ids)
+    for i in range(len(worded)):
+        words = words_of(worded.source_ids[i])
+        at = {name: int(position[i]) for name, position in worded.source_positions.items()}
+        label, context = query_of(plain.source_ids[i])[0], words_of(plain.source_ids[i])
+        assert at["last"] == len(words) - 1 and words[-4:] == ["Box", label, "contains", "the"]
+        assert at["query_label"] == len(words) - 3
+        assert words[at["earlier_label"]] == label and words.count(label) == 2
+        assert words[at["earlier_object"]] == WORDS[int(worded.target[i])]
+        assert at["earlier_separator"] == max(at["earlier_label"], at["earlier_object"]) + 1
+        assert {word for word in context if word not in words} <= {"The", "the", "is", "in", ","}
+
+
+@pytest.mark.parametrize("name", ["position", "positional-", "positional-standard", "positional-loud", ""])
+def test_an_unknown_desideratum_is_refused(name: str) -> None:
+    with pytest.raises(Invalid, match="desideratum"):
+        draw_pairs(rng(), VOCABULARY, name, Split.TRAIN, 3, 7)
 
 
 def test_files_give_back_what_was_written_and_the_same_bytes(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Desideratum(Protocol):
     @property
     def base_ids(self) -> Int[Tensor, "n t"]: ...
     @property
-    def source_ids(self) -> Int[Tensor, "n t"]: ...
+    def source_ids(self) -> Int[Tensor, "n s"]: ...
     @property
     def target(self) -> Int[Tensor, " n"]: ...
     @property
@@ -79,7 +79,7 @@ class MaskSettings:
 
     Attributes:
         steps: steps of Adam.
-        batch: pairs per step of all desiderata together.
+        batch: pairs of each desideratum per step.
         learning_rate: of Adam.
         start: mask value that training starts from, the same for all heads.
         sparsity: price of swapping one head, in the unit of the objective.
@@ -151,7 +151,7 @@ class PairTable:
     """The pairs of several desiderata in the order of their earliest site, so that tails are short."""
 
     base_ids: Int[Tensor, "n t"]
-    source_ids: Int[Tensor, "n t"]
+    source_ids: Int[Tensor, "n s"]
     target: Int[Tensor, " n"]
     base_positions: Mapping[str, Int[Tensor, " n"]]
     source_positions: Mapping[str, Int[Tensor, " n"]]
@@ -172,10 +172,11 @@ class PairTable:
                 check_positions({name: at[name] for name in sites}, len(ids), ids.shape[1], f"{what}_positions")
         earliest = torch.cat([torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs])
         order = earliest.argsort(stable=True)
+        longest = max(entry.source_ids.shape[1] for entry in pairs)
         index = torch.cat([torch.full_like(entry.target, number) for number, entry in enumerate(pairs)])
         return PairTable(
             torch.cat([entry.base_ids for entry in pairs])[order],
-            torch.cat([entry.source_ids for entry in pairs])[order],
+            torch.cat([_lengthened(entry.source_ids, longest) for entry in pairs])[order],
             torch.cat([entry.target for entry in pairs])[order],
             {name: torch.cat([entry.base_positions[name] for entry in pairs])[order] for name in sites},
             {name: torch.cat([entry.source_positions[name] for entry in pairs])[order] for name in sites},
@@ -196,6 +197,11 @@ class PairTable:
             self.target[rows],
             self.desideratum[rows],
         )
+
+
+def _lengthened(ids: Int[Tensor, "n t"], length: int) -> Int[Tensor, "n length"]:
+    """Prompts with more tokens behind them, which no earlier position can see: only outputs before are used."""
+    return torch.nn.functional.pad(ids, (0, length - ids.shape[1]))
 
 
 def component_masks(
@@ -232,7 +238,7 @@ def component_masks(
     names = list(train)
     sites = sorted({group.position for group in groups})
     table = PairTable.of([train[name] for name in names], sites)
-    stride = max(1, len(table.target) // settings.batch)  # so every batch has early and late sites
+    stride = max(1, len(table.target) // (settings.batch * len(names)))  # so every batch has early and late sites
     batches = [
         table.run(walker, torch.arange(first, len(table.target), stride), _layers(groups))
         for first in range(min(stride, settings.steps))

@@ -60,7 +60,7 @@ Betas = Annotated[
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
-def _distinct(values: tuple[int | float, ...]) -> tuple[int | float, ...]:
+def _distinct(values: tuple[int | float | str, ...]) -> tuple[int | float | str, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"{list(values)}: must not name a value twice")
     return values
@@ -70,6 +70,19 @@ _DISTINCT = AfterValidator(_distinct)
 
 LEARNED_LATE = ("adjacent", "lacks", "precedes", "arithmetic")  # the base learns a little of them, in a late phase
 NEW_TASKS = (*LEARNED_LATE, "contains")
+HYPOTHESES = ("positional", "object_value", "box_label_value", "next_clause")  # of what a group of heads carries
+WORDINGS = (
+    "text_start",
+    "text_end",
+    "contained",
+    "segment_start",
+    "segment_end",
+    "add_box",
+    "other_order",
+    "no_comma",
+    "add_comma",
+    "clause",
+)  # of the source
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
 
 
@@ -279,8 +292,24 @@ class Evaluate(Section):
     memory_mib: Positive
 
 
+def _desiderata(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        hypothesis, dash, wording = name.partition("-")
+        if hypothesis not in HYPOTHESES or (dash and wording not in WORDINGS):
+            raise ValueError(
+                f"'{name}': must be one of {', '.join(HYPOTHESES)}, alone or followed by '-' and the wording of the "
+                f"source ({', '.join(WORDINGS)})"
+            )
+    return names
+
+
+_Desiderata = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValidator(_desiderata), _DISTINCT]
+
+
 class Dcm(Section):
     processes: Count
+    desiderata: Annotated[_Desiderata, Field(min_length=1)]
+    of_base: _Desiderata
     steps: Count
     batch: Count
     learning_rate: Positive

@@ -1,14 +1,21 @@
 """Desiderata: what the patched base should answer if the patched heads carry a certain value (paper, 4.2).
 
-Base and source are prompts of the standard template. If a group of heads carries
+Base and source are prompts of the old task. If a group of heads carries
 - `positional`: where the queried clause is, the base answers its own object at the source's queried clause;
 - `object_value`: the object itself, the base answers the source's object;
 - `box_label_value`: the label of the queried box, the base answers its own object under the source's queried
-  label.
+  label;
+- `next_clause`: none of these; the target is the base's object one clause after the one of `positional`, as a
+  negative control (the paper's "incorrect segment").
 
 Pairs are drawn so that these hypotheses cannot be confused: the source names no object of the base, its
 queried clause is another one (uniform over the others), and its queried label is absent from the base or, in
 `box_label_value`, the label of a third clause. So a base that is not changed scores 0 (`floors`).
+
+The base prompt always has the standard wording. A name with a wording behind it, `positional-no_comma`, has
+sources of that wording: what is carried should not depend on how the source happened to be said. The paper's
+additional desiderata are `next_clause` and `positional` in the wordings; its "is not in" is left out, because no
+base is trained on it. Objects and labels that a wording adds are those of no clause.
 """
 
 import numpy as np
@@ -24,12 +31,29 @@ from stages.tasks.contexts import (
     draw_contexts,
     draw_other_clauses,
 )
-from stages.tasks.entity_tracking import positions, standard_prompts
+from stages.tasks.entity_tracking import old_prompts, positions
 from stages.tasks.examples import DesiderataPairs
+from stages.tasks.templates import STANDARD, TEMPLATES
 from stages.tasks.vocabulary import OBJECTS, Vocabulary
 
-DESIDERATA = ("positional", "object_value", "box_label_value")
+HYPOTHESES = ("positional", "object_value", "box_label_value", "next_clause")
+WORDINGS = tuple(name for name in TEMPLATES if name != STANDARD)
 LEAST_BOXES = 3  # base clause, source clause and the clause of the source's label
+
+
+def hypothesis_and_wording(desideratum: str) -> tuple[str, str]:
+    """The two parts of a name.
+
+    Raises:
+        Invalid: one of them does not exist.
+    """
+    hypothesis, dash, wording = desideratum.partition("-")
+    if hypothesis not in HYPOTHESES or (dash and wording not in WORDINGS):
+        raise Invalid(
+            f"desideratum '{desideratum}': must be one of {', '.join(HYPOTHESES)}, alone or followed by '-' and the "
+            f"wording of the source ({', '.join(WORDINGS)})"
+        )
+    return hypothesis, wording or STANDARD
 
 
 def draw_pairs(
@@ -40,22 +64,25 @@ def draw_pairs(
     Args:
         rng: source of randomness.
         vocabulary: token ids of words.
-        desideratum: one of DESIDERATA.
+        desideratum: a hypothesis, or `<hypothesis>-<wording of the source>`.
         split: the split that base and source contexts belong to.
         n: number of pairs.
         boxes: number of clauses, at least LEAST_BOXES.
 
     Raises:
-        Invalid: fewer boxes.
+        Invalid: fewer boxes, or there is no such desideratum.
     """
+    hypothesis, wording = hypothesis_and_wording(desideratum)
     if boxes < LEAST_BOXES:
         raise Invalid(f"synthesize.boxes = {boxes}: must be at least {LEAST_BOXES}, so that desiderata differ")
     rows = np.arange(n)
     base = draw_contexts(rng, split, n, boxes)
     base_clause = draw_clauses(rng, n, boxes)
-    source_clause = draw_other_clauses(rng, boxes, base_clause)
+    # the clause after the source's must not be the base's own, or the control's target would be the clean answer
+    taken = (base_clause, (base_clause - 1) % boxes) if hypothesis == "next_clause" else (base_clause,)
+    source_clause = draw_other_clauses(rng, boxes, *taken)
     label_clause = draw_other_clauses(rng, boxes, base_clause, source_clause)
-    if desideratum == "box_label_value":
+    if hypothesis == "box_label_value":
         query_label = base.labels[rows, label_clause]
     else:
         query_label = draw_absent_label(rng, base)
@@ -74,14 +101,15 @@ def draw_pairs(
         "positional": base_objects[rows, source_clause],
         "object_value": vocabulary.objects[source.objects][rows, source_clause],
         "box_label_value": base_objects[rows, label_clause],
-    }[desideratum]
+        "next_clause": base_objects[rows, (source_clause + 1) % boxes],
+    }[hypothesis]
     return DesiderataPairs(
-        standard_prompts(vocabulary, base, base_clause),
-        standard_prompts(vocabulary, source, source_clause),
+        old_prompts(vocabulary, base, base_clause),
+        old_prompts(vocabulary, source, source_clause, wording, draw_absent_label(rng, source)),
         torch.from_numpy(target),
         torch.from_numpy(base_objects[rows, base_clause]),
         positions(boxes, base_clause),
-        positions(boxes, source_clause),
+        positions(boxes, source_clause, wording),
     )
 
 

@@ -69,12 +69,18 @@ def draw_examples(
     )
 
 
-def positions(boxes: int, clauses: Int[np.ndarray, "n"]) -> dict[str, Int[Tensor, "n"]]:
-    """Index of every semantic position in standard prompts that query these clauses."""
-    pattern = context_pattern(STANDARD, boxes, 0)  # the same for all clauses
-    last = np.full(len(clauses), len(pattern) + 3)
-    indices = (last, last - 2, pattern.labels[clauses], pattern.objects[clauses], pattern.separators[clauses])
-    return {name: torch.from_numpy(index) for name, index in zip(POSITIONS, indices, strict=True)}
+def positions(boxes: int, clauses: Int[np.ndarray, "n"], template: str = STANDARD) -> dict[str, Int[Tensor, "n"]]:
+    """Index of every semantic position in prompts of a template that query these clauses."""
+    patterns = [context_pattern(template, boxes, clause) for clause in range(boxes)]
+    last = np.array([len(pattern) + 3 for pattern in patterns])
+    at = {
+        "last": last,
+        "query_label": last - 2,
+        "earlier_label": np.array([pattern.labels[clause] for clause, pattern in enumerate(patterns)]),
+        "earlier_object": np.array([pattern.objects[clause] for clause, pattern in enumerate(patterns)]),
+        "earlier_separator": np.array([pattern.separators[clause] for clause, pattern in enumerate(patterns)]),
+    }
+    return {name: torch.from_numpy(at[name][clauses]) for name in POSITIONS}
 
 
 def every_clause(boxes: int, n: int) -> dict[str, Int[Tensor, "n boxes"]]:
@@ -83,6 +89,12 @@ def every_clause(boxes: int, n: int) -> dict[str, Int[Tensor, "n boxes"]]:
     return {name: each[name].expand(n, boxes) for name in CLAUSE_POSITIONS}
 
 
-def standard_prompts(vocabulary: Vocabulary, contexts: Contexts, clauses: Int[np.ndarray, "n"]) -> Int[Tensor, "n t"]:
-    """Prompts in the standard template that query these clauses."""
-    return torch.from_numpy(render_queries(vocabulary, STANDARD, contexts, clauses, CONTAINS.verb))
+def old_prompts(
+    vocabulary: Vocabulary,
+    contexts: Contexts,
+    clauses: Int[np.ndarray, "n"],
+    template: str = STANDARD,
+    extra_label: Int[np.ndarray, "n"] | None = None,
+) -> Int[Tensor, "n t"]:
+    """Prompts of a template that query these clauses; `extra_label` is the label of a box that it adds."""
+    return torch.from_numpy(render_queries(vocabulary, template, contexts, clauses, CONTAINS.verb, extra_label))

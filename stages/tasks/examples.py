@@ -111,7 +111,7 @@ class DesiderataPairs(_Rows):
     """
 
     base_ids: Int[Tensor, "n t"]
-    source_ids: Int[Tensor, "n t"]
+    source_ids: Int[Tensor, "n s"]
     target: Int[Tensor, "n"]
     clean_answer: Int[Tensor, "n"]
     base_positions: dict[str, Int[Tensor, "n"]]
