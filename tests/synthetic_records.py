@@ -52,6 +52,7 @@ class Experiment:
         weak: seeds whose base circuit does not work in place.
         effect: added to what every RL arm keeps.
         spread: standard deviation between seeds.
+        new_task: what the arms learn.
     """
 
     seeds: Sequence[int] = (0, 1, 2)
@@ -61,6 +62,7 @@ class Experiment:
     weak: frozenset[int] = frozenset()
     effect: float = 0.0
     spread: float = 0.04
+    new_task: str = "adjacent"
     contrasts: Sequence[tuple[str, str]] = field(
         default=(
             ("grpo", "sft_gold"),
@@ -78,7 +80,7 @@ class Experiment:
             "seeds": list(self.seeds),
             "arms": list(self.arms),
             "models": ["base", *self.arms],
-            "new_task": "adjacent",
+            "new_task": self.new_task,
             "contrast": SimpleNamespace(
                 base_faithfulness=0.9,
                 primary_measure="evaluate.circuit.retention",
@@ -112,7 +114,7 @@ class Experiment:
 
     def write(self, root: Path) -> None:
         """Write everything that contrast and report read, below a repository root."""
-        write_json(root / "data/tasks.json", {"new_tasks": {"adjacent": {"shortcuts": SHORTCUTS}}})
+        write_json(root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS}}})
         for seed in self.seeds:
             _write_base(root / "reports/cells", self, seed)
             for arm in self.arms:
@@ -232,9 +234,10 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         }
         for number, (name, _, _, _, heads) in enumerate(groups)
     }
+    further = {group: {"next_clause": scores["positional"]} for group, scores in masked.items() if model == "base"}
     write_json(
         root / f"dcm/{model}/{seed}.json",
-        {"model": model, "seed": seed, "groups": masked, "settings": {"steps": 60}},
+        {"model": model, "seed": seed, "groups": masked, "additional": further, "settings": {"steps": 60}},
     )
 
 

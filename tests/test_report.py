@@ -142,6 +142,23 @@ def test_circuit_tests_by_hand(written: Path) -> None:
     assert rows["grpo"]["group_gap"] == pytest.approx(np.mean(groups))
 
 
+def test_the_same_task_asks_whether_the_mechanism_is_enhanced(tmp_path: Path, written: Path) -> None:
+    """A section of its own, and nothing of it where the new task is another one."""
+    experiment = Experiment(arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),), new_task="contains")
+    experiment.write(tmp_path)
+    _run(tmp_path, experiment)
+    summary = read_json(tmp_path / "reports/summary.json")
+    text = (tmp_path / "reports/report.md").read_text()
+    rows = {row["model"]: row for row in summary["table_enhancement"]}
+    records = [read_json(tmp_path / f"reports/cells/evaluate/grpo/{seed}.json") for seed in (0, 1, 2)]
+    assert rows["grpo"]["circuit_accuracy"] == pytest.approx(np.mean([r["circuit"]["accuracy"] for r in records]))
+    assert rows["Goat-7B"]["faithfulness"] == pytest.approx(0.73 / 0.82)
+    assert {row["arm"] for row in summary["table_enhancing_heads"]} == {"sft_gold", "grpo"}
+    assert "## Is the existing mechanism enhanced?" in text and "| Vicuna-7B | " in text
+    assert _unknown_numbers(re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b|-7B", "", text), _derived(summary)) == []
+    assert "enhanced?" not in (written / "report.md").read_text()
+
+
 def test_html_is_one_file(written: Path) -> None:
     text = (written / "report.html").read_text()
     for word in ("http:", "https:", "<script", "<link", "@import", "url("):

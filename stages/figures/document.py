@@ -95,12 +95,13 @@ def document(summary: Mapping[str, Any]) -> Document:
             _answer(summary),
             _checks(summary),
             _tasks(summary),
+            *([_enhancement(summary)] if summary["table_enhancement"] else []),
             _matchings(summary),
             _circuit(summary),
             _similarity(summary),
             _distance(summary),
             _transplants(),
-            _carried(),
+            _carried(summary),
             _learning(summary),
             _tables(summary),
             _left_out(summary),
@@ -223,6 +224,56 @@ def _tasks(summary: Mapping[str, Any]) -> Section:
             ),
         ),
         (_hypervolume(summary),),
+    )
+
+
+def _enhancement(summary: Mapping[str, Any]) -> Section:
+    models = [
+        (
+            e["model"] if e["source"] else label(e["model"]),
+            e["source"] or count(e["seeds"], "seed"),
+            *(
+                number(e[key], 2)
+                for key in ("model_accuracy", "circuit_accuracy", "faithfulness", "random_accuracy", "own_accuracy")
+            ),
+        )
+        for e in summary["table_enhancement"]
+    ]
+    heads = [
+        (
+            label(e["arm"]),
+            e["group"],
+            str(e["seeds"]),
+            *(number(e[key], 2) for key in ("base", "transplanted", "random", "tuned")),
+        )
+        for e in summary["table_enhancing_heads"]
+    ]
+    return Section(
+        "Is the existing mechanism enhanced?",
+        (
+            "The new task is the old one, and the bases are half-trained: the question of Prakash et al. "
+            "If fine-tuning enhances the mechanism that is there, the base's circuit also does the work of the better "
+            "model, and the better model's heads, put into the base, lift it.",
+        ),
+        tables=(
+            Table(
+                "Accuracy of whole models, of the base's circuit in place in them with everything else mean-ablated, "
+                "of random circuits of the same shape, and of each model's own circuit. Means over seeds. "
+                "The published ones are of one model each, with Llama-7B's circuit in Llama-7B and in models that "
+                "were tuned from it.",
+                ("Model", "Of", "Whole model", "Base's circuit", "Faithfulness", "Random circuits", "Own circuit"),
+                models,
+                2,
+            ),
+            Table(
+                "Head outputs of the tuned model in the base, by group of the base's circuit: accuracy of the base "
+                "alone, with the heads of the group, with as many random heads, and of the tuned model alone. Means "
+                "over those seeds whose circuit has the group.",
+                ("Arm", "Group", "Seeds", "Base", "Base with tuned heads", "Random heads", "Tuned model"),
+                heads,
+                2,
+            ),
+        ),
     )
 
 
@@ -599,7 +650,34 @@ def _transplants() -> Section:
     )
 
 
-def _carried() -> Section:
+def _carried(summary: Mapping[str, Any]) -> Section:
+    asked = summary["table_desiderata_of_base"]
+    groups = sorted({group for entry in asked for group in entry["accuracy"]})
+    rows = [
+        (
+            entry["desideratum"],
+            *(number(entry["accuracy"].get(group)) for group in groups),
+            number(entry["floor"]),
+            number(entry["random"]),
+        )
+        for entry in asked
+    ]
+    tables = (
+        (
+            Table(
+                "All desiderata that the bases were asked, means over those bases that have the group: share of test "
+                "pairs in which swapping the selected heads moves the answer to the target. `next_clause` is a "
+                "negative control; a name with a wording behind it has source prompts of that wording, with base "
+                "prompts as ever. Floor: nothing swapped. Random: as many random heads at the position where they "
+                "move most.",
+                ("Desideratum", *groups, "Floor", "Random"),
+                rows,
+                1,
+            ),
+        )
+        if rows
+        else ()
+    )
     return Section(
         "What the groups carry",
         (),
@@ -611,6 +689,7 @@ def _carried() -> Section:
                 "the label of the box. Ticks: floor with nothing swapped. Diamonds: as many random heads.",
             ),
         ),
+        tables,
     )
 
 

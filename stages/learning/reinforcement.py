@@ -54,7 +54,9 @@ class OneTokenTrainer(GRPOTrainer):
 
     def answer_log_probs(self, model: Any, prompts: Int[Tensor, "n t"]) -> Float[Tensor, "n vocab"]:
         """Log-probabilities of the answer token, at the temperature of the samples."""
-        return (model(input_ids=prompts, logits_to_keep=1).logits[:, -1] / self.temperature).log_softmax(-1)
+        return (
+            model(input_ids=prompts, logits_to_keep=1, use_cache=False).logits[:, -1] / self.temperature
+        ).log_softmax(-1)
 
     def sample(self, rows: Int[Tensor, "n"]) -> Int[Tensor, "n 1"]:
         """One answer for each row, repeated rows independently; keeps the pass for the loss."""

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, prompt_order
@@ -41,7 +42,8 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
         order=prompt_order(len(train), job.training, job.seed),
         recorder=recorder,
     )
-    importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
+    with last_layer_at_the_end(model, tokens=2):  # the answer and the token before it
+        importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
     save_file(recorder.weights, job.folder / f"lr{job.index}.safetensors", metadata={"format": "pt"})
     return recorder.rows
 

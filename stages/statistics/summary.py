@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.statistics import enhancement
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.matchings import LEAST_REACHED
@@ -52,6 +53,7 @@ def summarise(
     shortcut = max(shortcuts.items(), key=lambda item: item[1]) if shortcuts else (None, None)
     first = primary[0] if primary else None
     found = checks(cells, plan, primary, names)
+    same_task = statistics["new_task"] == enhancement.SAME_TASK
     return {
         "headline": {
             "sentence": headline(first, names, statistics["plan"], level) if first else "No contrast was planned.",
@@ -127,6 +129,9 @@ def summarise(
         ],
         "table_matchings": list(statistics["matchings"]),
         "table_hypervolume": [statistics["hypervolume"]],
+        "table_desiderata_of_base": _desiderata_of_base(cells),
+        "table_enhancement": enhancement.table_of_models(cells) if same_task else [],
+        "table_enhancing_heads": enhancement.table_of_transplants(cells) if same_task else [],
         "least_reached_percent": 100 * LEAST_REACHED,
         "not_identifiable": [
             {"model": model, "seed": seed}
@@ -140,6 +145,36 @@ def summarise(
         "checks": {check["name"]: check["holds"] for check in found},
         "table_checks": found,
     }
+
+
+def _desiderata_of_base(cells: Cells) -> list[dict[str, Any]]:
+    """Every desideratum that was asked of the bases, also those of the bases alone; none if there are no such.
+
+    Returns:
+        for each: its name, the means over the bases of the accuracy of every group, of the floor and of random heads
+        (the group where they do most), and the bases of each group.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}  # desideratum -> group -> scores of each base
+    further = False
+    for seed in cells.seeds:
+        record = cells.records.get(("dcm", BASE, seed), {})
+        further |= any(record.get("additional", {}).values())
+        for groups in (record.get("groups") or {}, record.get("additional") or {}):
+            for group, scores in groups.items():
+                for name, score in scores.items():
+                    found.setdefault(name, {}).setdefault(group, []).append(score)
+    if not further:
+        return []
+    return [
+        {
+            "desideratum": name,
+            "accuracy": {group: _mean([score["accuracy"] for score in scores]) for group, scores in groups.items()},
+            "bases": {group: len(scores) for group, scores in groups.items()},
+            "floor": _mean([score["floor"] for scores in groups.values() for score in scores]),
+            "random": max(_mean([s["random_accuracy"] for s in scores]) or 0.0 for scores in groups.values()),
+        }
+        for name, groups in found.items()
+    ]
 
 
 def key(measure: str) -> str:
