@@ -1,6 +1,6 @@
 """Stage `discover`: find the entity-tracking circuit of one model by exact path patching.
 
-    python -m stages.discover <model> <seed>
+    python -m stages discover <model> <seed>
 
 reads  models/<model>/<seed>, data/old/discovery.parquet
 writes reports/cells/discover/<model>/<seed>/

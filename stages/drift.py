@@ -1,6 +1,6 @@
 """Stage `drift`: how far a tuned model moved from its base, and how much of the old circuit's edges it still has.
 
-    python -m stages.drift <arm> <seed>
+    python -m stages drift <arm> <seed>
 
 reads  models/base/<seed>, models/<arm>/<seed>, reports/cells/discover/base/<seed>, data/old, data/new/<new task>
 writes reports/cells/drift/<arm>/<seed>.json

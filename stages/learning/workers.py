@@ -8,11 +8,12 @@ stops at its next report.
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,9 +56,11 @@ def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:
         Invalid: as raised in a worker.
         RuntimeError: a worker failed; its traceback is in the message.
     """
-    context = multiprocessing.get_context("spawn")
+    # a fork is ready at once where the packages are there already (`pipeline/warm_start.py`); the parent runs no torch
+    forks = "trl" in sys.modules
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     waiting = list(enumerate(jobs))
-    running: dict[Any, tuple[int, Job, SpawnProcess]] = {}  # by the reading end of the worker's pipe
+    running: dict[Any, tuple[int, Job, BaseProcess]] = {}  # by the reading end of the worker's pipe
     results: dict[int, list[CurveRow]] = {}
     steps, scores = dict.fromkeys(range(len(jobs)), 0), dict.fromkeys(range(len(jobs)), "starts")
     title = f"{jobs[0].arm} seed {jobs[0].seed}"
@@ -67,7 +70,8 @@ def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:
             while waiting and len(running) < parallel:
                 number, job = waiting.pop(0)
                 receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, send), daemon=True)
+                held = [receive, *running] if forks else []
+                process = context.Process(target=_work, args=(job, send, held), daemon=True)
                 process.start()
                 send.close()  # the worker's end lives in the worker alone, so that its death ends the pipe
                 running[receive] = (number, job, process)
@@ -100,8 +104,10 @@ def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:
     return [results[number] for number in range(len(jobs))]
 
 
-def _work(job: Job, send: Connection) -> None:
+def _work(job: Job, send: Connection, held: list[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for end in held:  # a fork's copies of the parent's ends, which must be the only ones for pipes to end with it
+        end.close()
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
     keep_freed_memory()
     try:

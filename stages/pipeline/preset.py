@@ -30,6 +30,7 @@ from stages.pipeline.params import load_params
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 DVC = [sys.executable, "-m", "dvc"]
+REPRO = [sys.executable, "-m", "stages.pipeline.warm_start", *DVC, "repro"]
 LOCK = "dvc.lock"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
@@ -123,10 +124,11 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
         return 1
     lock = {"schema": "2.0", "stages": _joined([_locked(clone) for clone in (whole, *clones.values())])}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
-    for command in (["checkout", "--quiet", "--force"], ["repro"]):
-        status = subprocess.run([*DVC, *command], cwd=whole).returncode
-        if status and command == ["repro"]:  # a checkout cannot restore the report, which is not in the cache
-            return status
+    # a checkout cannot restore the report, which is not in the cache
+    subprocess.run([*DVC, "checkout", "--quiet", "--force"], cwd=whole)
+    status = subprocess.run(REPRO, cwd=whole).returncode
+    if status:
+        return status
     _publish(whole, Path("reports") / name)
     return 0
 
@@ -138,7 +140,7 @@ def _run_cells(clones: dict[int, Path], folder: Path, total: int) -> bool:
     """
     logs = {number: (folder / f"worker{number}.log").open("a", encoding="utf-8") for number in clones}
     running = {
-        number: subprocess.Popen([*DVC, "repro", *CELL_STAGES], cwd=clone, stdout=logs[number], stderr=logs[number])
+        number: subprocess.Popen([*REPRO, *CELL_STAGES], cwd=clone, stdout=logs[number], stderr=logs[number])
         for number, clone in clones.items()
     }
     try:
@@ -184,7 +186,7 @@ def smoke() -> int:
     """Run the smoke preset in a temporary clone."""
     clone = Path(tempfile.mkdtemp(prefix="smoke-")) / "clone"
     copy_with_preset(clone, PRESETS / "smoke.yaml", {})
-    status = subprocess.run([*DVC, "repro"], cwd=clone).returncode
+    status = subprocess.run(REPRO, cwd=clone).returncode
     if status == 0:
         print(f"report: {clone / 'reports' / 'report.html'}")
     return status

@@ -1,6 +1,6 @@
 """What every stage does before and around its work: arguments, declared params, one clear sentence on bad input.
 
-A stage is `python -m stages.<name> [axis values]`. It may read only the params that dvc.yaml declares for it, because
+A stage is `python -m stages <name> [axis values]`. It may read only the params that dvc.yaml declares for it, because
 DVC reruns a stage only for declared params: a read of any other one is refused here instead of going untracked.
 """
 
@@ -65,7 +65,7 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
     values = sys.argv[1:]
     try:
         if len(values) != len(axes):
-            raise Invalid(f"usage: python -m stages.{stage} {' '.join(f'<{axis}>' for axis in axes)}".rstrip())
+            raise Invalid(f"usage: python -m stages {stage} {' '.join(f'<{axis}>' for axis in axes)}".rstrip())
         params = _validated()
         item = dict(zip(axes, values, strict=True))
         for axis, value in item.items():
