@@ -714,10 +714,10 @@ def _learning(summary: Mapping[str, Any]) -> Section:
     tables = (
         (
             Table(
-                "Budgets: equal in gradient steps and in the prompts of a step; of a whole run, and up to the checkpoints "
-                "that are compared (means over seeds). Answers are what is learned from, the rollouts of RL arms. "
-                "Tokens count every answer with a prompt of its own, though all answers of a prompt are computed in one "
-                "pass here.",
+                "Budgets: equal in gradient steps and in the prompts of a step; of a whole run, and up to the "
+                "checkpoints that are compared (means over seeds). Answers are what is learned from, the rollouts of "
+                "RL arms. Tokens count every answer with a prompt of its own, though all answers of a prompt are "
+                "computed in one pass here.",
                 ("Arm", "Steps", "Answers", "Tokens", "Steps to the level", "Answers", "Tokens"),
                 budgets,
                 1,
