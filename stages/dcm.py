@@ -1,6 +1,7 @@
 """Stage `dcm` (model, seed): which information do the groups of the base's circuit carry in this model?
 
-The desiderata `of_base` are asked of the base alone, in masks of their own.
+The desiderata `of_base` are asked of the base alone, in masks of their own. The base's masks are also trained a second
+time, on other pairs.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.circuits.masks import Carried, MaskSettings, component_masks
+from stages.circuits.masks import Carried, Heads, MaskSettings, component_masks, mask_orders
 from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
@@ -41,6 +42,7 @@ def main(cell: Cell) -> None:
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     asked = {"groups": section.desiderata, "additional": section.of_base if model == "base" else ()}
     found: dict[str, dict[str, dict[str, Carried]]] = {what: {} for what in asked}
+    again: dict[str, dict[str, Heads]] = {}
     if circuit.identifiable:
         walker = Walker(load_model(f"models/{model}/{seed}"))
         rounds = [(number, what) for number, (what, names) in enumerate(asked.items()) if names]
@@ -62,13 +64,28 @@ def main(cell: Cell) -> None:
                     advance,
                     section.processes,
                 )
+            if model == "base":
+                again = _again(walker, section.desiderata, circuit, settings, section.processes)
     results = {
         what: {group: {name: asdict(result) for name, result in each.items()} for group, each in groups.items()}
         for what, groups in found.items()
     }
     stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"}
-    record = {"model": model, "seed": int(seed), **results, "settings": stated}
+    record = {"model": model, "seed": int(seed), **results, "again": again, "settings": stated}
     write_json(f"reports/cells/dcm/{model}/{seed}.json", record)
+
+
+def _again(
+    walker: Walker, names: Sequence[str], circuit: Circuit, settings: MaskSettings, processes: int
+) -> dict[str, dict[str, Heads]]:
+    """Group -> desideratum -> heads in the order of masks that are trained on other pairs, those of the selection: how
+    alike masks of one model are is the most that masks of two models can be."""
+    pairs = list(read_desiderata(names, "selection").values())
+    orders = mask_orders(walker, pairs, circuit.groups, settings, processes=processes)
+    return {
+        group.name: {name: tuple(group.heads[index] for index in order[d].tolist()) for d, name in enumerate(names)}
+        for group, order in zip(circuit.groups, orders, strict=True)
+    }
 
 
 if __name__ == "__main__":

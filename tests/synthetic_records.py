@@ -224,7 +224,8 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
     masked = {
         name: {
             desideratum: {
-                "selected": [[0, 1]],
+                "selected": [list(heads[0])],
+                "order": [list(head) for head in (heads if kept > 0.97 else heads[::-1])],
                 "size": len(heads),
                 "accuracy": float(np.clip((0.9 if index == number % 3 else 0.05) * kept + 0.02 * draw.normal(), 0, 1)),
                 "floor": 0.02,
@@ -236,10 +237,18 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         }
         for number, (name, _, _, _, heads) in enumerate(groups)
     }
+    again = {group: {name: scores[name]["order"] for name in scores} for group, scores in masked.items()}
     further = {group: {"next_clause": scores["positional"]} for group, scores in masked.items() if model == "base"}
     write_json(
         root / f"dcm/{model}/{seed}.json",
-        {"model": model, "seed": seed, "groups": masked, "additional": further, "settings": {"steps": 60}},
+        {
+            "model": model,
+            "seed": seed,
+            "groups": masked,
+            "additional": further,
+            "again": again,
+            "settings": {"steps": 60},
+        },
     )
 
 

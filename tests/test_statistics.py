@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from statsmodels.stats.power import TTestPower
 
 from stages import contrast as stage
 from stages.pipeline.stage import Invalid
-from stages.statistics.cells import long_form, read_cells
+from stages.statistics.cells import Cells, long_form, read_cells
 from stages.statistics.contrasts import Plan, compare
 from stages.statistics.hierarchical import difference, hierarchical_interval, paired_outcomes
+from stages.statistics.masks import table_of_masks
 from stages.statistics.paired import (
     bootstrap_interval,
     detectable_difference,
@@ -390,6 +392,28 @@ def test_the_headline_names_what_is_left_out() -> None:
 def test_correction_can_take_a_clear_difference_back() -> None:
     values = [0.1, 0.12, 0.09, 0.11, 0.13, 0.1]
     assert _headline(values)[0] == "clear" and _headline(values, family=6)[0] == "suggestive"
+
+
+def test_masks_of_base_and_tuned_model_by_hand() -> None:
+    """Two of four heads; a mask of all heads and one that carries nothing are not compared."""
+    a, b, c, d = heads = [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+    def scores(order: list[list[int]]) -> dict[str, Any]:
+        score = {"size": 4, "order": order, "accuracy": 0.9, "selected": order[:2]}
+        return {"g": {"half": score, "all": score | {"selected": order}, "nothing": score | {"accuracy": 0.3}}}
+
+    again = {"g": dict.fromkeys(("half", "all", "nothing"), [a, b, c, d])}
+    records = {
+        ("dcm", "base", "0"): {"groups": scores(heads), "again": again},
+        ("dcm", "grpo", "0"): {"groups": scores([b, c, a, d])},
+        ("match", "grpo", "0"): {"reached": True},
+        ("match", "noise", "0"): {"reached": False},
+    }
+    rows = table_of_masks(Cells(("0",), ("base", "grpo", "noise"), records, ()))
+    assert rows == [
+        {"arm": "grpo", "masks": 1, "share": 0.5, "chance": 0.5, "ceiling": 1.0},
+        {"arm": "noise", "masks": 0, "share": None, "chance": None, "ceiling": None},
+    ]
 
 
 def test_numbers_in_words() -> None:

@@ -104,6 +104,7 @@ class Carried:
 
     Attributes:
         selected: the (layer, head) pairs that the mask selects, strongest first.
+        order: all heads of the group in the order of the mask; the selected ones are its first.
         size: number of heads of the whole group.
         accuracy: share of test pairs answered with the target when the selected heads are swapped.
         floor: the same with nothing swapped.
@@ -113,6 +114,7 @@ class Carried:
     """
 
     selected: Heads
+    order: Heads
     size: int
     accuracy: float
     floor: float
@@ -234,25 +236,8 @@ def component_masks(
     for pairs in (train, selection, test):
         for name, entry in pairs.items():
             check_tokens(entry.target[:, None], walker.vocab_size, None, f"the target of '{name}'")
-    walker.model.requires_grad_(False)
     names = list(train)
-    sites = sorted({group.position for group in groups})
-    table = PairTable.of([train[name] for name in names], sites)
-    stride = max(1, len(table.target) // (settings.batch * len(names)))  # so every batch has early and late sites
-    batches = [
-        table.run(walker, torch.arange(first, len(table.target), stride), _layers(groups))
-        for first in range(min(stride, settings.steps))
-    ]
-
-    def train_group(group: Group) -> Int[Tensor, "desiderata heads"]:
-        return nested_order(*train_masks(walker, batches, group, len(names), settings))
-
-    orders = []
-    for group, order in zip(groups, in_processes(train_group, groups, processes), strict=True):
-        orders.append(order)
-        advance(f"masks of {group.name}")
-    del batches
-
+    orders = mask_orders(walker, [train[name] for name in names], groups, settings, advance, processes)
     nested = [
         [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)] for d in range(len(names))
     ]
@@ -274,6 +259,7 @@ def component_masks(
         group.name: {
             name: Carried(
                 selected=chosen[d][g],
+                order=nested[d][g][-1],
                 size=len(group.heads),
                 accuracy=found[d][g][frozenset(chosen[d][g])],
                 floor=found[d][g][frozenset()],
@@ -285,6 +271,33 @@ def component_masks(
         }
         for g, group in enumerate(groups)
     }
+
+
+def mask_orders(
+    walker: Walker,
+    pairs: Sequence[Desideratum],
+    groups: Sequence[Group],
+    settings: MaskSettings,
+    advance: Callable[[str], None] = lambda what: None,
+    processes: int = 1,
+) -> list[Int[Tensor, "desiderata heads"]]:
+    """For each group, the order of its heads by the masks that are trained on the pairs of each desideratum."""
+    walker.model.requires_grad_(False)
+    table = PairTable.of(pairs, sorted({group.position for group in groups}))
+    stride = max(1, len(table.target) // (settings.batch * len(pairs)))  # so every batch has early and late sites
+    batches = [
+        table.run(walker, torch.arange(first, len(table.target), stride), _layers(groups))
+        for first in range(min(stride, settings.steps))
+    ]
+
+    def train_group(group: Group) -> Int[Tensor, "desiderata heads"]:
+        return nested_order(*train_masks(walker, batches, group, len(pairs), settings))
+
+    orders = []
+    for group, order in zip(groups, in_processes(train_group, groups, processes), strict=True):
+        orders.append(order)
+        advance(f"masks of {group.name}")
+    return orders
 
 
 def train_masks(

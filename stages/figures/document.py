@@ -662,6 +662,19 @@ def _carried(summary: Mapping[str, Any]) -> Section:
         )
         for entry in asked
     ]
+    masks = [
+        (label(e["arm"]), str(e["masks"]), *(number(e[key]) for key in ("share", "chance", "ceiling")))
+        for e in summary["table_masks"]
+    ]
+    same_heads = Table(
+        "Do the same heads carry it? Masks that select some but not all heads of a group and move at least half of "
+        "the base's answers: share of their heads that are also among as many strongest heads of the tuned model's "
+        "mask, at seeds that reach the level. Chance: as many random heads of the group. Ceiling: two masks of the "
+        "base itself, trained on different pairs.",
+        ("Arm", "Masks", "Share", "Chance", "Ceiling"),
+        masks,
+        1,
+    )
     tables = (
         (
             Table(
@@ -689,7 +702,7 @@ def _carried(summary: Mapping[str, Any]) -> Section:
                 "the label of the box. Ticks: floor with nothing swapped. Diamonds: as many random heads.",
             ),
         ),
-        tables,
+        (same_heads, *tables),
     )
 
 

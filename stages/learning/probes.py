@@ -51,7 +51,7 @@ class Probe:
             old,
             new,
             last_log_probs(base, new.input_ids),
-            {name: w.detach().clone() for name, w in base.named_parameters()},
+            {name: weight.clone() for name, weight in plain_weights(base).items()},
         )
 
     def measure(self, model: "PreTrainedModel") -> dict[str, float]:
@@ -64,7 +64,7 @@ class Probe:
         model.eval()
         old, new = last_log_probs(model, self.old.input_ids), last_log_probs(model, self.new.input_ids)
         model.train(was_training)
-        change = [(w.detach() - self.base_weights[n]).double().square().sum() for n, w in model.named_parameters()]
+        change = [(w - self.base_weights[n]).double().square().sum() for n, w in plain_weights(model).items()]
         kl = (self.base_log_probs.exp() * (self.base_log_probs - new)).sum(-1)
         return {
             "old_accuracy": (old.argmax(-1) == self.old.answer).double().mean().item(),

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from stages.learning.adapters import plain_weights
 from stages.learning.probes import Probe
 from stages.learning.settings import CurveRow, Training
 
@@ -61,8 +62,8 @@ class Recorder:
         """Keep the model as it is now as checkpoint `step`."""
         # Clones of the parameters, not a deep copy of the model: TRL patches `forward` on the instance, and
         # a copy would go on answering with the weights of the original.
-        for name, weight in self._model.named_parameters():
-            self.weights[f"{step:06d}/{name}"] = weight.detach().clone()
+        for name, weight in plain_weights(self._model).items():
+            self.weights[f"{step:06d}/{name}"] = weight.clone()
         self._add_row(step, gradient_steps, completions)
 
     def _add_row(self, step: int, gradient_steps: int, completions: int) -> None:

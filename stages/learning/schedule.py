@@ -33,9 +33,9 @@ def prompt_order(n: int, training: Training, seed: int) -> Int[np.ndarray, "step
 def optimiser(
     model: torch.nn.Module, training: Training, learning_rate: float
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW over all parameters with a rate that is constant after `warmup_steps` steps of linear warm-up."""
+    """AdamW over all trained parameters with a rate that is constant after `warmup_steps` steps of linear warm-up."""
     adamw = torch.optim.AdamW(
-        model.parameters(),
+        [weight for weight in model.parameters() if weight.requires_grad],
         lr=learning_rate,
         betas=training.betas,
         eps=training.epsilon,

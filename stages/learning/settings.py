@@ -1,6 +1,7 @@
 """What every arm has in common: the section `finetune.common` of params.yaml as one frozen value."""
 
 from dataclasses import dataclass
+from typing import Any
 
 CurveRow = dict[str, int | float]  # columns of a training curve at one checkpoint
 
@@ -21,6 +22,7 @@ class Training:
         clip: maximal gradient norm.
         warmup_steps: linear warm-up; the rate is constant afterwards.
         seed: base of every random draw, together with the arm and its seed.
+        lora: train adapters with these settings (`adapters.LoraSettings`), or None: all weights.
     """
 
     processes: int
@@ -37,3 +39,4 @@ class Training:
     clip: float
     warmup_steps: int
     seed: int
+    lora: Any = None

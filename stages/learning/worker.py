@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from stages.learning.adapters import with_adapters
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe
 from stages.learning.run import Recorder, Run
@@ -25,6 +26,10 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
     _silence()
     model, tokenizer, train = load_model(job.base), load_tokenizer(job.base), read_prompts(job.train)
     model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
+    plain = model
+    # an arm with a grid of its own does not train, and moves the weights themselves
+    if job.training.lora is not None and not hasattr(job.section, "learning_rates"):
+        model = with_adapters(model, job.training.lora, job.training.seed + job.seed)
     old, new = read_examples(job.old), read_prompts(job.new)
     old = old.select(torch.arange(min(len(old), job.training.probe_examples)))
     new = new.select(torch.arange(min(len(new), job.training.probe_examples)))
@@ -42,7 +47,7 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
         order=prompt_order(len(train), job.training, job.seed),
         recorder=recorder,
     )
-    with last_layer_at_the_end(model, tokens=2):  # the answer and the token before it
+    with last_layer_at_the_end(plain, tokens=2):  # the answer and the token before it
         importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
     save_file(recorder.weights, job.folder / f"lr{job.index}.safetensors", metadata={"format": "pt"})
     return recorder.rows

@@ -176,6 +176,14 @@ class Pretrain(Section):
         return self
 
 
+class Lora(Section):
+    """Adapters that are trained instead of all weights."""
+
+    rank: Count
+    alpha: Positive
+    modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
+
+
 class Common(Section):
     """What all arms share."""
 
@@ -193,6 +201,7 @@ class Common(Section):
     clip: Positive
     warmup_steps: NotNegativeCount
     seed: Seed
+    lora: Lora | None
 
 
 class Empty(Section):

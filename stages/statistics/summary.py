@@ -13,6 +13,7 @@ import numpy as np
 from stages.statistics import enhancement
 from stages.statistics.cells import BASE, Cells
 from stages.statistics.contrasts import Plan, describe, left_out_bases
+from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
 from stages.statistics.similarity import table
 from stages.statistics.wording import adjustment_sentences, headline, number, verdict
@@ -129,6 +130,7 @@ def summarise(
         ],
         "table_matchings": list(statistics["matchings"]),
         "table_hypervolume": [statistics["hypervolume"]],
+        "table_masks": table_of_masks(cells),
         "table_desiderata_of_base": _desiderata_of_base(cells),
         "table_enhancement": enhancement.table_of_models(cells) if same_task else [],
         "table_enhancing_heads": enhancement.table_of_transplants(cells) if same_task else [],

@@ -1,0 +1,62 @@
+"""Fine-tuning of LoRA adapters (Hu et al., 2021) instead of all weights, and the plain weights that it amounts to.
+
+Whatever comes after training sees an ordinary model: every checkpoint has the adapters merged into the weights that
+they sit on, W + scale * B A. The embeddings, the norms and the output matrix stay as they are.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stages.pipeline.stage import Invalid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LoraSettings(Protocol):
+    """Rank of every adapter, `alpha` (the scale is alpha / rank), and the names of the modules that get one."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+
+
+def with_adapters(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "PreTrainedModel":
+    """The model, in which now only adapters are trained; at first they change nothing.
+
+    Raises:
+        Invalid: the model has no module of one of the names.
+    """
+    from peft import LoraConfig, get_peft_model  # only where adapters are asked for
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for module in lora.modules:
+        if module not in names:
+            raise Invalid(f"finetune.common.lora.modules: '{module}' must be one of {', '.join(sorted(names))}")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(model, config)
+    return adapted  # which passes everything on to the model in it
+
+
+@torch.no_grad()
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the model by the names that they have without adapters, with the adapters merged.
+
+    Weights without an adapter are the parameters themselves, not copies.
+    """
+    merged = {}
+    for name, module in model.named_modules():
+        layer: Any = module
+        if hasattr(layer, "get_delta_weight"):
+            change = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            merged[f"{name}.base_layer.weight"] = layer.get_base_layer().weight.detach() + change
+    found = {}
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            found[plain] = merged.get(name, weight.detach())
+    return found
