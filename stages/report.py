@@ -38,6 +38,7 @@ from stages.pipeline.files import read_json, replacing_directory, write_json, wr
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics import frames
 from stages.statistics import similarity as circuits
+from stages.statistics.budgets import table_of_budgets
 from stages.statistics.cells import BASE, Cells, long_form, read_cells
 from stages.statistics.matchings import long_table
 from stages.statistics.provenance import provenance
@@ -171,8 +172,10 @@ def main(cell: Cell) -> None:
     cells = read_cells(CELLS, seeds, models, arms)
     statistics = read_json("reports/statistics.json")
     _refuse_stale(cells, statistics)
-    shortcuts = read_json("data/tasks.json")["new_tasks"][new_task]["shortcuts"]
+    tasks = read_json("data/tasks.json")
+    shortcuts = tasks["new_tasks"][new_task]["shortcuts"]
     summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in models})
+    summary["table_budgets"] = table_of_budgets(frames.training_curves(CELLS, cells), tasks["prompt_tokens"])
     params = {"seeds": seeds, "arms": arms, "new_task": new_task}
     params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
     params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}

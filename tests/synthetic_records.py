@@ -114,7 +114,9 @@ class Experiment:
 
     def write(self, root: Path) -> None:
         """Write everything that contrast and report read, below a repository root."""
-        write_json(root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS}}})
+        write_json(
+            root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS}}, "prompt_tokens": 54}
+        )
         for seed in self.seeds:
             _write_base(root / "reports/cells", self, seed)
             for arm in self.arms:

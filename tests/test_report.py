@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -157,6 +158,17 @@ def test_the_same_task_asks_whether_the_mechanism_is_enhanced(tmp_path: Path, wr
     assert "## Is the existing mechanism enhanced?" in text and "| Vicuna-7B | " in text
     assert _unknown_numbers(re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b|-7B", "", text), _derived(summary)) == []
     assert "enhanced?" not in (written / "report.md").read_text()
+
+
+def test_budgets_by_hand(written: Path) -> None:
+    """The random direction takes no step; a seed that did not reach the level does not count for the way to it."""
+    curves = {seed: pd.read_csv(written / f"cells/finetune/grpo/{seed}.csv") for seed in range(4)}
+    steps = [read_json(written / f"cells/match/grpo/{seed}.json")["step"] for seed in range(3)]
+    rows = {row["arm"]: row for row in read_json(written / "summary.json")["table_budgets"]}
+    assert set(rows) == {"sft_gold", "grpo", "sft_replay"}
+    assert rows["grpo"]["answers"] == max(curve["completions"].max() for curve in curves.values())
+    assert rows["grpo"]["tokens"] == rows["grpo"]["answers"] * 55
+    assert rows["grpo"]["steps_to_level"] == pytest.approx(np.mean(steps))
 
 
 def test_html_is_one_file(written: Path) -> None:
@@ -341,6 +353,7 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
     cells = read_cells(report.CELLS, experiment.seeds, ["base", *experiment.arms], experiment.arms)
     names = {model: style.label(model) for model in cells.models}
     summary = summarise(cells, statistics, {}, names)
+    summary["table_budgets"] = []
     summary["provenance"] = provenance(cells, report.CELLS, {"seeds": [0, 1]})
     pictures = (
         "contrasts",

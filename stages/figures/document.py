@@ -703,8 +703,25 @@ def _learning(summary: Mapping[str, Any]) -> Section:
         )
         for e in summary["table_learning_rates"]
     ]
+    budgets = [
+        (
+            label(e["arm"]),
+            *(str(e[name]) for name in ("steps", "answers", "tokens")),
+            *(number(e[f"{name}_to_level"], 0) for name in ("steps", "answers", "tokens")),
+        )
+        for e in summary["table_budgets"]
+    ]
     tables = (
         (
+            Table(
+                "Budgets: equal in gradient steps and in the prompts of a step; of a whole run, and up to the "
+                "checkpoints that are compared (means over seeds). Answers are what is learned from, the rollouts of "
+                "RL arms. Tokens count every answer with a prompt of its own, though all answers of a prompt are "
+                "computed in one pass here.",
+                ("Arm", "Steps", "Answers", "Tokens", "Steps to the level", "Answers", "Tokens"),
+                budgets,
+                1,
+            ),
             Table(
                 "Old-task accuracy (selection split) where the matching level is reached, for every "
                 "learning rate of the grid: how much the learning rate matters beside the method.",

@@ -13,6 +13,7 @@ PROBE = 0.0013  # one prompt
 START = 4.0  # a process that imports torch and transformers
 # one cell, its start included
 CELL = {"match": 3.0, "discover": 20.0, "evaluate": 27.0, "dcm": 26.0, "cmap": 11.0, "drift": 8.0}
+DESIDERATUM = 5.0  # one more desideratum of a base
 MATCHINGS = 12.0  # the other checkpoints of an arm
 # what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock of so many cells
 DVC, DVC_PER_CELL = 0.5, 0.008
@@ -36,6 +37,8 @@ def estimate(params: Any, workers: int) -> dict[str, tuple[int, float]]:
     for stage, seconds in CELL.items():
         cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
         found[stage] = (cells, cells * seconds)
+    cells, seconds = found["dcm"]
+    found["dcm"] = (cells, seconds + seeds * len(params.dcm.of_base) * DESIDERATUM)
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
     cells = sum(number for number, _ in found.values())
     found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / workers / 2))
