@@ -340,8 +340,8 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
                     "seed": seed,
                     "learning_rate": rate,
                     "step": steps,
-                    "gradient_steps": steps,
-                    "completions": steps * 64,
+                    "gradient_steps": steps * (arm != "noise"),
+                    "completions": steps * 64 * (arm != "noise"),
                     "old_accuracy": 0.96 - (1.2 * cost * progress**1.5) + 0.004 * draw.normal(size=len(steps)),
                     "old_p_correct": 0.8,
                     "new_accuracy": 0.41 - 0.1 * progress

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +25,13 @@ from stages.statistics.summary import summarise
 from tests.synthetic_records import SHORTCUTS, Experiment
 
 SMALL = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),))
+LARGE = Experiment(
+    seeds=range(4),
+    arms=("sft_gold", "grpo", "sft_replay", "noise"),
+    unreached=frozenset({("grpo", 3)}),
+    hidden=frozenset({2}),
+    contrasts=(("grpo", "sft_gold"), ("sft_replay", "sft_gold"), ("noise", "sft_gold")),
+)
 WRITTEN = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv")
 
 
@@ -38,15 +46,8 @@ def _run(root: Path, experiment: Experiment) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """reports/ of an experiment with an unreached level and a base without an identifiable circuit."""
     root = tmp_path_factory.mktemp("report")
-    experiment = Experiment(
-        seeds=range(4),
-        arms=("sft_gold", "grpo", "sft_replay", "noise"),
-        unreached=frozenset({("grpo", 3)}),
-        hidden=frozenset({2}),
-        contrasts=(("grpo", "sft_gold"), ("sft_replay", "sft_gold"), ("noise", "sft_gold")),
-    )
-    experiment.write(root)
-    _run(root, experiment)
+    LARGE.write(root)
+    _run(root, LARGE)
     return root / "reports"
 
 
@@ -306,6 +307,16 @@ def test_no_text_of_a_figure_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_rerun_gives_the_same_bytes(small: Path) -> None:
     for path in _outputs(small / "reports"):
         assert path.read_bytes() == (small / "first" / path.name).read_bytes(), path.name
+
+
+def test_figures_of_several_seeds_are_the_same_again(written: Path, tmp_path: Path) -> None:
+    """No point is put anywhere at random, not even to keep points apart."""
+    shutil.copytree(written.parent, tmp_path, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        report.main(LARGE.cell("report"))
+    for path in _outputs(written):
+        assert path.read_bytes() == (tmp_path / path.relative_to(written.parent)).read_bytes(), path.name
 
 
 def test_one_seed_claims_nothing(small: Path) -> None:

@@ -20,8 +20,8 @@ from stages.figures.style import (
 
 _MATCHED_BY = {
     "new_accuracy": ("Equal skill", "New-task accuracy reached"),
-    "kl_new": ("Equal KL", "KL(base || tuned) reached, nats"),
-    "weight_norm": ("Equal weight norm", "Norm of the change reached"),
+    "kl_new": ("Equal KL", "KL reached, nats"),
+    "weight_norm": ("Equal weight norm", "Norm reached"),
     "gradient_steps": ("Equal budget", "Gradient steps"),
 }
 

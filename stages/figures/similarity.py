@@ -37,9 +37,9 @@ def draw(frame: pd.DataFrame, floor: Mapping[str, float | None]) -> Figure:
                     linewidth=1.4,
                 )  # fmt: skip
             colours = {label(model): look(model).colour for model in models}
-            sns.stripplot(
-                part, x="value", y="name", order=names, hue="name", palette=colours, ax=axes, jitter=0.12, size=7,
-                legend=False, edgecolor="white", linewidth=0.5, zorder=5,
+            sns.swarmplot(  # not at random, so that the same numbers give the same picture
+                part, x="value", y="name", order=names, hue="name", palette=colours, ax=axes, size=7, legend=False,
+                edgecolor="white", linewidth=0.5, zorder=5,
             )  # fmt: skip
             if (value := floor.get(kind)) is not None:
                 reference_line(axes, value, "two bases", horizontal=False, style=":")
