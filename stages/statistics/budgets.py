@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 COUNTS = {"steps": "gradient_steps", "answers": "completions"}
@@ -20,13 +21,14 @@ def table_of_budgets(curves: pd.DataFrame, prompt_tokens: int) -> list[dict[str,
     """
     found = []
     for arm, rows in curves.groupby("arm", sort=False):
-        if rows["gradient_steps"].max() == 0:
+        counts = {name: np.asarray(rows[column], dtype=np.int64) for name, column in COUNTS.items()}
+        picked = np.asarray(rows["picked"], dtype=bool)
+        if counts["steps"].max() == 0:
             continue
         entry: dict[str, Any] = {"arm": arm}
-        picked = rows[rows["picked"]]
-        for name, column in COUNTS.items():
-            entry[name] = int(rows[column].max())
-            entry[f"{name}_to_level"] = float(picked[column].mean()) if len(picked) else None
+        for name, values in counts.items():
+            entry[name] = int(values.max())
+            entry[f"{name}_to_level"] = float(values[picked].mean()) if picked.any() else None
         to_level = entry["answers_to_level"]
         entry["tokens"] = entry["answers"] * (prompt_tokens + 1)
         entry["tokens_to_level"] = None if to_level is None else to_level * (prompt_tokens + 1)
