@@ -4,7 +4,7 @@ Whatever comes after training sees an ordinary model: every checkpoint has the a
 they sit on, W + scale * B A. The embeddings, the norms and the output matrix stay as they are.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@runtime_checkable
 class LoraSettings(Protocol):
     """Rank of every adapter, `alpha` (the scale is alpha / rank), and the names of the modules that get one."""
 
@@ -29,7 +30,7 @@ def with_adapters(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "P
     Raises:
         Invalid: the model has no module of one of the names.
     """
-    from peft import LoraConfig, get_peft_model  # only where adapters are asked for
+    from peft import LoraConfig, inject_adapter_in_model  # only where adapters are asked for
 
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module in lora.modules:
@@ -38,8 +39,8 @@ def with_adapters(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "P
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, config)
-    return adapted  # which passes everything on to the model in it
+        adapted: Any = inject_adapter_in_model(config, model)
+    return adapted
 
 
 @torch.no_grad()
@@ -57,6 +58,6 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, weight in model.named_parameters():
         if "lora_" not in name:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = name.replace(".base_layer.", ".")
             found[plain] = merged.get(name, weight.detach())
     return found

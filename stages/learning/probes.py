@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.learning.adapters import plain_weights
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
