@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stages.learning.arms import grpo, sft_gold
 from stages.pipeline.stage import Invalid
 from tests.test_learning import TRAINING, tiny_model, tiny_prompts, tiny_run
 
-LORA = SimpleNamespace(rank=2, alpha=4.0, modules=("q_proj", "down_proj"))
+LORA: Any = SimpleNamespace(rank=2, alpha=4, modules=("q_proj", "down_proj"))
 
 
 def test_fresh_adapters_change_nothing_and_merged_ones_answer_alike() -> None:
@@ -63,6 +64,6 @@ def test_the_seed_decides_the_adapters_and_a_missing_module_is_named() -> None:
     )
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
-    wrong = SimpleNamespace(rank=2, alpha=4.0, modules=("q_proj", "c_attn"))
+    wrong: Any = SimpleNamespace(rank=2, alpha=4, modules=("q_proj", "c_attn"))
     with pytest.raises(Invalid, match="'c_attn' must be one of down_proj"):
         adapters.with_adapters(tiny_model(), wrong, seed=0)

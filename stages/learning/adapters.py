@@ -20,7 +20,7 @@ class LoraSettings(Protocol):
     """Rank of every adapter, `alpha` (the scale is alpha / rank), and the names of the modules that get one."""
 
     rank: int
-    alpha: float
+    alpha: int
     modules: tuple[str, ...]
 
 

@@ -180,7 +180,7 @@ class Lora(Section):
     """Adapters that are trained instead of all weights."""
 
     rank: Count
-    alpha: Positive
+    alpha: Count
     modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1), _DISTINCT]
 
 
