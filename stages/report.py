@@ -49,7 +49,7 @@ CELLS = Path("reports/cells")
 
 
 def figures(
-    cells: Cells, statistics: dict[str, Any], summary: dict[str, Any], max_groups: int
+    cells: Cells, statistics: dict[str, Any], summary: dict[str, Any], curves: pd.DataFrame, max_groups: int
 ) -> dict[str, Callable[[], Figure]]:
     """Figure name -> what draws it."""
     plan = statistics["plan"]
@@ -60,7 +60,6 @@ def figures(
     values = frames.seed_values(cells, ("evaluate.new_accuracy", primary), left_out)
     values = values.rename(columns={"evaluate.new_accuracy": "new_accuracy", primary: "value"})
     arms_only = values[values["model"] != BASE]
-    curves = frames.training_curves(CELLS, cells)
     matched = frames.matched_points(cells).rename(
         columns={"new_accuracy_selection": "new_accuracy", "old_accuracy_selection": "old_accuracy"}
     )
@@ -175,13 +174,14 @@ def main(cell: Cell) -> None:
     tasks = read_json("data/tasks.json")
     shortcuts = tasks["new_tasks"][new_task]["shortcuts"]
     summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in models})
-    summary["table_budgets"] = table_of_budgets(frames.training_curves(CELLS, cells), tasks["prompt_tokens"])
+    curves = frames.training_curves(CELLS, cells)
+    summary["table_budgets"] = table_of_budgets(curves, tasks["prompt_tokens"])
     params = {"seeds": seeds, "arms": arms, "new_task": new_task}
     params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
     params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}
     summary["provenance"] = provenance(cells, CELLS, params)
 
-    drawings = figures(cells, statistics, summary, section.max_groups)
+    drawings = figures(cells, statistics, summary, curves, section.max_groups)
     images = {name: png(draw(), section.dpi) for name, draw in drawings.items()}
     report = document(summary)
     with replacing_directory("reports/figures") as folder:

@@ -82,9 +82,7 @@ def test_a_cell_ends_with_who_asked_and_the_server_with_its_command(place: Path)
     process = _start(place, f"{_python('waits')} & echo $!; wait; echo over", warm=True)
     assert process.stdout is not None
     asker = int(process.stdout.readline())
-    while not (place / "pid").is_file() or not (place / "pid").read_text():
-        time.sleep(0.05)
-    cell = int((place / "pid").read_text())
+    cell = _pid_of_the_cell(place)
     server = {int(line) for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()}
     assert cell != asker and _runs(cell)
     os.kill(asker, signal.SIGTERM)
@@ -104,8 +102,7 @@ def test_ctrl_c_ends_the_cell_with_its_status(place: Path) -> None:
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
-    while not (place / "pid").is_file() or not (place / "pid").read_text():
-        time.sleep(0.05)
+    _pid_of_the_cell(place)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) == 130
 
@@ -115,6 +112,13 @@ def test_without_a_server_behind_the_address_a_cell_starts_by_itself(place: Path
     command = [sys.executable, "-m", "stages", "speaks", "three"]
     found = subprocess.run(command, cwd=place, env=environment, input="", text=True, capture_output=True)
     assert found.returncode == 3 and "['three'] False" in found.stdout
+
+
+def _pid_of_the_cell(place: Path) -> int:
+    """Waits until the cell says it."""
+    while not (place / "pid").is_file() or not (place / "pid").read_text():
+        time.sleep(0.05)
+    return int((place / "pid").read_text())
 
 
 def _runs(pid: int) -> bool:

@@ -117,7 +117,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
     by_example = any(e["ci_hierarchical"] for e in entries)  # records of older runs have no outcomes by example
     rows = [
         (
-            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            _contrast_name(e),
             verdicts[e["name"]]["verdict"],
             str(e["n"]),
             number(e["difference"], signed=True),
@@ -187,7 +187,7 @@ def _checks(summary: Mapping[str, Any]) -> Section:
     plan = summary["plan"][0]
     resolved = [
         (
-            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            _contrast_name(e),
             str(e["n"]),
             *(number(e[key]) for key in ("sd", "detectable", "provable_margin")),
         )
@@ -282,7 +282,7 @@ def _hypervolume(summary: Mapping[str, Any]) -> Table:
     rows = [(label(arm), str(e["n"]), number(e["mean"]), _interval(e["ci"], False)) for arm, e in found["arms"].items()]
     rows += [
         (
-            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            _contrast_name(e),
             str(e["n"]),
             number(e["mean"], signed=True),
             _interval(e["ci"]),
@@ -328,7 +328,7 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
         if entry["by"] != "new_accuracy"
         for arm, found in entry["arms"].items()
     ]
-    names = [f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}" for e in entries[0]["contrasts"]]
+    names = [_contrast_name(e) for e in entries[0]["contrasts"]]
     differences = [
         (_matching_name(entry), title, *(_mean_interval(e[measure], True) for e in entry["contrasts"]))
         for measure, title in (("retention", "Retention"), ("old_accuracy", "Old-task accuracy"))
@@ -378,6 +378,10 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
             ),
         ),
     )
+
+
+def _contrast_name(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']}: {label(entry['arm'])} − {label(entry['reference'])}"
 
 
 def _matching_name(entry: Mapping[str, Any]) -> str:
@@ -784,7 +788,7 @@ def _tables(summary: Mapping[str, Any]) -> Section:
     secondary = [
         (
             short_name(e["measure"]),
-            f"{e['name']}: {label(e['arm'])} − {label(e['reference'])}",
+            _contrast_name(e),
             str(e["n"]),
             number(e["difference"], signed=True),
             _interval(e["ci"]),

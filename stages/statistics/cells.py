@@ -1,10 +1,11 @@
 """The records of all cells that the axes name, and no others: leftovers of a larger matrix are not read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from stages.pipeline.files import read_json
@@ -128,3 +129,9 @@ def _scalars(value: Any, path: str) -> Iterator[tuple[str, float | None]]:
         yield path, float(value)
     elif value is None or value == {}:  # nothing to measure, for instance a circuit that is not identifiable
         yield path, None
+
+
+def mean_of_defined(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None

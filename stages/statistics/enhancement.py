@@ -5,12 +5,10 @@ of its fine-tuned versions, which answer more. Here the new task is the old one 
 (`new_task: contains`, `pretrain.stop_at`), so that the same numbers can be stated of our models.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from stages.statistics.cells import Cells
+from stages.statistics.cells import Cells, mean_of_defined
+from stages.statistics.frames import transplants
 
 SAME_TASK = "contains"
 SOURCE = "Prakash et al. (ICLR 2024), table 1"
@@ -36,11 +34,11 @@ def table_of_models(cells: Cells) -> list[dict[str, Any]]:
                 "model": model,
                 "source": None,
                 "seeds": len(cells.seeds),
-                "model_accuracy": _mean(_values(cells, "evaluate.old_accuracy", model)),
-                "circuit_accuracy": _mean(_values(cells, "evaluate.circuit.accuracy", model)),
-                "faithfulness": _mean(_values(cells, "evaluate.circuit.faithfulness", model)),
-                "own_accuracy": _mean(_values(cells, "evaluate.own_circuit.accuracy", model)),
-                "random_accuracy": _mean(record.get("mean") for record in random),
+                "model_accuracy": mean_of_defined(_values(cells, "evaluate.old_accuracy", model)),
+                "circuit_accuracy": mean_of_defined(_values(cells, "evaluate.circuit.accuracy", model)),
+                "faithfulness": mean_of_defined(_values(cells, "evaluate.circuit.faithfulness", model)),
+                "own_accuracy": mean_of_defined(_values(cells, "evaluate.own_circuit.accuracy", model)),
+                "random_accuracy": mean_of_defined(record.get("mean") for record in random),
             }
         )
     for model, (whole, circuit, random_circuits) in PUBLISHED.items():
@@ -61,30 +59,16 @@ def table_of_models(cells: Cells) -> list[dict[str, Any]]:
 
 def table_of_transplants(cells: Cells) -> list[dict[str, Any]]:
     """What the tuned heads of each group do in the weaker base: mean accuracies over the seeds that have the group."""
+    frame = transplants(cells)
+    into_base = frame[frame["direction"] == "tuned_to_base"]
+    columns = {"receiver": "base", "accuracy": "transplanted", "random": "random", "donor": "tuned"}
     found = []
-    for arm in cells.arms:
-        records = [cells.record("cmap", arm, seed) for seed in cells.seeds]
-        for group in dict.fromkeys(group for record in records for group in record.get("tuned_to_base") or {}):
-            having = [record for record in records if group in (record.get("tuned_to_base") or {})]
-            random = [((r.get("random") or {}).get("tuned_to_base") or {}).get(group) or {} for r in having]
-            found.append(
-                {
-                    "arm": arm,
-                    "group": group,
-                    "seeds": len(having),
-                    "base": _mean(record["base_accuracy"] for record in having),
-                    "transplanted": _mean(record["tuned_to_base"][group]["accuracy"] for record in having),
-                    "random": _mean(entry.get("accuracy") for entry in random),
-                    "tuned": _mean(record["tuned_accuracy"] for record in having),
-                }
-            )
+    groups: Any = into_base.groupby(["model", "group"], sort=False)
+    for (arm, group), rows in groups:
+        means = {name: mean_of_defined(rows[column].dropna().tolist()) for column, name in columns.items()}
+        found.append({"arm": arm, "group": group, "seeds": len(rows)} | means)
     return found
 
 
 def _values(cells: Cells, measure: str, model: str) -> list[float | None]:
     return [cells.value(measure, model, seed) for seed in cells.seeds]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None

@@ -10,10 +10,9 @@ matching that fewer than `LEAST_REACHED` of the trained runs reach is marked.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from stages.statistics.cells import Cells
+from stages.statistics.cells import Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, left_out_bases
 from stages.statistics.paired import t_interval
 
@@ -71,7 +70,7 @@ def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:
         values = {seed: value(cells, arm, seed, name, measure) for seed in _seeds(cells, plan)}
         entry[measure] = summary({seed: v for seed, v in values.items() if v is not None}, plan.confidence)
     at_rate = [_at_rate(cells, arm, seed, name) for seed in reached]
-    entry["picked"] = {column: _mean([float(row[column]) for row in at_rate]) for column in CLOSENESS}
+    entry["picked"] = {column: mean_of_defined([float(row[column]) for row in at_rate]) for column in CLOSENESS}
     return entry
 
 
@@ -93,7 +92,12 @@ def summary(values: Mapping[str, float], confidence: float) -> dict[str, Any]:
     """n, mean and t interval of numbers by seed, and the numbers."""
     x = list(values.values())
     interval = t_interval(x, confidence)
-    return {"n": len(x), "mean": _mean(x), "ci": None if interval is None else list(interval), "values": dict(values)}
+    return {
+        "n": len(x),
+        "mean": mean_of_defined(x),
+        "ci": None if interval is None else list(interval),
+        "values": dict(values),
+    }
 
 
 def _seeds(cells: Cells, plan: Plan) -> list[str]:
@@ -117,10 +121,6 @@ def _at_rate(cells: Cells, arm: str, seed: str, name: str) -> dict[str, Any]:
     """The picked checkpoint's row of the curve at the learning rate of the matching."""
     rate = cells.record("match", arm, seed)["learning_rate"]
     return _picked(cells, arm, seed, name)["by_learning_rate"][f"{rate:g}"]
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def long_table(entries: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from stages.measures.effects import Effects
 from stages.measures.overlap import SCORES, node_grid, overlap_curve
 from stages.measures.similarity import KINDS
 from stages.measures.similarity import floor as similarity_floor
-from stages.statistics.cells import BASE, Cells
+from stages.statistics.cells import BASE, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 
 _TOGETHER, _AT, _EDGES = (f"drift.retraced.{part}" for part in ("similarity.together", "overlap.at_circuit", "edges"))
@@ -75,9 +75,11 @@ def floor(bases: Mapping[str, Effects]) -> dict[str, Any]:
     curves = [overlap_curve(*pair, grid) for pair in pairs]
     return {
         "pairs": len(pairs),
-        "similarity": {kind: _mean([entry[kind] for entry in found]) for kind in KINDS},
+        "similarity": {kind: mean_of_defined([entry[kind] for entry in found]) for kind in KINDS},
         "sizes": grid,
-        "overlap": {name: [_mean([curve[name][i] for curve in curves]) for i in range(len(grid))] for name in SCORES},
+        "overlap": {
+            name: [mean_of_defined([curve[name][i] for curve in curves]) for i in range(len(grid))] for name in SCORES
+        },
     }
 
 
@@ -91,7 +93,7 @@ def savings(cells: Cells, left_out: Collection[str], root: Path, arm: str) -> di
         passed = curve["accuracy"].to_numpy() >= record.get("target", np.inf)
         if record.get("steps") is not None and passed.any():
             values[seed] = 1 - record["steps"] / float(curve["step"].to_numpy()[passed.argmax()])
-    return {"n": len(values), "of": len(counted), "mean": _mean(list(values.values())), "values": values}
+    return {"n": len(values), "of": len(counted), "mean": mean_of_defined(list(values.values())), "values": values}
 
 
 def table(statistics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -132,8 +134,3 @@ def overlap_curves(cells: Cells) -> pd.DataFrame:
                 rows.append((arm, seed, cells.reached(arm, seed), size, *scores))
     columns = ["model", "seed", "reached", "size", "share", "ceiling", "chance"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[4:], "float64"))
-
-
-def _mean(values: list[Any]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None

@@ -8,10 +8,8 @@ lists.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from stages.statistics import enhancement
-from stages.statistics.cells import BASE, Cells
+from stages.statistics.cells import BASE, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
@@ -170,10 +168,12 @@ def _desiderata_of_base(cells: Cells) -> list[dict[str, Any]]:
     return [
         {
             "desideratum": name,
-            "accuracy": {group: _mean([score["accuracy"] for score in scores]) for group, scores in groups.items()},
+            "accuracy": {
+                group: mean_of_defined([score["accuracy"] for score in scores]) for group, scores in groups.items()
+            },
             "bases": {group: len(scores) for group, scores in groups.items()},
-            "floor": _mean([score["floor"] for scores in groups.values() for score in scores]),
-            "random": max(_mean([s["random_accuracy"] for s in scores]) or 0.0 for scores in groups.values()),
+            "floor": mean_of_defined([score["floor"] for scores in groups.values() for score in scores]),
+            "random": max(mean_of_defined([s["random_accuracy"] for s in scores]) or 0.0 for scores in groups.values()),
         }
         for name, groups in found.items()
     ]
@@ -192,9 +192,9 @@ def _base(cells: Cells) -> dict[str, float | None]:
         "circuit_faithfulness": "evaluate.circuit.faithfulness",
         "queried_clause_faithfulness": "evaluate.circuit_in_queried_clause.faithfulness",
     }
-    found: dict[str, float | None] = {name: _mean(_base_values(cells, m)) for name, m in measures.items()}
+    found: dict[str, float | None] = {name: mean_of_defined(_base_values(cells, m)) for name, m in measures.items()}
     null = [value for seed in cells.seeds for value in _random(cells, seed, "faithfulness")]
-    found["random_faithfulness"] = _mean(null)
+    found["random_faithfulness"] = mean_of_defined(null)
     found["random_faithfulness_max"] = max(null, default=None)
     found["seeds"] = len(cells.seeds)
     return found
@@ -220,10 +220,10 @@ def _circuit_tests(cells: Cells, model: str) -> dict[str, Any]:
     seeds = [seed for seed in cells.seeds if model == BASE or cells.reached(model, seed)]
     found: dict[str, Any] = {"model": model, "seeds": len(seeds)}
     for name, path in _INSPECTED.items():
-        found[name] = _mean([cells.value(f"evaluate.inspection.{path}", model, seed) for seed in seeds])
+        found[name] = mean_of_defined([cells.value(f"evaluate.inspection.{path}", model, seed) for seed in seeds])
     gaps = [_gaps(cells, model, seed) for seed in seeds]
-    found["group_gap"] = _mean([gap for entry in gaps for gap in entry["group"]])
-    found["random_gap"] = _mean([gap for entry in gaps for gap in entry["random"]])
+    found["group_gap"] = mean_of_defined([gap for entry in gaps for gap in entry["group"]])
+    found["random_gap"] = mean_of_defined([gap for entry in gaps for gap in entry["random"]])
     return found
 
 
@@ -242,13 +242,13 @@ def random_floor(cells: Cells, plan: Plan) -> float | None:
     left_out = left_out_bases(cells, plan)
     for seed in (seed for seed in cells.seeds if seed not in left_out):
         for kind in ("", "_ld"):
-            null = _mean(_random(cells, seed, f"faithfulness{kind}"))
+            null = mean_of_defined(_random(cells, seed, f"faithfulness{kind}"))
             circuit = cells.value(f"evaluate.circuit.faithfulness{kind}", BASE, seed)
             if plan.primary == f"evaluate.circuit.retention{kind}" and null is not None and circuit:
                 values.append(null / circuit)
             elif plan.primary == f"evaluate.circuit.faithfulness{kind}":
                 values.append(null)
-    return _mean(values)
+    return mean_of_defined(values)
 
 
 def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -336,8 +336,3 @@ def _base_values(cells: Cells, measure: str) -> list[float | None]:
 def _random(cells: Cells, seed: str, kind: str) -> list[float]:
     record = cells.record("evaluate", BASE, seed).get("random") or {}
     return [value for value in record.get(kind) or [] if value is not None]
-
-
-def _mean(values: list[Any]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else None
