@@ -63,7 +63,9 @@ def main(cell: Cell) -> None:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
         attention = None
     else:
-        attention = mean_attention(walker, examples.input_ids, examples.positions, settings.memory_mib)
+        attention = mean_attention(
+            walker, examples.input_ids, examples.positions, settings.memory_mib, settings.processes
+        )
         circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
 
     with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:

@@ -31,6 +31,8 @@ def main(cell: Cell) -> None:
         raise Invalid("data/tokenizer has another vocabulary than stages/tasks/vocabulary.py; run stage synthesize")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads what was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
     model, curve, stuck = train_with_retries(words, settings, boxes, seed, settings.retries)
     examples = read_examples("data/old/selection.parquet")

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from stages.circuits.exchange import rows_that_fit, slices
 from stages.circuits.walker import Walker
+from stages.pipeline.processes import in_processes
+
+ROWS_AT_ONCE = 32  # prompts of one pass; more fall out of the processor's cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ class Attention:
 
 @torch.no_grad()
 def mean_attention(
-    walker: Walker, input_ids: Int[Tensor, "n t"], positions: Mapping[str, Int[Tensor, " n"]], memory_mib: float
+    walker: Walker,
+    input_ids: Int[Tensor, "n t"],
+    positions: Mapping[str, Int[Tensor, " n"]],
+    memory_mib: float,
+    processes: int = 1,
 ) -> Attention:
     """Attention between semantic positions, a mean over prompts.
 
@@ -47,16 +54,22 @@ def mean_attention(
         input_ids: prompts of equal length.
         positions: semantic positions of each prompt.
         memory_mib: how much memory a pass may take, roughly.
+        processes: how many to spread the prompts over; the result does not depend on it.
     """
     names = tuple(sorted(positions))
     at = torch.stack([positions[name] for name in names], 1)  # n p
     n, length = input_ids.shape
-    shares = torch.zeros(len(names), walker.n_layers, walker.n_heads, len(names), dtype=torch.float64)
-    for part in slices(n, rows_that_fit(walker, length, length, memory_mib)):
-        for first in range(0, len(names), walker.head_dim):
-            marked = slice(first, first + walker.head_dim)
-            found = _attention(walker, input_ids[part], at[part], at[part, marked])
-            shares[..., marked] += found.sum(1, dtype=torch.float64).permute(1, 0, 2, 3)
+
+    def summed(part: slice) -> Float[Tensor, "p layers h p"]:
+        """Summed over some of the prompts, in float64."""
+        found = [
+            _attention(walker, input_ids[part], at[part], marked).sum(1, dtype=torch.float64)
+            for marked in at[part].split(walker.head_dim, 1)
+        ]
+        return torch.cat(found, -1).transpose(0, 1)
+
+    parts = slices(n, min(ROWS_AT_ONCE, rows_that_fit(walker, length, length, memory_mib)))
+    shares = torch.stack(list(in_processes(summed, parts, processes))).sum(0)
     return Attention(names, (shares / n).to(walker.dtype))
 
 
