@@ -674,7 +674,8 @@ def _carried(summary: Mapping[str, Any]) -> Section:
         "Do the same heads carry it? Masks that select some but not all heads of a group and move at least half of "
         "the base's answers: share of their heads that are also among as many strongest heads of the tuned model's "
         "mask, at seeds that reach the level. Chance: as many random heads of the group. Ceiling: two masks of the "
-        "base itself, trained on different pairs.",
+        "base itself, trained on different pairs; a tuned model's mask, trained on the same pairs as the base's, can "
+        "pass it.",
         ("Arm", "Masks", "Share", "Chance", "Ceiling"),
         masks,
         1,
