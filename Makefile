@@ -15,7 +15,7 @@ help: ## list the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 repro: $(READY) ## the main job: run what is stale of the whole pipeline, then open reports/report.html
-	python -m stages.pipeline.warm_start dvc repro
+	python -m stages.pipeline.warm_start python -m stages.pipeline.parallel
 	@echo "report: reports/report.html"
 
 test: $(READY) ## format check, lint, types, and all tests with one smoke run of the pipeline

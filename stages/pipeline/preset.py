@@ -30,7 +30,9 @@ from stages.pipeline.params import load_params
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 DVC = [sys.executable, "-m", "dvc"]
-REPRO = [sys.executable, "-m", "stages.pipeline.warm_start", *DVC, "repro"]
+WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
+REPRO = [*WARM, *DVC, "repro"]
+PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
 LOCK = "dvc.lock"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
@@ -186,7 +188,7 @@ def smoke() -> int:
     """Run the smoke preset in a temporary clone."""
     clone = Path(tempfile.mkdtemp(prefix="smoke-")) / "clone"
     copy_with_preset(clone, PRESETS / "smoke.yaml", {})
-    status = subprocess.run(REPRO, cwd=clone).returncode
+    status = subprocess.run(PARALLEL, cwd=clone).returncode
     if status == 0:
         print(f"report: {clone / 'reports' / 'report.html'}")
     return status
