@@ -1,11 +1,16 @@
 """Is the circuit more than chance? Its faithfulness beside that of random circuits of the same shape."""
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from stages.figures.style import SOFT, empty, label, legend_below, look, plt, reference_line, styled
+
+_INCHES = 11.0  # width of the figure
+_REACH = 0.22  # of the seeds to both sides of a column's middle, in columns
 
 
 def draw(frame: pd.DataFrame) -> Figure:
@@ -16,20 +21,22 @@ def draw(frame: pd.DataFrame) -> Figure:
     """
     with styled():
         frame = frame.dropna(subset=["faithfulness"])
-        figure, axes = plt.subplots(figsize=(11, 4.4 if len(frame) else 1.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(_INCHES, 4.4 if len(frame) else 1.5), layout="constrained")
         if frame.empty:
             empty(axes, "No circuit was identifiable in the base: nothing to compare with chance.")
             return figure
         models = list(dict.fromkeys(frame["model"]))
         seeds = list(dict.fromkeys(frame["seed"]))
-        places = np.linspace(-0.22, 0.22, len(seeds)) if len(seeds) > 1 else [0.0]
+        places = np.linspace(-_REACH, _REACH, len(seeds)) if len(seeds) > 1 else [0.0]
+        width = 0.9 * 72 * _INCHES / len(models)  # of a column, in points
+        size = min(8.0, max(4.0, 1.2 * 2 * _REACH * width / len(seeds)))
         for column, model in enumerate(models):
             style = look(model)
             for seed, shift in zip(seeds, places, strict=True):
                 part = frame[(frame["model"] == model) & (frame["seed"] == seed)]
                 x = column + shift
                 chance = part[part["kind"] == "random"]["faithfulness"]
-                axes.plot([x] * len(chance), chance, "_", color=SOFT, markersize=7, alpha=0.6, zorder=2)
+                axes.plot([x] * len(chance), chance, "_", color=SOFT, markersize=size - 1, alpha=0.6, zorder=2)
                 for kind, filled in (("own circuit", False), ("base circuit", True)):
                     value = part[part["kind"] == kind]["faithfulness"]
                     axes.plot(
@@ -38,7 +45,7 @@ def draw(frame: pd.DataFrame) -> Figure:
                         "o",
                         color=style.colour,
                         markerfacecolor=style.colour if filled else "white",
-                        markersize=8 if filled else 6,
+                        markersize=size if filled else size - 1.5,
                         markeredgewidth=1.3,
                         zorder=4 if filled else 5,
                     )
@@ -47,7 +54,8 @@ def draw(frame: pd.DataFrame) -> Figure:
             min(-0.03, float(frame["faithfulness"].min()) - 0.03),
             max(1.1, frame["faithfulness"].max() + 0.06),
         )
-        axes.set_xticks(range(len(models)), [label(model).replace(" (", "\n(") for model in models])
+        names = [textwrap.fill(label(model), max(9, int(width / 7)), break_long_words=False) for model in models]
+        axes.set_xticks(range(len(models)), names)
         axes.set_xlim(-0.5, len(models) - 0.5)
         axes.set_ylabel("Faithfulness\n(share of the model's own accuracy)")
         axes.grid(axis="y")

@@ -21,12 +21,14 @@ def draw(frame: pd.DataFrame, floor: Mapping[str, float | None]) -> Figure:
     """
     with styled():
         frame = frame.dropna(subset=["value"])
-        figure, panels = plt.subplots(1, 2, figsize=(11, 4.4 if len(frame) else 1.5), layout="constrained")
+        models = list(dict.fromkeys(frame["model"]))
+        height = max(4.4, 1.6 + 0.45 * len(models)) if models else 1.5
+        figure, panels = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
         if frame.empty:
             for axes, text in zip(panels, ("No circuit was identifiable: nothing to compare.", ""), strict=True):
                 empty(axes, text)
             return figure
-        models = list(dict.fromkeys(frame["model"]))
+        size = min(7.0, 28 / frame["seed"].nunique())  # so that seeds that are alike find room in their row
         for axes, (kind, title) in zip(panels, _PANELS, strict=True):
             part = frame[frame["kind"] == kind].copy()
             part["name"] = [label(str(model)) for model in part["model"]]
@@ -38,7 +40,7 @@ def draw(frame: pd.DataFrame, floor: Mapping[str, float | None]) -> Figure:
                 )  # fmt: skip
             colours = {label(model): look(model).colour for model in models}
             sns.swarmplot(  # not at random, so that the same numbers give the same picture
-                part, x="value", y="name", order=names, hue="name", palette=colours, ax=axes, size=7, legend=False,
+                part, x="value", y="name", order=names, hue="name", palette=colours, ax=axes, size=size, legend=False,
                 edgecolor="white", linewidth=0.5, zorder=5,
             )  # fmt: skip
             if (value := floor.get(kind)) is not None:
