@@ -28,7 +28,7 @@ def draw(frame: pd.DataFrame, floor: Mapping[str, float | None]) -> Figure:
             for axes, text in zip(panels, ("No circuit was identifiable: nothing to compare.", ""), strict=True):
                 empty(axes, text)
             return figure
-        size = min(7.0, 28 / frame["seed"].nunique())  # so that seeds that are alike find room in their row
+        size = 7 if frame["seed"].nunique() < 5 else 5
         for axes, (kind, title) in zip(panels, _PANELS, strict=True):
             part = frame[frame["kind"] == kind].copy()
             part["name"] = [label(str(model)) for model in part["model"]]

@@ -6,6 +6,7 @@ next spare look.
 """
 
 import io
+import warnings
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,10 @@ def styled() -> Iterator[None]:
 def png(figure: Figure, dpi: int) -> bytes:
     """The figure as PNG; the same figure gives the same bytes. Closes it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    with warnings.catch_warnings():
+        # of many seeds that are alike, some overlap at the edge of their row
+        warnings.filterwarnings("ignore", message=".*points cannot be placed")
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(figure)
     return buffer.getvalue()
 
