@@ -239,6 +239,17 @@ def test_checks(written: Path) -> None:
     assert "| GRPO reaches the matching level at every seed | fail | 3 of 4 seeds; not seed 3 |" in text
 
 
+@pytest.mark.parametrize("seeds_that_reach", [(), (1,)])
+def test_a_reward_that_says_nothing_must_not_teach(tmp_path: Path, seeds_that_reach: tuple[int, ...]) -> None:
+    missed = frozenset(("random_reward", seed) for seed in (0, 1) if seed not in seeds_that_reach)
+    experiment = Experiment(
+        seeds=(0, 1), arms=("sft_gold", "random_reward"), unreached=missed, contrasts=(("random_reward", "sft_gold"),)
+    )
+    experiment.write(tmp_path)
+    _run(tmp_path, experiment)
+    assert _held(tmp_path / "reports")["not_reached_random_reward"] is not bool(seeds_that_reach)
+
+
 def test_checks_can_fail(tmp_path: Path) -> None:
     """A base that lacks the old task, a random circuit that works, a group that carries nothing."""
     SMALL.write(tmp_path)

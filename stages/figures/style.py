@@ -6,8 +6,8 @@ next spare look.
 """
 
 import io
-import warnings
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,16 +102,22 @@ def label(name: str) -> str:
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw inside this context, so that no global setting changes."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(_RC), _overlaps_allowed():
+        yield
+
+
+@contextmanager
+def _overlaps_allowed() -> Iterator[None]:
+    """Of many seeds that are alike, some may overlap at the edge of their row; seaborn warns of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*points cannot be placed")
         yield
 
 
 def png(figure: Figure, dpi: int) -> bytes:
     """The figure as PNG; the same figure gives the same bytes. Closes it."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # of many seeds that are alike, some overlap at the edge of their row
-        warnings.filterwarnings("ignore", message=".*points cannot be placed")
+    with _overlaps_allowed():
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(figure)
     return buffer.getvalue()

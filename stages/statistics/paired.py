@@ -169,11 +169,11 @@ def power_note(n: int, alpha: float, family: int) -> str:
     """One sentence on what n pairs can and cannot show."""
     if n == 0:
         return "There is no pair to compare, so nothing can be tested."
-    can = "can" if n >= pairs_needed(alpha, 1) else "cannot"
+    can = "can reach" if n >= pairs_needed(alpha, 1) else "cannot, however large its effect, reach"
     note = (
         f"With {n} {'pair' if n == 1 else 'pairs'} the smallest two-sided p of the exact sign-flip test is "
-        f"{smallest_sign_flip_p(n):.4f}, so a single contrast {can} reach p < {alpha:g}, however large its "
-        f"effect; that takes {pairs_needed(alpha, 1)} pairs"
+        f"{smallest_sign_flip_p(n):.4f}, so a single contrast {can} p < {alpha:g}; that takes "
+        f"{pairs_needed(alpha, 1)} pairs"
     )
     if family > 1:
         need = pairs_needed(alpha, family)

@@ -279,6 +279,13 @@ def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str
     for arm in cells.arms:
         missed = [seed for seed in cells.seeds if not cells.reached(arm, seed)]
         n = len(cells.seeds)
+        if arm == "random_reward":
+            what = (
+                f"Negative control: {names[arm]}, which says nothing of the answers, never reaches the matching level"
+            )
+            text = f"{n - len(missed)} of {n} seeds reach it"
+            found.append(_entry(f"not_reached_{arm}", what, text, len(missed) == n))
+            continue
         text = f"{n - len(missed)} of {n} seeds" + "".join(f"; not seed {seed}" for seed in missed)
         found.append(
             _entry(f"reached_{arm}", f"{names[arm]} reaches the matching level at every seed", text, not missed)
