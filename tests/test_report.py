@@ -172,6 +172,19 @@ def test_budgets_by_hand(written: Path) -> None:
     assert rows["grpo"]["steps_to_level"] == pytest.approx(np.mean(steps))
 
 
+def test_tables_name_the_arms_in_the_order_of_the_params(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    for title, columns in (("Hypervolume", 4), ("Cosine", 13)):
+        lines = text[text.index(f"| {title} |") :].splitlines()[2:6]
+        assert all(line.count("|") == columns + 1 for line in lines)
+        assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [
+            "SFT (gold)",
+            "GRPO",
+            "SFT + replay",
+            "Random direction",
+        ]
+
+
 def test_html_is_one_file(written: Path) -> None:
     text = (written / "report.html").read_text()
     for word in ("http:", "https:", "<script", "<link", "@import", "url("):

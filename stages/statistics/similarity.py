@@ -5,7 +5,7 @@ computed here from the records of the bases, since no cell sees two of them. Sav
 with those the base took at first (see `measures/relearning.py`), known to the check of its training curve.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,12 @@ def savings(cells: Cells, left_out: Collection[str], root: Path, arm: str) -> di
     return {"n": len(values), "of": len(counted), "mean": mean_of_defined(list(values.values())), "values": values}
 
 
-def table(statistics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def table(statistics: Mapping[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each arm: the mean of every measure, the interval of the first ones, and the floor."""
     found = statistics["similarity"]
     rows = []
-    for arm, measures in found["arms"].items():
+    for arm in arms:
+        measures = found["arms"][arm]
         row: dict[str, Any] = {"arm": arm, "n": measures["cosine"]["n"]}
         row |= {name: entry["mean"] for name, entry in measures.items()}  # savings, too
         row |= {f"{name}_ci": measures[name]["ci"] for name in ("cosine", "spearman", "overlap_corrected")}

@@ -113,7 +113,7 @@ def summarise(
             for seed in cells.seeds
         ],
         "table_circuits": [_circuit_tests(cells, model) for model in cells.models],
-        "table_similarity": table(statistics),
+        "table_similarity": table(statistics, cells.arms),
         "similarity_pairs_of_bases": statistics["similarity"]["floor"]["pairs"],
         "table_learning_rates": [
             {
