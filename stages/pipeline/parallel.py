@@ -16,15 +16,16 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.params import load_params
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
-DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]  # which the other workers hold for a second now and then
+WAITING = [*DVC, "--wait-for-lock"]  # which the other workers hold for a second now and then
 FIRST = "pretrain"  # each base takes all cores
 OF_MODEL = ("match", "discover", "evaluate", "dcm", "cmap", "drift")  # cells of one model, in order
 OF_BASE = ("evaluate", "dcm")
@@ -56,23 +57,19 @@ def bring_up_to_date(workers: int) -> int:
         return 0
     first, second = rounds(params)
     if any(cell.partition("@")[0] in (FIRST, "synthesize", "code") for cell in stale):
-        status = subprocess.run([*DVC, "repro", FIRST]).returncode
+        status = subprocess.run([*WAITING, "repro", FIRST]).returncode
         if status:
             return status
         stale = _stale()
-    for jobs in (first, second):
-        wanted = [job for job in jobs if not stale.isdisjoint(job) or (jobs is second and _fed(job, first, stale))]
+    fed = {_seed(cell) for (cell,) in first if cell in stale}  # seeds whose second round reads what the first changes
+    first = [job for job in first if not stale.isdisjoint(job)]
+    second = [job for job in second if not stale.isdisjoint(job) or _seed(job[0]) in fed]
+    for wanted in (first, second):
         if len(wanted) > 1:
             status = _run_workers(dealt(wanted, workers))
             if status:
                 return status
-    return subprocess.run([*DVC, "repro"]).returncode
-
-
-def _fed(job: Job, first: Sequence[Job], stale: Collection[str]) -> bool:
-    """Whether something stale of the first round has the same seed."""
-    seed = _seed(job[0])
-    return any(cell in stale and _seed(cell) == seed for other in first for cell in other)
+    return subprocess.run([*WAITING, "repro"]).returncode
 
 
 def _seed(cell: str) -> str:
@@ -81,7 +78,7 @@ def _seed(cell: str) -> str:
 
 def _stale() -> set[str]:
     """Cells whose own dependencies, params or outputs changed; those that depend on them are not among them yet."""
-    found = subprocess.run([*DVC, "status", "--json"], stdout=subprocess.PIPE, text=True)
+    found = subprocess.run([*WAITING, "status", "--json"], stdout=subprocess.PIPE, text=True)
     if found.returncode:
         raise Invalid("dvc status failed; what it printed is above")
     return set(json.loads(found.stdout))
@@ -91,7 +88,7 @@ def _run_workers(shares: Sequence[Sequence[str]]) -> int:
     """Run the cells of all workers at the same time; returns the exit status of the first that failed, or 0."""
     running = []
     for number, cells in enumerate(shares):
-        command = [*DVC, "repro", "--single-item", *cells]
+        command = [*WAITING, "repro", "--single-item", *cells]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert worker.stdout is not None
         line = tqdm(bar_format="{desc}", position=number, leave=False, disable=not sys.stderr.isatty())
@@ -145,13 +142,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")
-    try:
-        return bring_up_to_date(arguments.workers)
-    except Invalid as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: bring_up_to_date(arguments.workers))
 
 
 if __name__ == "__main__":

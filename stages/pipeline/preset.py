@@ -24,12 +24,12 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
-DVC = [sys.executable, "-m", "dvc"]
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
 REPRO = [*WARM, *DVC, "repro"]
 PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
@@ -209,13 +209,8 @@ def main() -> int:
         if not equals:
             parser.error(f"--set {text}: must be PARAM=VALUE")
         changes[path] = yaml.safe_load(value)
-    try:
-        return run_preset(arguments.preset, arguments.name or arguments.preset, changes, arguments.workers)
-    except Invalid as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    name = arguments.name or arguments.preset
+    return exit_status(lambda: run_preset(arguments.preset, name, changes, arguments.workers))
 
 
 if __name__ == "__main__":
