@@ -1,4 +1,4 @@
-"""Running a preset beside the working copy: dealt out to workers, resumable, and priced beforehand."""
+"""Running a preset beside the working copy: a clone for every seed, resumable, and priced beforehand."""
 
 import os
 import subprocess
@@ -72,7 +72,7 @@ def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True)
 
 
-def test_every_cell_runs_once_on_some_worker_and_the_report_has_all(working_copy: Path) -> None:
+def test_every_cell_runs_once_and_the_report_has_all(working_copy: Path) -> None:
     result = _run(working_copy)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 of" in result.stdout and "hours" in result.stdout, "the cost is said"
@@ -82,8 +82,8 @@ def test_every_cell_runs_once_on_some_worker_and_the_report_has_all(working_copy
     assert not (working_copy / "dvc.lock").exists() and yaml.safe_load((working_copy / "params.yaml").read_text())[
         "seeds"
     ] == [5], "the working copy is as it was"
-    # stopped halfway: one worker has lost two of its cells, with their results
-    clone = working_copy / "build/toy/worker0"
+    # stopped halfway: one seed has lost two of its cells, with their results
+    clone = working_copy / "build/toy/seed2"
     lock = yaml.safe_load((clone / "dvc.lock").read_text())
     for name in ("cmap@2", "drift@2"):
         del lock["stages"][name]
@@ -102,7 +102,7 @@ def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) ->
     (working_copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
     result = _run(working_copy)
     assert result.returncode == 1
-    assert "worker0.log" in result.stderr and "cmap" in (working_copy / "build/toy/worker0.log").read_text()
+    assert "seed0.log" in result.stderr and "cmap" in (working_copy / "build/toy/seed0.log").read_text()
     assert not (working_copy / "reports/toy").exists()
 
 
@@ -114,11 +114,11 @@ def test_a_change_of_an_unknown_param_is_refused(working_copy: Path, monkeypatch
 
 def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     params = load_params(REPOSITORY / "params.yaml")
-    costs = estimate(params, workers=2)
+    costs = estimate(params)
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
     # code, synthesize, contrast, report; pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
     assert costs["dvc"][0] == 4 + seeds * (2 + 4 * arms + 3 * models)
-    more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}), workers=2)
+    more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}))
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
     hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600
     assert f"about {hours:.1f} hours" in table(costs, 2, 0)

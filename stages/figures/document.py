@@ -277,15 +277,18 @@ def _enhancement(summary: Mapping[str, Any]) -> Section:
     )
 
 
-def _arms(summary: Mapping[str, Any]) -> list[str]:
-    """In the order of the params; what was read from a file has its keys sorted."""
-    return [entry["model"] for entry in summary["table_models"] if entry["model"] in summary["arms"]]
+def _of_arms(summary: Mapping[str, Any], entries: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What there is of each arm, in the order of the params; what was read from a file has its keys sorted."""
+    models = [entry["model"] for entry in summary["table_models"]]
+    return [(model, entries[model]) for model in models if model in summary["arms"]]
 
 
 def _hypervolume(summary: Mapping[str, Any]) -> Table:
     [found] = summary["table_hypervolume"]
-    of_arms = [(arm, found["arms"][arm]) for arm in _arms(summary)]
-    rows = [(label(arm), str(e["n"]), number(e["mean"]), _interval(e["ci"], False)) for arm, e in of_arms]
+    rows = [
+        (label(arm), str(e["n"]), number(e["mean"]), _interval(e["ci"], False))
+        for arm, e in _of_arms(summary, found["arms"])
+    ]
     rows += [
         (
             _contrast_name(e),
@@ -332,7 +335,7 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
         )
         for entry in entries
         if entry["by"] != "new_accuracy"
-        for arm, found in ((arm, entry["arms"][arm]) for arm in _arms(summary))
+        for arm, found in _of_arms(summary, entry["arms"])
     ]
     names = [_contrast_name(e) for e in entries[0]["contrasts"]]
     differences = [

@@ -15,16 +15,15 @@ START = 1.0  # a fork of a process that has torch and transformers
 CELL = {"match": 1.0, "discover": 18.0, "evaluate": 16.0, "dcm": 19.0, "cmap": 7.0, "drift": 11.0}
 DESIDERATUM = 5.0  # one more desideratum of a base
 MATCHINGS = 14.0  # the other checkpoints of an arm
-# what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock of so many cells
+# what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock (one a seed) of so many cells
 DVC, DVC_PER_CELL = 0.5, 0.008
 
 
-def estimate(params: Any, workers: int) -> dict[str, tuple[int, float]]:
+def estimate(params: Any) -> dict[str, tuple[int, float]]:
     """Number of cells and core seconds by stage.
 
     Args:
         params: validated params (`stages.pipeline.params.load_params`).
-        workers: that share the cells.
     """
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
     found = {
@@ -41,7 +40,7 @@ def estimate(params: Any, workers: int) -> dict[str, tuple[int, float]]:
     found["dcm"] = (cells, seconds + seeds * len(params.dcm.of_base) * DESIDERATUM)
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
     cells = sum(number for number, _ in found.values())
-    found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / workers / 2))
+    found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / seeds / 2))
     return found
 
 

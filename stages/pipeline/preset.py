@@ -4,11 +4,11 @@
     python -m stages.pipeline.preset full                         in build/full; its report goes to reports/full/
     python -m stages.pipeline.preset full --name full_precedes --set new_task=precedes
 
-A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so the
-seeds are dealt out to as many workers as there are cores, each a clone with its own dvc.lock and all with the cache of
-the working copy. When they are done their locks are put together in one more clone, whose `dvc repro` finds every cell
-done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was at. Before
-it starts it says what it will cost.
+A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so
+every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run at the
+same time as there are cores. When they are done their locks are put together in one more clone, whose `dvc repro` finds
+every cell done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was
+at. Before it starts it says what it will cost.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +113,17 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
     whole = folder / "whole"
     copy_with_preset(whole, file, changes)
     params = load_params(whole / PARAMS_FILE)
-    clones = {}
-    for number in range(min(workers, len(params.seeds))):
-        clone = folder / f"worker{number}"
-        seeds = params.seeds[number::workers]
-        copy_with_preset(clone, file, changes | {"seeds": seeds})
-        clones[number] = clone
+    clones = {seed: folder / f"seed{seed}" for seed in params.seeds}
+    for seed, clone in clones.items():
+        copy_with_preset(clone, file, changes | {"seeds": [seed]})
     for clone in (whole, *clones.values()):
-        cache = ["config", "--local", "cache.dir", str(Path.cwd() / ".dvc" / "cache")]
-        subprocess.run([*DVC, *cache], cwd=clone, check=True, capture_output=True)
-    costs, done = estimate(params, len(clones)), len(_joined([_locked(clone) for clone in clones.values()]))
-    print(table(costs, len(clones), done), flush=True)
-    if not _run_cells(clones, folder, total=costs["dvc"][0] - 2):  # all but contrast and report
+        _share_cache(clone, Path.cwd() / ".dvc" / "cache")
+    workers = min(workers, len(clones))
+    costs, done = estimate(params), len(_joined(clones.values()))
+    print(table(costs, workers, done), flush=True)
+    if not _run_cells(clones, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
         return 1
-    lock = {"schema": "2.0", "stages": _joined([_locked(clone) for clone in (whole, *clones.values())])}
+    lock = {"schema": "2.0", "stages": _joined((whole, *clones.values()))}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
     # a checkout cannot restore the report, which is not in the cache
     subprocess.run([*DVC, "checkout", "--quiet", "--force"], cwd=whole)
@@ -135,40 +134,54 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
     return 0
 
 
-def _run_cells(clones: dict[int, Path], folder: Path, total: int) -> bool:
-    """Let every worker run the cells of its seeds, under one progress bar; whether all of them succeeded.
+def _share_cache(clone: Path, cache: Path) -> None:
+    """Let a clone keep its outputs in a cache that is there, as links where the file system can: each exists once."""
+    for option, value in (("cache.dir", str(cache)), ("cache.type", "reflink,hardlink,copy")):
+        subprocess.run([*DVC, "config", "--local", option, value], cwd=clone, check=True, capture_output=True)
 
-    What DVC and the stages print goes to build/<name>/worker<k>.log.
+
+def _run_cells(clones: dict[int, Path], workers: int, folder: Path, done: int, total: int) -> bool:
+    """Run the cells of every seed, some seeds at the same time, under one progress bar; whether all of them succeeded.
+
+    What DVC and the stages print goes to build/<name>/seed<k>.log. A seed that fails leaves the others alone.
     """
-    logs = {number: (folder / f"worker{number}.log").open("a", encoding="utf-8") for number in clones}
-    running = {
-        number: subprocess.Popen([*REPRO, *CELL_STAGES], cwd=clone, stdout=logs[number], stderr=logs[number])
-        for number, clone in clones.items()
-    }
-    try:
-        with tqdm(total=total, desc=folder.name, unit="cell") as bar:
-            while any(worker.poll() is None for worker in running.values()):
+    waiting, running, failed = list(clones), {}, []
+    # drawn anew at every cell: they are few, and minutes lie between them
+    with tqdm(total=total, initial=done, miniters=1, desc=folder.name, unit="cell") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    seed = waiting.pop(0)
+                    with clones[seed].with_suffix(".log").open("a", encoding="utf-8") as log:
+                        command = [*REPRO, *CELL_STAGES]
+                        running[seed] = subprocess.Popen(command, cwd=clones[seed], stdout=log, stderr=log)
                 time.sleep(5)
-                bar.update(len(_joined([_locked(clone) for clone in clones.values()])) - bar.n)
-    finally:
-        for worker in running.values():
-            worker.wait()  # Ctrl-C reaches them, too
-        for log in logs.values():
-            log.close()
-    failed = [number for number, worker in running.items() if worker.returncode]
-    for number in failed:
-        print(f"error: worker {number} failed: see {folder / f'worker{number}.log'}", file=sys.stderr)
+                bar.update(len(_joined(clones.values())) - bar.n)
+                ended = {seed: worker.returncode for seed, worker in running.items() if worker.poll() is not None}
+                failed += [seed for seed, status in ended.items() if status]
+                running = {seed: worker for seed, worker in running.items() if seed not in ended}
+        finally:
+            for worker in running.values():
+                worker.wait()  # Ctrl-C reaches them, too
+    for seed in failed:
+        print(f"error: seed {seed} failed: see {clones[seed].with_suffix('.log')}", file=sys.stderr)
     return not failed
 
 
-def _locked(clone: Path) -> dict[str, Any]:
-    """Stage entries of a clone's dvc.lock."""
-    file = clone / LOCK
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER)["stages"] if file.is_file() else {}
+def _joined(clones: Iterable[Path]) -> dict[str, Any]:
+    """Stage entries of the dvc.lock of all clones."""
+    found = {}
+    for clone in clones:
+        file = clone / LOCK
+        if file.is_file():
+            found |= _stages(file, file.stat().st_mtime_ns)
+    return found
 
 
-def _joined(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: entry for part in stages for name, entry in part.items()}
+@lru_cache(maxsize=64)
+def _stages(lock: Path, written: int) -> dict[str, Any]:
+    """Stage entries of a dvc.lock as it was at `written`; to read one takes as long as DVC needs for a small cell."""
+    return yaml.load(lock.read_text(encoding="utf-8"), Loader=LOADER)["stages"]
 
 
 def _publish(clone: Path, target: Path) -> None:
