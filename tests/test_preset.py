@@ -11,7 +11,7 @@ import yaml
 
 from stages.pipeline.cost import estimate, table
 from stages.pipeline.params import load_params
-from stages.pipeline.preset import copy_with_preset
+from stages.pipeline.preset import _cells, copy_with_preset
 from stages.pipeline.stage import Invalid
 from tests.conftest import REPOSITORY
 
@@ -94,6 +94,17 @@ def test_every_cell_runs_once_and_the_report_has_all(working_copy: Path) -> None
     assert "13 of" in again.stdout
     if traced is not None:
         assert (working_copy / "build/toy/trace").read_text() == traced, "restored from the cache, not run again"
+
+
+def test_cells_are_counted_while_a_lock_is_being_written(tmp_path: Path) -> None:
+    entries = {f"evaluate@{seed}": {"cmd": "true", "outs": [{"path": "a", "md5": "0"}]} for seed in range(3)}
+    whole = yaml.safe_dump({"schema": "2.0", "stages": {"code": {"cmd": "true"}} | entries})
+    for name, text in (("whole", whole), ("half", whole[: whole.index("evaluate@2") + 4]), ("empty", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dvc.lock").write_text(text)
+    assert _cells([tmp_path / "whole", tmp_path / "none"]) == 4
+    assert _cells([tmp_path / "half"]) == 3
+    assert _cells([tmp_path / "empty", tmp_path / "half"]) == 3
 
 
 def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) -> None:

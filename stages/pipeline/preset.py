@@ -13,13 +13,13 @@ at. Before it starts it says what it will cost.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
 REPRO = [*WARM, *DVC, "repro"]
 PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
 LOCK = "dvc.lock"
+ENTRY = re.compile(r"^  (\S+):$", re.MULTILINE)  # of a cell in a lock
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
 CELL_STAGES = (
@@ -119,7 +120,7 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
     for clone in (whole, *clones.values()):
         _share_cache(clone, Path.cwd() / ".dvc" / "cache")
     workers = min(workers, len(clones))
-    costs, done = estimate(params), len(_joined(clones.values()))
+    costs, done = estimate(params), _cells(clones.values())
     print(table(costs, workers, done), flush=True)
     if not _run_cells(clones, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
         return 1
@@ -156,7 +157,7 @@ def _run_cells(clones: dict[int, Path], workers: int, folder: Path, done: int, t
                         command = [*REPRO, *CELL_STAGES]
                         running[seed] = subprocess.Popen(command, cwd=clones[seed], stdout=log, stderr=log)
                 time.sleep(5)
-                bar.update(len(_joined(clones.values())) - bar.n)
+                bar.update(max(0, _cells(clones.values()) - bar.n))
                 ended = {seed: worker.returncode for seed, worker in running.items() if worker.poll() is not None}
                 failed += [seed for seed, status in ended.items() if status]
                 running = {seed: worker for seed, worker in running.items() if seed not in ended}
@@ -168,20 +169,19 @@ def _run_cells(clones: dict[int, Path], workers: int, folder: Path, done: int, t
     return not failed
 
 
+def _cells(clones: Iterable[Path]) -> int:
+    """Number of cells in the dvc.lock of all clones, which DVC may be half through writing."""
+    locks = [clone / LOCK for clone in clones]
+    return len({name for lock in locks if lock.is_file() for name in ENTRY.findall(lock.read_text(encoding="utf-8"))})
+
+
 def _joined(clones: Iterable[Path]) -> dict[str, Any]:
     """Stage entries of the dvc.lock of all clones."""
     found = {}
     for clone in clones:
-        file = clone / LOCK
-        if file.is_file():
-            found |= _stages(file, file.stat().st_mtime_ns)
+        if (clone / LOCK).is_file():
+            found |= yaml.load((clone / LOCK).read_text(encoding="utf-8"), Loader=LOADER)["stages"]
     return found
-
-
-@lru_cache(maxsize=64)
-def _stages(lock: Path, written: int) -> dict[str, Any]:
-    """Stage entries of a dvc.lock as it was at `written`; to read one takes as long as DVC needs for a small cell."""
-    return yaml.load(lock.read_text(encoding="utf-8"), Loader=LOADER)["stages"]
 
 
 def _publish(clone: Path, target: Path) -> None:
