@@ -1,5 +1,7 @@
 """Matchings: what is picked, the circuit in the picked checkpoints, their statistics, and the hypervolume."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from stages.learning.matching import Matching, matchings, pick
 from stages.measures.checkpoints import record, scores
 from stages.statistics.cells import Cells, read_cells
 from stages.statistics.contrasts import Plan
+from stages.statistics.frames import circuits_and_nulls
 from stages.statistics.hypervolume import compare_hypervolumes, hypervolume, share_kept
 from stages.statistics.matchings import compare_matchings, long_table, value
 from stages.statistics.paired import t_interval
@@ -90,6 +93,28 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
     assert value(cells, "grpo", "1", "accuracy_0_9", "retention") is None  # not reached
     assert value(cells, "grpo", "3", "norm_3", "retention") is None  # no circuit in the base
     assert value(cells, "grpo", "3", "norm_3", "old_accuracy") is not None
+
+
+def test_a_run_that_must_not_learn_does_not_make_a_level_a_selection(tmp_path: Path) -> None:
+    arms = ("sft_gold", "grpo", "random_reward")
+    experiment = Experiment(
+        seeds=range(2), arms=arms, unreached=frozenset({("random_reward", 0), ("random_reward", 1)})
+    )
+    experiment.write(tmp_path)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *arms], arms)
+    plan = replace(PLAN, contrasts=(("grpo", "sft_gold"),))
+    found = {entry["name"]: entry for entry in compare_matchings(cells, plan)}["accuracy_0_9"]
+    assert (found["reached"], found["of"], found["selected"]) == (4, 4, False)
+    assert found["arms"]["random_reward"]["reached"] == 0
+
+
+def test_what_circuits_do_alone_is_stated_as_accuracy(cells: Cells) -> None:
+    frame = circuits_and_nulls(cells)
+    record = cells.record("evaluate", "grpo", "0")
+    part = frame[(frame["model"] == "grpo") & (frame["seed"] == "0")]
+    of = {kind: rows["accuracy"].tolist() for kind, rows in part.groupby("kind")}
+    assert of["whole model"] == [record["old_accuracy"]] and of["base circuit"] == [record["circuit"]["accuracy"]]
+    assert of["random"] == [share * record["old_accuracy"] for share in record["random"]["faithfulness"]]
 
 
 def test_every_matching_by_hand(cells: Cells) -> None:

@@ -320,10 +320,10 @@ def _matchings(summary: Mapping[str, Any]) -> Section:
     entries = summary["table_matchings"]
     few = [f"{_matching_name(e)} ({e['reached']} of {e['of']} runs)" for e in entries if e["selected"]]
     reach = (
-        f"Marked with *, because fewer than {summary['least_reached_percent']:g} % of the trained runs get there, so "
-        f"that those that do are a selection: {', '.join(few)}."
+        f"Marked with *, because fewer than {summary['least_reached_percent']:g} % of the runs that learn get there, "
+        f"so that those that do are a selection: {', '.join(few)}."
         if few
-        else "Every one of these is reached by nearly all trained runs."
+        else "Every one of these is reached by nearly all runs that learn."
     )
     distances = [
         (
@@ -427,9 +427,10 @@ def _circuit(summary: Mapping[str, Any]) -> Section:
             ),
             Picture(
                 "nulls",
-                "Share of a model's accuracy that a circuit alone keeps. Filled: the base's circuit in "
-                "that model. Hollow: the circuit found anew in that model. Dashes: random circuits of the "
-                "same shape. Each model has a place for every seed, in order.",
+                "What a circuit does alone, everything else mean-ablated. Filled: the base's circuit in that model. "
+                "Hollow: the circuit found anew in that model. Black: the whole model; where it is below the circuit, "
+                "the old task is lost outside the circuit. Dashes: random circuits of the same shape. Each model has a "
+                "place for every seed, in order.",
             ),
             Picture(
                 "sizes",

@@ -1,4 +1,4 @@
-"""Is the circuit more than chance? Its faithfulness beside that of random circuits of the same shape."""
+"""Is the circuit more than chance? What it does alone, beside the whole model and random circuits of the same shape."""
 
 import textwrap
 
@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages.figures.style import SOFT, empty, label, legend_below, look, plt, reference_line, styled
+from stages.figures.style import SOFT, empty, label, legend_below, look, plt, styled
 
 _INCHES = 11.0  # width of the figure
 _REACH = 0.22  # of the seeds to both sides of a column's middle, in columns
@@ -17,12 +17,13 @@ def draw(frame: pd.DataFrame) -> Figure:
     """One column for each model.
 
     Args:
-        frame: model, seed, reached, kind ("base circuit", "own circuit", "random"), faithfulness.
+        frame: model, seed, reached, kind ("whole model", "base circuit", "own circuit", "random"), accuracy.
     """
     with styled():
-        frame = frame.dropna(subset=["faithfulness"])
-        figure, axes = plt.subplots(figsize=(_INCHES, 4.4 if len(frame) else 1.5), layout="constrained")
-        if frame.empty:
+        frame = frame.dropna(subset=["accuracy"])
+        nothing = set(frame["kind"]) <= {"whole model"}
+        figure, axes = plt.subplots(figsize=(_INCHES, 1.5 if nothing else 4.4), layout="constrained")
+        if nothing:
             empty(axes, "No circuit was identifiable in the base: nothing to compare with chance.")
             return figure
         models = list(dict.fromkeys(frame["model"]))
@@ -35,10 +36,12 @@ def draw(frame: pd.DataFrame) -> Figure:
             for seed, shift in zip(seeds, places, strict=True):
                 part = frame[(frame["model"] == model) & (frame["seed"] == seed)]
                 x = column + shift
-                chance = part[part["kind"] == "random"]["faithfulness"]
+                chance = part[part["kind"] == "random"]["accuracy"]
                 axes.plot([x] * len(chance), chance, "_", color=SOFT, markersize=size - 1, alpha=0.6, zorder=2)
+                whole = part[part["kind"] == "whole model"]["accuracy"]
+                axes.plot([x] * len(whole), whole, "_", color="black", markersize=size + 5, markeredgewidth=2, zorder=3)
                 for kind, filled in (("own circuit", False), ("base circuit", True)):
-                    value = part[part["kind"] == kind]["faithfulness"]
+                    value = part[part["kind"] == kind]["accuracy"]
                     axes.plot(
                         [x] * len(value),
                         value,
@@ -49,15 +52,11 @@ def draw(frame: pd.DataFrame) -> Figure:
                         markeredgewidth=1.3,
                         zorder=4 if filled else 5,
                     )
-        reference_line(axes, 1.0, "the whole model")
-        axes.set_ylim(
-            min(-0.03, float(frame["faithfulness"].min()) - 0.03),
-            max(1.1, frame["faithfulness"].max() + 0.06),
-        )
+        axes.set_ylim(-0.03, 1.05)
         names = [textwrap.fill(label(model), max(9, int(width / 7)), break_long_words=False) for model in models]
         axes.set_xticks(range(len(models)), names)
         axes.set_xlim(-0.5, len(models) - 0.5)
-        axes.set_ylabel("Faithfulness\n(share of the model's own accuracy)")
+        axes.set_ylabel("Old-task accuracy")
         axes.grid(axis="y")
         axes.tick_params(axis="x", length=0)
         handles = [
@@ -87,6 +86,16 @@ def draw(frame: pd.DataFrame) -> Figure:
                 color=SOFT,
                 markersize=9,
                 label="random circuit, same shape",
+            ),
+            Line2D(
+                [],
+                [],
+                marker="_",
+                linestyle="none",
+                color="black",
+                markersize=12,
+                markeredgewidth=2,
+                label="the whole model",
             ),
         ]
         legend_below(figure, handles)

@@ -147,22 +147,24 @@ def desiderata(cells: Cells) -> pd.DataFrame:
 
 
 def circuits_and_nulls(cells: Cells) -> pd.DataFrame:
-    """Faithfulness by model, seed and kind: "base circuit", "own circuit", or "random" (many rows a cell)."""
+    """Old-task accuracy by model, seed and kind: "whole model", "base circuit", "own circuit", or "random" (many rows a
+    cell). Not faithfulness, which says nothing where the whole model answers next to nothing."""
     rows = []
     for model in cells.models:
         for seed in cells.seeds:
             record = cells.record("evaluate", model, seed)
             reached = model == BASE or cells.reached(model, seed)
-            values = [("base circuit", (record.get("circuit") or {}).get("faithfulness"))]
+            whole = record.get("old_accuracy")
+            values = [("whole model", whole), ("base circuit", (record.get("circuit") or {}).get("accuracy"))]
             if model != BASE:
-                values.append(("own circuit", (record.get("own_circuit") or {}).get("faithfulness")))
-            values += [("random", value) for value in (record.get("random") or {}).get("faithfulness") or []]
+                values.append(("own circuit", (record.get("own_circuit") or {}).get("accuracy")))
+            values += [("random", value * whole) for value in (record.get("random") or {}).get("faithfulness") or []]
             rows += [
-                {"model": model, "seed": seed, "reached": reached, "kind": kind, "faithfulness": value}
+                {"model": model, "seed": seed, "reached": reached, "kind": kind, "accuracy": value}
                 for kind, value in values
             ]
-    columns = ["model", "seed", "reached", "kind", "faithfulness"]
-    return pd.DataFrame(rows, columns=columns).astype({"faithfulness": "float64"})
+    columns = ["model", "seed", "reached", "kind", "accuracy"]
+    return pd.DataFrame(rows, columns=columns).astype({"accuracy": "float64"})
 
 
 def size_curves(cells: Cells) -> pd.DataFrame:

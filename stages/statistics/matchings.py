@@ -4,7 +4,7 @@ equally many steps.
 The primary matching is the one that `contrasts` tests. All matchings describe here, the primary one among them: means
 and t intervals over the seeds at which an arm got there and whose base counts, and the planned differences, paired in
 the seed. Which runs get to a value is an outcome of training, so a comparison of those that do is a selection; a
-matching that fewer than `LEAST_REACHED` of the trained runs reach is marked.
+matching that fewer than `LEAST_REACHED` of the runs reach is marked, controls that do not learn the task aside.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.statistics.cells import Cells, mean_of_defined
+from stages.statistics.cells import RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, left_out_bases
 from stages.statistics.paired import t_interval
 
@@ -42,9 +42,7 @@ def value(cells: Cells, arm: str, seed: str, name: str, measure: str) -> float |
 
 def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
     first = _picked(cells, cells.arms[0], cells.seeds[0], name)
-    runs = [
-        (arm, seed) for arm in cells.arms for seed in cells.seeds if cells.record("match", arm, seed)["like"] is None
-    ]
+    runs = [(arm, seed) for arm in cells.arms for seed in cells.seeds if _learns(cells, arm, seed)]
     reached = sum(_picked(cells, arm, seed, name)["reached"] for arm, seed in runs)
     share = reached / len(runs) if runs else 0.0
     return {
@@ -61,6 +59,11 @@ def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
             for number, (arm, reference) in enumerate(plan.contrasts, start=1)
         ],
     }
+
+
+def _learns(cells: Cells, arm: str, seed: str) -> bool:
+    """Whether this run is meant to get anywhere: it is trained, on rewards that say something of the answers."""
+    return cells.record("match", arm, seed)["like"] is None and arm != RANDOM_REWARD
 
 
 def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:

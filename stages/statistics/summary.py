@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stages.statistics import enhancement
-from stages.statistics.cells import BASE, Cells, mean_of_defined
+from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
@@ -279,7 +279,7 @@ def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str
     for arm in cells.arms:
         missed = [seed for seed in cells.seeds if not cells.reached(arm, seed)]
         n = len(cells.seeds)
-        if arm == "random_reward":
+        if arm == RANDOM_REWARD:
             what = (
                 f"Negative control: {names[arm]}, which says nothing of the answers, never reaches the matching level"
             )
@@ -287,9 +287,13 @@ def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str
             found.append(_entry(f"not_reached_{arm}", what, text, len(missed) == n))
             continue
         text = f"{n - len(missed)} of {n} seeds" + "".join(f"; not seed {seed}" for seed in missed)
-        found.append(
-            _entry(f"reached_{arm}", f"{names[arm]} reaches the matching level at every seed", text, not missed)
+        like = cells.record("match", arm, cells.seeds[0])["like"]
+        what = (
+            f"{names[arm]} reaches the matching level at every seed"
+            if like is None
+            else f"{names[arm]} is moved as far in weights as {names[like]} at every seed"
         )
+        found.append(_entry(f"reached_{arm}", what, text, not missed))
     found += _groups_carry(cells)
     for entry in primary:
         if entry["arm"] in ("sft_replay", "noise"):
