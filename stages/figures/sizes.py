@@ -9,6 +9,8 @@ from matplotlib.ticker import NullLocator
 
 from stages.figures.style import SOFT, empty, legend_below, look, mean_and_seeds, plt, reference_line, styled
 
+_MOST = 2.0  # end of the axis: the share says how much less the whole model does, and grows without bounds
+
 
 def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
     """Left: by accuracy; right: by logit difference.
@@ -37,7 +39,8 @@ def draw(frame: pd.DataFrame, circuit_sizes: Sequence[float]) -> Figure:
             axes.set_xlim(0, largest)
             axes.set_xlabel("Nodes in place, strongest first (log)")
             axes.grid(axis="y")
-            axes.set_ylim(min(-0.03, float(frame[column].min()) - 0.03), max(1.1, float(frame[column].max()) + 0.06))
+            lowest, highest = float(frame[column].min()), float(frame[column].max())
+            axes.set_ylim(max(-1.0, min(-0.03, lowest - 0.03)), min(_MOST, max(1.1, highest + 0.06)))
             axes.set_title(title)
             reference_line(axes, 1.0, "the whole model", side="left")
             for size in sorted(set(circuit_sizes)):
