@@ -437,8 +437,9 @@ def _circuit(summary: Mapping[str, Any]) -> Section:
                 "How many heads are enough? The (head, position) nodes of the base are put back one after another, "
                 "strongest path-patching score first, everything else being mean-ablated: a curve that rises early "
                 "and stays at 1 is a small circuit that does the task alone. Dotted: the size of the base's circuit. "
-                "Tuned models get the same nodes in the same order. Shares are of each model's own score: above 1, these "
-                "nodes do more alone than the whole model, which then lost the task outside of them (the axis ends at 2).",
+                "Tuned models get the same nodes in the same order. Shares are of each model's own score: above 1, "
+                "these nodes do more alone than the whole model, which then lost the task outside of them (the axis "
+                "ends at 2).",
             ),
             Picture(
                 "knockout",
