@@ -1,6 +1,7 @@
 """Running a preset beside the working copy: a clone for every seed, resumable, and priced beforehand."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from stages.pipeline.cost import estimate, table
 from stages.pipeline.params import load_params
-from stages.pipeline.preset import _cells, copy_with_preset
+from stages.pipeline.preset import CELL_STAGES, _cells, copy_with_preset
 from stages.pipeline.stage import Invalid
 from tests.conftest import REPOSITORY
 
@@ -25,11 +26,21 @@ COLLECT = (
 
 
 def toy_pipeline() -> dict[str, Any]:
-    stages: dict[str, Any] = {
+    first: dict[str, Any] = {
+        name: {"cmd": f"mkdir -p data && cp input data/{name}", "deps": ["input"], "outs": [f"data/{name}"]}
+        for name in ("code", "synthesize")
+    }
+    first["pretrain"] = {
+        "matrix": {"seed": "${seeds}"},
+        "cmd": "mkdir -p models/base && echo ${item.seed} > models/base/${item.seed}",
+        "deps": ["data/code", "data/synthesize"],
+        "outs": ["models/base/${item.seed}"],
+    }
+    stages: dict[str, Any] = first | {
         name: {
             "matrix": {"seed": "${seeds}"},
             "cmd": CELL.format(name),
-            "deps": ["input"],
+            "deps": ["models/base/${item.seed}"],
             "outs": [f"reports/cells/{name}/${{item.seed}}.json"],
         }
         for name in ("evaluate", "matchings", "dcm", "cmap", "drift")
@@ -48,7 +59,7 @@ def working_copy(tmp_path: Path) -> Path:
     (root / PRESET).write_text(yaml.safe_dump(params))
     (root / "params.yaml").write_text(yaml.safe_dump(params | {"seeds": [5]}))
     (root / "dvc.yaml").write_text(yaml.safe_dump(toy_pipeline()))
-    (root / ".gitignore").write_text("/build/\n/reports/cells/\n/trace\n")
+    (root / ".gitignore").write_text("/build/\n/reports/cells/\n/trace\n/models/\n/data/\n")
     (root / "input").write_text("x")
     (root / "reports").mkdir()
     (root / "reports/README.md").write_text("x")
@@ -91,7 +102,7 @@ def test_every_cell_runs_once_and_the_report_has_all(working_copy: Path) -> None
     traced = (working_copy / "build/toy/trace").read_text() if (working_copy / "build/toy/trace").exists() else None
     again = _run(working_copy)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "13 of" in again.stdout
+    assert "18 of" in again.stdout
     if traced is not None:
         assert (working_copy / "build/toy/trace").read_text() == traced, "restored from the cache, not run again"
 
@@ -105,6 +116,42 @@ def test_cells_are_counted_while_a_lock_is_being_written(tmp_path: Path) -> None
     assert _cells([tmp_path / "whole", tmp_path / "none"]) == 4
     assert _cells([tmp_path / "half"]) == 3
     assert _cells([tmp_path / "empty", tmp_path / "half"]) == 3
+
+
+def _traced(root: Path) -> list[str]:
+    trace = root / "build/toy/trace"
+    return trace.read_text().split("\n")[:-1] if trace.exists() else []
+
+
+def test_records_stand_in_for_cells_until_what_made_them_changes(working_copy: Path) -> None:
+    def forget_all_but_records() -> dict[str, bytes]:
+        for folder in ("build", ".dvc/cache"):
+            shutil.rmtree(working_copy / folder)
+        files = (path for path in (working_copy / "reports/toy").rglob("*") if path.is_file())
+        return {str(path): path.read_bytes() for path in files}
+
+    two = ("--set", "seeds=[0, 1]")
+    assert _run(working_copy, *two).returncode == 0
+    assert len(_traced(working_copy)) == 10
+    before = forget_all_but_records()
+    again = _run(working_copy, "--recorded", *two)
+    assert again.returncode == 0 and "from records: [0, 1]" in again.stdout, again.stdout + again.stderr
+    assert _traced(working_copy) == [] and "14 of" in again.stdout
+    assert forget_all_but_records() == before, "report and records are the same bytes"
+    # one more seed, on a machine that has nothing but the records; the second time there is nothing to do
+    for _ in range(2):
+        more = _run(working_copy, "--recorded")
+        assert more.returncode == 0, more.stdout + more.stderr
+        assert sorted(_traced(working_copy)) == sorted(f"{name} 2" for name in CELL_STAGES)
+    report = (working_copy / "reports/toy/summary.json").read_text()
+    assert all(f"{name} {seed}\n" in report for name in CELL_STAGES for seed in range(3))
+    # other input: the records do not fit it
+    forget_all_but_records()
+    (working_copy / "input").write_text("y")
+    other = _run(working_copy, "--recorded", "--set", "seeds=[1]")
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert "seed1.tar.xz: of other code or params, not used" in other.stderr
+    assert len(_traced(working_copy)) == 5
 
 
 def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) -> None:

@@ -9,6 +9,10 @@ every seed gets a clone with its own dvc.lock, all with the cache of the working
 same time as there are cores. When they are done their locks are put together in one more clone, whose `dvc repro` finds
 every cell done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was
 at. Before it starts it says what it will cost.
+
+Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed. With --recorded
+a seed that has them is not run, where code and params are the same: so the report can be made again, or seeds added to
+it, in minutes and on another machine.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params
+from stages.pipeline.records import CELLS, pack, restore
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
@@ -39,6 +44,7 @@ LOCK = "dvc.lock"
 ENTRY = re.compile(r"^  (\S+):$", re.MULTILINE)  # of a cell in a lock
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
+FIRST_STAGES = ("code", "synthesize")  # that are no cells of a seed
 CELL_STAGES = (
     "evaluate",
     "matchings",
@@ -101,7 +107,7 @@ def _files(root: Path) -> set[str]:
     return {name for name in listed.split("\0") if name and (root / name).is_file()}
 
 
-def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) -> int:
+def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, recorded: bool) -> int:
     """Run a preset in build/<name> and copy its results to reports/<name>; returns the exit status.
 
     Args:
@@ -109,6 +115,7 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
         name: of the folders.
         changes: other values of single params.
         workers: cells that run at the same time, of different seeds.
+        recorded: seeds that have not run here and have records in reports/<name>/records are taken from these.
     """
     folder, file = Path("build") / name, PRESETS / f"{preset}.yaml"
     whole = folder / "whole"
@@ -119,19 +126,30 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int) ->
         copy_with_preset(clone, file, changes | {"seeds": [seed]})
     for clone in (whole, *clones.values()):
         _share_cache(clone, Path.cwd() / ".dvc" / "cache")
+    records = Path("reports") / name / "records"
+    known = []  # seeds that need not run
+    if recorded:
+        known = [seed for seed, clone in clones.items() if restore(records / f"seed{seed}.tar.xz", clone, CELL_STAGES)]
+        print(f"from records: {known or 'no seed'}")
     workers = min(workers, len(clones))
     costs, done = estimate(params), _cells(clones.values())
     print(table(costs, workers, done), flush=True)
-    if not _run_cells(clones, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
+    if not _run_cells(clones, known, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
         return 1
     lock = {"schema": "2.0", "stages": _joined((whole, *clones.values()))}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
-    # a checkout cannot restore the report, which is not in the cache
-    subprocess.run([*DVC, "checkout", "--quiet", "--force"], cwd=whole)
-    status = subprocess.run(REPRO, cwd=whole).returncode
+    # a checkout cannot restore the report, which is not in the cache, nor what is not there of seeds from records
+    subprocess.run([*DVC, "checkout", "--quiet", "--force", "--allow-missing"], cwd=whole)
+    for seed in known:
+        shutil.copytree(clones[seed] / CELLS, whole / CELLS, dirs_exist_ok=True)
+    if known:
+        subprocess.run([*DVC, "repro", "--quiet", *FIRST_STAGES], cwd=whole, check=True)
+    status = subprocess.run([*REPRO, "--allow-missing"] if known else REPRO, cwd=whole).returncode
     if status:
         return status
     _publish(whole, Path("reports") / name)
+    for seed, clone in clones.items():
+        pack(clone, records / f"seed{seed}.tar.xz")
     return 0
 
 
@@ -141,12 +159,13 @@ def _share_cache(clone: Path, cache: Path) -> None:
         subprocess.run([*DVC, "config", "--local", option, value], cwd=clone, check=True, capture_output=True)
 
 
-def _run_cells(clones: dict[int, Path], workers: int, folder: Path, done: int, total: int) -> bool:
+def _run_cells(clones: dict[int, Path], known: list[int], workers: int, folder: Path, done: int, total: int) -> bool:
     """Run the cells of every seed, some seeds at the same time, under one progress bar; whether all of them succeeded.
 
-    What DVC and the stages print goes to build/<name>/seed<k>.log. A seed that fails leaves the others alone.
+    What DVC and the stages print goes to build/<name>/seed<k>.log. A seed that fails leaves the others alone; those
+    whose records are known are only counted.
     """
-    waiting, running, failed = list(clones), {}, []
+    waiting, running, failed = [seed for seed in clones if seed not in known], {}, []
     # drawn anew at every cell: they are few, and minutes lie between them
     with tqdm(total=total, initial=done, miniters=1, desc=folder.name, unit="cell") as bar:
         try:
@@ -213,6 +232,7 @@ def main() -> int:
     parser.add_argument("--name", help="of the folders in build/ and reports/; the preset's name unless given")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at the same time")
     parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="another value of one param")
+    parser.add_argument("--recorded", action="store_true", help="take seeds from reports/<name>/records if they fit")
     arguments = parser.parse_args()
     if arguments.preset == "smoke":
         return smoke()
@@ -223,7 +243,7 @@ def main() -> int:
             parser.error(f"--set {text}: must be PARAM=VALUE")
         changes[path] = yaml.safe_load(value)
     name = arguments.name or arguments.preset
-    return exit_status(lambda: run_preset(arguments.preset, name, changes, arguments.workers))
+    return exit_status(lambda: run_preset(arguments.preset, name, changes, arguments.workers, arguments.recorded))
 
 
 if __name__ == "__main__":
