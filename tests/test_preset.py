@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.pipeline.cost import estimate, table
+from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.params import load_params
 from stages.pipeline.preset import CELL_STAGES, _cells, copy_with_preset
 from stages.pipeline.stage import Invalid
@@ -178,5 +178,15 @@ def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     assert costs["dvc"][0] == 4 + seeds * (2 + 4 * arms + 3 * models)
     more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}))
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
+    twice = estimate(params, slower=2.0)
+    assert {stage: (cells, 2 * seconds) for stage, (cells, seconds) in costs.items()} == twice
     hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600
     assert f"about {hours:.1f} hours" in table(costs, 2, 0)
+
+
+def test_a_larger_model_is_slower() -> None:
+    params = load_params(REPOSITORY / "params.yaml")
+    size = params.pretrain.model
+    deeper = size.model_copy(update={"layers": 4 * size.layers})
+    large = params.model_copy(update={"pretrain": params.pretrain.model_copy(update={"model": deeper})})
+    assert slowness(large) > 2 * slowness(params) > 0

@@ -1,12 +1,15 @@
 """What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
 
-The figures are those of the default preset on two otherwise idle cores of a small server; other machines differ, and
-so do models of another size. They are for planning, not for reporting.
+The figures are those of the default preset on two otherwise idle cores of a small server. A training step of the
+params' own model, timed here, says how much slower this machine with that model is. They are for planning, not for
+reporting.
 """
 
+import time
 from typing import Any
 
-# measured seconds of one core in the default preset
+# measured seconds of one core in the default preset, where a step of `slowness` takes REFERENCE_STEP
+REFERENCE_STEP = 0.165
 PRETRAIN_STEP = 0.48  # 64 contexts
 TRAIN_STEP = 0.25  # 64 prompts
 PROBE = 0.0013  # one prompt
@@ -19,11 +22,34 @@ MATCHINGS = 14.0  # the other checkpoints of an arm
 DVC, DVC_PER_CELL = 0.5, 0.008
 
 
-def estimate(params: Any) -> dict[str, tuple[int, float]]:
+def slowness(params: Any) -> float:
+    """How often longer than on the machine of the figures a training step takes here, with the params' own model.
+
+    Args:
+        params: validated params (`stages.pipeline.params.load_params`).
+    """
+    import torch  # takes seconds, which who only counts cells should not pay
+
+    size = params.pretrain.model
+    torch.set_num_threads(1)
+    # about the work of the base's layers, without importing its implementation
+    layer = torch.nn.TransformerEncoderLayer(size.width, size.heads, size.mlp, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
+    prompts = torch.zeros(64, 7 * params.synthesize.boxes + 6, size.width)
+    seconds = []
+    for _ in range(8):  # the first one allocates, others may be disturbed
+        start = time.perf_counter()
+        model(prompts).sum().backward()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / REFERENCE_STEP
+
+
+def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
     """Number of cells and core seconds by stage.
 
     Args:
         params: validated params (`stages.pipeline.params.load_params`).
+        slower: how often longer everything takes than where the figures were measured.
     """
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
     found = {
@@ -41,7 +67,7 @@ def estimate(params: Any) -> dict[str, tuple[int, float]]:
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
     cells = sum(number for number, _ in found.values())
     found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / seeds / 2))
-    return found
+    return {stage: (number, slower * seconds) for stage, (number, seconds) in found.items()}
 
 
 def table(costs: dict[str, tuple[int, float]], workers: int, done: int) -> str:

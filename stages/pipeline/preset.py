@@ -31,7 +31,7 @@ import yaml
 from tqdm import tqdm
 
 from stages.pipeline.command import DVC, exit_status
-from stages.pipeline.cost import estimate, table
+from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params
 from stages.pipeline.records import CELLS, pack, restore
@@ -132,7 +132,7 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
         known = [seed for seed, clone in clones.items() if restore(records / f"seed{seed}.tar.xz", clone, CELL_STAGES)]
         print(f"from records: {known or 'no seed'}")
     workers = min(workers, len(clones))
-    costs, done = estimate(params), _cells(clones.values())
+    costs, done = estimate(params, slowness(params)), _cells(clones.values())
     print(table(costs, workers, done), flush=True)
     if not _run_cells(clones, known, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
         return 1
