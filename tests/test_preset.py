@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,27 @@ def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) ->
     assert result.returncode == 1
     assert "seed0.log" in result.stderr and "cmap" in (working_copy / "build/toy/seed0.log").read_text()
     assert not (working_copy / "reports/toy").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_background_it_leaves_nothing_running(working_copy: Path, number: signal.Signals) -> None:
+    pipeline = toy_pipeline()
+    pipeline["stages"]["pretrain"]["cmd"] = "echo $$ >> ../running && exec sleep 600"
+    (working_copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    command = [sys.executable, "-m", "stages.pipeline.preset", "toy", "--workers", "2"]
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what runs in the background
+    preset = subprocess.Popen(command, cwd=working_copy, env=_environment(working_copy), stdout=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, ignored)
+    running = working_copy / "build/toy/running"
+    deadline = time.monotonic() + 120
+    while not running.exists() or len(running.read_text().split()) < 2:
+        assert preset.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    preset.send_signal(number)
+    assert preset.wait(timeout=60) == 130
+    cells = [int(process) for process in running.read_text().split()]
+    assert len(cells) == 2, "no other seed has been started"
+    assert not [process for process in cells if Path(f"/proc/{process}").exists()]
 
 
 def test_a_change_of_an_unknown_param_is_refused(working_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -174,15 +175,20 @@ def _run_cells(clones: dict[int, Path], known: list[int], workers: int, folder: 
                     seed = waiting.pop(0)
                     with clones[seed].with_suffix(".log").open("a", encoding="utf-8") as log:
                         command = [*REPRO, *CELL_STAGES]
-                        running[seed] = subprocess.Popen(command, cwd=clones[seed], stdout=log, stderr=log)
+                        running[seed] = subprocess.Popen(
+                            command, cwd=clones[seed], stdout=log, stderr=log, process_group=0
+                        )
                 time.sleep(5)
                 bar.update(max(0, _cells(clones.values()) - bar.n))
                 ended = {seed: worker.returncode for seed, worker in running.items() if worker.poll() is not None}
                 failed += [seed for seed, status in ended.items() if status]
                 running = {seed: worker for seed, worker in running.items() if seed not in ended}
-        finally:
+        except KeyboardInterrupt:
+            for worker in running.values():  # each with all its processes, which the keys do not reach
+                os.killpg(worker.pid, signal.SIGINT)
             for worker in running.values():
-                worker.wait()  # Ctrl-C reaches them, too
+                worker.wait()
+            raise
     for seed in failed:
         print(f"error: seed {seed} failed: see {clones[seed].with_suffix('.log')}", file=sys.stderr)
     return not failed
@@ -243,6 +249,8 @@ def main() -> int:
             parser.error(f"--set {text}: must be PARAM=VALUE")
         changes[path] = yaml.safe_load(value)
     name = arguments.name or arguments.preset
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in the background without the first
+        signal.signal(number, signal.default_int_handler)
     return exit_status(lambda: run_preset(arguments.preset, name, changes, arguments.workers, arguments.recorded))
 
 
