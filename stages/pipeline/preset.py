@@ -35,13 +35,12 @@ from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params
-from stages.pipeline.records import CELLS, pack, restore
+from stages.pipeline.records import CELLS, LOCK, pack, restore
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
 REPRO = [*WARM, *DVC, "repro"]
 PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
-LOCK = "dvc.lock"
 ENTRY = re.compile(r"^  (\S+):$", re.MULTILINE)  # of a cell in a lock
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
@@ -127,10 +126,11 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
         copy_with_preset(clone, file, changes | {"seeds": [seed]})
     for clone in (whole, *clones.values()):
         _share_cache(clone, Path.cwd() / ".dvc" / "cache")
-    records = Path("reports") / name / "records"
+    report = Path("reports") / name
+    archives = {seed: report / "records" / f"seed{seed}.tar.xz" for seed in clones}
     known = []  # seeds that need not run
     if recorded:
-        known = [seed for seed, clone in clones.items() if restore(records / f"seed{seed}.tar.xz", clone, CELL_STAGES)]
+        known = [seed for seed, clone in clones.items() if restore(archives[seed], clone, CELL_STAGES)]
         print(f"from records: {known or 'no seed'}")
     workers = min(workers, len(clones))
     costs, done = estimate(params, slowness(params)), _cells(clones.values())
@@ -148,9 +148,9 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
     status = subprocess.run([*REPRO, "--allow-missing"] if known else REPRO, cwd=whole).returncode
     if status:
         return status
-    _publish(whole, Path("reports") / name)
+    _publish(whole, report)
     for seed, clone in clones.items():
-        pack(clone, records / f"seed{seed}.tar.xz")
+        pack(clone, archives[seed])
     return 0
 
 
