@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
 
-.PHONY: help repro test tests-a-to-r tests-s-to-z smoke full bench clean-env
+.PHONY: help repro report test tests-a-to-r tests-s-to-z smoke full bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -30,6 +30,9 @@ tests-a-to-r:
 
 tests-s-to-z:
 	python -m pytest tests/test_[!a-r]*.py
+
+report: $(READY) ## statistics and report alone, from the records of the committed run: trains nothing, a minute or two
+	python -m stages.pipeline.records
 
 smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
 	python -m stages.pipeline.preset smoke

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.stage import Cell, Invalid, run
-from stages.statistics.adjustment import Adjustment, adjust
+from stages.statistics.adjustment import Adjustment, adjust, p_values
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare, left_out_bases
 from stages.statistics.frames import training_curves
@@ -37,6 +37,7 @@ def main(cell: Cell) -> None:
         secondary=tuple(section.secondary_measures),
         base_faithfulness=section.base_faithfulness,
         contrasts=tuple((arm, reference) for arm, reference in section.contrasts),
+        controls=tuple((arm, reference) for arm, reference in section.controls),
         confidence=section.confidence,
         alpha=section.alpha,
         power=section.power,
@@ -49,15 +50,17 @@ def main(cell: Cell) -> None:
         outcome=plan.primary,
         distance=section.adjust_for,
         families=section.families,
-        contrasts=plan.contrasts,
+        contrasts=plan.contrasts + plan.controls,
         forgetting=section.forgetting,
         predictors=section.predictors,
         confidence=plan.confidence,
     )
     left_out = left_out_bases(cells, plan)
     curves = training_curves(CELLS, cells)
-    statistics = {"new_task": cell.params("new_task")} | compare(cells, plan)
-    statistics["adjustment"] = adjust(cells, adjustment, left_out)
+    adjusted = adjust(cells, adjustment, left_out)
+    statistics = (
+        {"new_task": cell.params("new_task")} | compare(cells, plan, p_values(adjusted)) | {"adjustment": adjusted}
+    )
     statistics["similarity"] = compare_circuits(cells, plan, CELLS)
     statistics["matchings"] = compare_matchings(cells, plan)
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])

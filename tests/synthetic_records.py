@@ -69,10 +69,9 @@ class Experiment:
             ("self_sft", "sft_gold"),
             ("grpo", "reinforce"),
             ("grpo", "self_sft"),
-            ("sft_replay", "sft_gold"),
-            ("noise", "sft_gold"),
         )
     )
+    controls: Sequence[tuple[str, str]] = field(default=(("sft_replay", "sft_gold"), ("noise", "sft_gold")))
 
     def params(self) -> dict[str, Any]:
         """What a stage reads of params.yaml."""
@@ -94,6 +93,7 @@ class Experiment:
                     "drift.new.kl",
                 ],
                 contrasts=[list(pair) for pair in self.contrasts],
+                controls=[list(pair) for pair in self.controls if set(pair) <= set(self.arms)],
                 confidence=0.95,
                 alpha=0.05,
                 power=0.8,

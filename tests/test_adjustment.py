@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from statsmodels.formula.api import ols
 
-from stages.statistics.adjustment import Adjustment, adjust, fit, left_out_r2
+from stages.statistics.adjustment import Adjustment, adjust, fit, left_out_r2, p_values
 from stages.statistics.cells import Cells
 from stages.statistics.paired import t_interval
 from stages.statistics.wording import adjustment_sentences
@@ -52,8 +52,8 @@ def test_against_dummy_variables(predictors: list[str]) -> None:
     part = frame(5).iloc[:-1]  # seeds of unequal size, too
     found = fit(part, "y", predictors, predictors[0], 0.95)
     result = ols(f"y ~ {' + '.join(predictors)} + C(seed)", part).fit()
-    expected = [result.params[predictors[0]], *result.conf_int(0.05).loc[predictors[0]]]
-    error = np.abs(np.array([found["effect"], *found["ci"]]) - expected).max()
+    expected = [result.params[predictors[0]], *result.conf_int(0.05).loc[predictors[0]], result.pvalues[predictors[0]]]
+    error = np.abs(np.array([found["effect"], *found["ci"], found["p"]]) - expected).max()
     print("max error", error)
     assert error <= 1e-12 and found["why_not"] is None
 
@@ -73,6 +73,32 @@ def test_r2_of_left_out_seeds_by_hand() -> None:
     found = fit(part, "y", ["method", "kl"], "method", 0.95)["r2"]
     print("R2", found, "error", abs(found - (1 - wrong / total)))
     assert found == pytest.approx(1 - wrong / total, abs=1e-12) and 0.5 < found < 1
+
+
+def test_prediction_by_hand() -> None:
+    """Squared errors of each seed's arms with the slope of the other seeds, averaged in the seed."""
+    cells = experiment(4)
+    found = adjust(cells, ASKED, {})["prediction"]
+    rows = [
+        {"seed": seed, "loss": -(cells.value(ASKED.forgetting, arm, seed) or 0.0)}
+        | {str(k): cells.value(ASKED.predictors[k], arm, seed) for k in (0, 1)}
+        for arm in ARMS
+        for seed in cells.seeds
+    ]
+    part = pd.DataFrame(rows)
+    part = part.assign(
+        **{name: part[name] - part.groupby("seed")[name].transform("mean") for name in ("loss", "0", "1")}
+    )
+    expected = {}
+    for seed in cells.seeds:
+        inside, rest = part[part["seed"] == seed], part[part["seed"] != seed]
+        errors = []
+        for name in ("0", "1"):
+            slope = (rest[name] * rest["loss"]).sum() / (rest[name] ** 2).sum()
+            errors.append(((inside["loss"] - slope * inside[name]) ** 2).mean())
+        expected[seed] = errors[1] - errors[0]
+    assert found["values"] == pytest.approx(expected, abs=1e-15)
+    assert found["difference"] == pytest.approx(np.mean(list(expected.values()))) and found["p"] == 2 / 2**4
 
 
 def test_noise_predicts_nothing_that_was_not_fitted() -> None:
@@ -106,6 +132,10 @@ def test_what_was_planted_is_found() -> None:
     r2 = {entry["measure"]: entry["r2"] for entry in found["predictors"]}
     assert r2["drift.old.kl"] > 0.9 and r2["drift.new.kl"] < 0.1 and r2["evaluate.circuit.retention"] < 0.1
     assert found["predictors"][0]["effect"] == pytest.approx(0.3, abs=0.02)
+    assert family["adjusted_p"] < 0.05 and p_values(found) == [family["adjusted_p"], found["prediction"]["p"]]
+    assert (
+        found["prediction"]["n"] == 19 and found["prediction"]["p"] < 0.001 and "3" not in found["prediction"]["values"]
+    )
     first, second = adjustment_sentences(found, 0.95)
     assert "leaves zero out" in first and "best predicted by KL on old-task prompts" in second
 

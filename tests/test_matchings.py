@@ -1,5 +1,6 @@
 """Matchings: what is picked, the circuit in the picked checkpoints, their statistics, and the hypervolume."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,17 @@ from tests.synthetic_records import FAR, Experiment
 from tests.test_ablation import AT, IDS, MEMORY, random_model
 
 PLAN = Plan(
-    "evaluate.circuit.retention", (), 0.9, (("grpo", "sft_gold"), ("noise", "sft_gold")), 0.95, 0.05, 0.8, 0.05, 9, 0
+    "evaluate.circuit.retention",
+    (),
+    0.9,
+    (("grpo", "sft_gold"),),
+    (("noise", "sft_gold"),),
+    0.95,
+    0.05,
+    0.8,
+    0.05,
+    9,
+    0,
 )
 EXPERIMENT = Experiment(
     seeds=range(4),
@@ -102,7 +113,7 @@ def test_a_run_that_must_not_learn_does_not_make_a_level_a_selection(tmp_path: P
     )
     experiment.write(tmp_path)
     cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *arms], arms)
-    plan = replace(PLAN, contrasts=(("grpo", "sft_gold"),))
+    plan = replace(PLAN, controls=())
     found = {entry["name"]: entry for entry in compare_matchings(cells, plan)}["accuracy_0_9"]
     assert (found["reached"], found["of"], found["selected"]) == (4, 4, False)
     assert found["arms"]["random_reward"]["reached"] == 0
@@ -115,6 +126,21 @@ def test_what_circuits_do_alone_is_stated_as_accuracy(cells: Cells) -> None:
     of = {kind: rows["accuracy"].tolist() for kind, rows in part.groupby("kind")}
     assert of["whole model"] == [record["old_accuracy"]] and of["base circuit"] == [record["circuit"]["accuracy"]]
     assert of["random"] == [share * record["old_accuracy"] for share in record["random"]["faithfulness"]]
+
+
+def test_random_circuits_of_a_model_that_answers_nothing(tmp_path: Path) -> None:
+    """Shares of nothing are undefined, and are no points of the figure."""
+    experiment = Experiment(seeds=(0,), arms=("sft_gold", "grpo"))
+    experiment.write(tmp_path)
+    path = tmp_path / "reports/cells/evaluate/grpo/0.json"
+    record = json.loads(path.read_text())
+    record["old_accuracy"], record["random"]["faithfulness"] = 0.0, [None] * 20
+    path.write_text(json.dumps(record))
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    frame = circuits_and_nulls(cells)
+    of_grpo = frame[frame["model"] == "grpo"]
+    assert of_grpo[of_grpo["kind"] == "whole model"]["accuracy"].tolist() == [0.0]
+    assert "random" not in set(of_grpo["kind"]) and "random" in set(frame[frame["model"] == "base"]["kind"])
 
 
 def test_every_matching_by_hand(cells: Cells) -> None:

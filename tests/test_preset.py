@@ -14,7 +14,8 @@ import yaml
 
 from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.params import load_params
-from stages.pipeline.preset import CELL_STAGES, _cells, copy_with_preset
+from stages.pipeline.preset import _cells, copy_with_preset
+from stages.pipeline.records import CELL_STAGES
 from stages.pipeline.stage import Invalid
 from tests.conftest import REPOSITORY
 
@@ -154,6 +155,38 @@ def test_records_stand_in_for_cells_until_what_made_them_changes(working_copy: P
     assert other.returncode == 0, other.stdout + other.stderr
     assert "seed1.tar.xz: of other code or params, not used" in other.stderr
     assert len(_traced(working_copy)) == 5
+
+
+def test_the_report_again_from_the_records_of_the_working_copy(working_copy: Path) -> None:
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        command = (sys.executable, "-m", *command)
+        return subprocess.run(command, cwd=working_copy, env=_environment(working_copy), capture_output=True, text=True)
+
+    trace, summary = working_copy.parent / "trace", working_copy / "reports/summary.json"
+    assert run("stages.pipeline.records", "--keep").returncode == 2, "nothing has run"
+    assert run("dvc", "repro").returncode == 0
+    assert run("stages.pipeline.records", "--keep").returncode == 0
+    refused = run("stages.pipeline.records")
+    assert refused.returncode == 2 and "reports/cells is there" in refused.stderr
+    before, lock = summary.read_text(), (working_copy / "dvc.lock").read_text()
+    assert len(trace.read_text().split()) == 2 * len(CELL_STAGES) and before
+
+    # as in a fresh clone, and with a report whose code or params have changed
+    for folder in ("models", "data", "reports/cells", ".dvc/cache"):
+        shutil.rmtree(working_copy / folder)
+    trace.unlink()
+    summary.write_text("")
+    again = run("stages.pipeline.records")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert summary.read_text() == before and not trace.exists()
+    assert (working_copy / "dvc.lock").read_text() == lock
+
+    # other input: the records do not fit it, and nothing is lost
+    shutil.rmtree(working_copy / "reports/cells")
+    (working_copy / "input").write_text("y")
+    other = run("stages.pipeline.records")
+    assert other.returncode == 2 and "other code or params" in other.stderr
+    assert (working_copy / "dvc.lock").read_text() == lock and summary.read_text() == before and not trace.exists()
 
 
 def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) -> None:

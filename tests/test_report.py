@@ -30,7 +30,7 @@ LARGE = Experiment(
     arms=("sft_gold", "grpo", "sft_replay", "noise"),
     unreached=frozenset({("grpo", 3)}),
     hidden=frozenset({2}),
-    contrasts=(("grpo", "sft_gold"), ("sft_replay", "sft_gold"), ("noise", "sft_gold")),
+    contrasts=(("grpo", "sft_gold"),),
 )
 WRITTEN = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv")
 
@@ -102,12 +102,14 @@ def _derived(summary: dict[str, Any]) -> dict[str, Any]:
     """Numbers that a reader can count off in the summary: percent, lengths of lists."""
     plan = summary["plan"][0]
     excluded = [len(entry["excluded"]) for entry in summary["table_contrasts"]]
-    return summary | {"counted": [100 * plan["confidence"], 100 * plan["power"], len(plan["contrasts"]), *excluded, 1]}
+    return summary | {
+        "counted": [100 * plan["confidence"], 100 * plan["power"], len(summary["table_family"]), *excluded, 1]
+    }
 
 
 def test_every_number_is_in_the_summary(written: Path) -> None:
     summary = read_json(written / "summary.json")
-    text = re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b", "", (written / "report.md").read_text())
+    text = re.sub(r"\]\(figures/[^)]*\)|\b[HC]\d+\b", "", (written / "report.md").read_text())
     assert len(re.findall(r"\d\.\d", text)) > 100
     assert _unknown_numbers(text, _derived(summary)) == []
 
@@ -157,7 +159,7 @@ def test_the_same_task_asks_whether_the_mechanism_is_enhanced(tmp_path: Path, wr
     assert rows["Goat-7B"]["faithfulness"] == pytest.approx(0.73 / 0.82)
     assert {row["arm"] for row in summary["table_enhancing_heads"]} == {"sft_gold", "grpo"}
     assert "## Is the existing mechanism enhanced?" in text and "| Vicuna-7B | " in text
-    assert _unknown_numbers(re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b|-7B", "", text), _derived(summary)) == []
+    assert _unknown_numbers(re.sub(r"\]\(figures/[^)]*\)|\b[HC]\d+\b|-7B", "", text), _derived(summary)) == []
     assert "enhanced?" not in (written / "report.md").read_text()
 
 
@@ -305,7 +307,7 @@ def test_weak_bases_are_left_out_and_named(tmp_path: Path, weak: set[int]) -> No
         for seed in weak:
             assert f"Seed {seed}: its base circuit reaches 0.484 of the model; it is left out" in text
         assert not re.search(r"\b(nan|None)\b", re.sub(r'src="[^"]*"', "", text))
-    text = re.sub(r"\]\(figures/[^)]*\)|\bH\d+\b", "", (tmp_path / "reports/report.md").read_text())
+    text = re.sub(r"\]\(figures/[^)]*\)|\b[HC]\d+\b", "", (tmp_path / "reports/report.md").read_text())
     assert _unknown_numbers(text, _derived(summary)) == []
 
 

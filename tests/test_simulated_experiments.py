@@ -8,6 +8,7 @@ of them above what it must not exceed.
 import numpy as np
 import pytest
 
+from stages.statistics.adjustment import Adjustment, adjust, p_values
 from stages.statistics.cells import Cells
 from stages.statistics.contrasts import Plan, compare
 from stages.statistics.hierarchical import difference, hierarchical_interval
@@ -25,6 +26,7 @@ PLAN = Plan(
     secondary=(),
     base_faithfulness=0.9,
     contrasts=PAIRS,
+    controls=tuple(Experiment().controls),
     confidence=1 - LEVEL,
     alpha=LEVEL,
     power=0.8,
@@ -70,6 +72,9 @@ def test_intervals_cover_and_tests_rarely_err(n: int, effects: dict[str, float])
     nothing = [number for number, true in enumerate(truth) if true == 0]
     single = np.mean([contrasts[number]["p"] <= LEVEL for contrasts in results for number in nothing])
     family = np.mean([any(contrasts[number]["p_holm"] <= LEVEL for number in nothing) for contrasts in results])
+    assert all(
+        contrasts[number]["p_holm"] is None for contrasts in results for number in range(len(PAIRS), len(PLAN.named))
+    )
     power, equal = (np.mean([contrasts[0][p] <= LEVEL for contrasts in results]) for p in ("p", "p_equivalent"))
     print(f"n = {n}: coverage {np.mean(covered):.3f} ({min(covered):.3f} to {max(covered):.3f} by contrast),", end=" ")
     print(f"false positives {single:.3f}, in a family {family:.3f}, H1 significant {power:.3f}, equal {equal:.3f}")
@@ -81,6 +86,50 @@ def test_intervals_cover_and_tests_rarely_err(n: int, effects: dict[str, float])
         assert power > 0.8 and equal <= ALLOWED
     else:
         assert single > 0.03 and equal > 0.8  # the level is used: up to 12 of the 256 patterns
+
+
+FAMILIES = {"RL": ("grpo", "reinforce"), "SFT": ("sft_gold", "self_sft")}
+OLD, OTHER = "drift.old.kl", "drift.old.tv"
+ASKED = Adjustment(
+    outcome=MEASURE,
+    distance="drift.new.kl",
+    families=FAMILIES,
+    contrasts=(),
+    forgetting="evaluate.old_accuracy",
+    predictors=(OLD, OTHER),
+    confidence=1 - LEVEL,
+)
+
+
+def distances(rng: np.random.Generator, n: int, method: float, first: float) -> Cells:
+    """RL moves less than SFT and keeps `method` more at the same distance. The loss goes by two more distances of one
+    distribution, in the shares `first` and 1 - `first`."""
+    seeds, records = tuple(str(seed) for seed in range(n)), {}
+    for seed, shared in zip(seeds, rng.normal(0, 0.1, n), strict=True):
+        for arm in (arm for family in FAMILIES.values() for arm in family):
+            rl = arm in FAMILIES["RL"]
+            new, old, other = rng.normal(2.0 if rl else 3.0, 0.5), *np.abs(rng.normal(0, 0.5, 2))
+            kept = 0.9 + shared + method * rl - 0.05 * new + rng.normal(0, 0.025)
+            accuracy = 0.95 - 0.3 * (first * old + (1 - first) * other) + rng.normal(0, 0.03)
+            records["drift", arm, seed] = {"new": {"kl": new}, "old": {"kl": old, "tv": other}}
+            records["evaluate", arm, seed] = {"circuit": {"retention": kept}, "old_accuracy": accuracy}
+            records["match", arm, seed] = {"reached": True}
+    return Cells(seeds, ("base", *(arm for family in FAMILIES.values() for arm in family)), records, ())
+
+
+@pytest.mark.parametrize(("method", "first"), [(0.0, 0.5), (0.1, 1.0)], ids=["nothing", "an effect"])
+def test_the_hypotheses_that_are_no_contrasts(method: float, first: float) -> None:
+    rng = np.random.default_rng(8)
+    found = [adjust(distances(rng, 8, method, first), ASKED, {}) for _ in range(EXPERIMENTS)]
+    bounds = np.array([entry["effects"][0]["adjusted_ci"] for entry in found])
+    covered = np.mean((bounds[:, 0] <= method) & (method <= bounds[:, 1]))
+    by_distance, by_prediction = np.mean(np.array([p_values(entry) for entry in found]) <= LEVEL, axis=0)
+    print(f"coverage {covered:.3f}; significant: method {by_distance:.3f}, prediction {by_prediction:.3f}")
+    assert 0.93 <= covered <= 0.97
+    if method:
+        assert by_distance > 0.5 and by_prediction > 0.8
+    else:
+        assert by_distance <= ALLOWED and by_prediction <= ALLOWED
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_detectable_difference_and_provable_margin(n: int) -> None:
 
 
 PLAN = Plan(
-    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), 0.95, 0.05, 0.8, 0.05, 500, 0
+    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), (), 0.95, 0.05, 0.8, 0.05, 500, 0
 )
 
 

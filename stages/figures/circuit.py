@@ -78,8 +78,15 @@ def draw(
                 if place % columns == 0:
                     panel.set_ylabel("Layer", fontsize=8)
                 panel.text(0, 1.02, notes.get(arm, ""), transform=panel.transAxes, fontsize=8, color=SOFT)
+            shown = min(rows, 2)  # as long as two rows at most, however many there are
             bar = lower.colorbar(
-                ScalarMappable(scale, _MAP), ax=panels, location="right", shrink=0.9, pad=0.01, aspect=30
+                ScalarMappable(scale, _MAP),
+                ax=panels,
+                location="right",
+                shrink=0.9 * shown / rows,
+                pad=0.01,
+                aspect=15 * shown,
+                anchor=(0.0, 1.0 if rows > shown else 0.5),
             )
             bar.set_label("Weight change / norm of the head")
             bar.outline.set_visible(False)  # type: ignore[operator]

@@ -134,9 +134,10 @@ def _answer(summary: Mapping[str, Any]) -> Section:
     return Section(
         "The contrasts",
         (
-            f"Primary measure: {short_name(plan['primary'])}, the share {phrase(plan['primary'])} that is "
-            "left. The contrasts were fixed in params.yaml before the runs; their p values are corrected "
-            f"together (Holm, {count(len(plan['contrasts']), 'contrast')}).",
+            f"Primary measure: {short_name(plan['primary'])}, the share {phrase(plan['primary'])} that is left. The "
+            "hypotheses (H) were fixed in params.yaml before the runs; their p values are corrected together (Holm, "
+            f"{len(summary['table_family'])} hypotheses, the last two of which are not about two arms). Controls (C) "
+            "say whether the experiment could have shown anything; they are not corrected.",
         ),
         (
             Picture(
@@ -174,7 +175,44 @@ def _answer(summary: Mapping[str, Any]) -> Section:
                 rows,
                 2,
             ),
+            _further_hypotheses(summary),
         ),
+    )
+
+
+def _further_hypotheses(summary: Mapping[str, Any]) -> Table:
+    adjustment, percent = summary["adjustment"][0], f"{100 * summary['plan'][0]['confidence']:g} %"
+    effect, prediction = adjustment["effects"][0], adjustment["prediction"]
+    by_distance, by_prediction = summary["table_family"][-2:]
+    better, worse = (short_name(measure) for measure in (prediction["measures"] + ["–", "–"])[:2])
+    return Table(
+        f"The two hypotheses that are not about two arms. {by_distance['name']}: t test of the method's effect in a "
+        f"linear model with the distance and the seed (an effect above zero: {effect['name'].split(' − ')[0]} keeps "
+        f"more). {by_prediction['name']}: exact sign-flip test of how much larger the squared errors of the one "
+        "prediction of the loss are than those of the other, in seeds that were not fitted. More of both under "
+        "“Forgetting against distance”.",
+        ("Hypothesis", "Seeds", "Estimate", f"{percent} interval", "p", "Holm p"),
+        (
+            (
+                f"{by_distance['name']}: {effect['name']}, {short_name(adjustment['outcome'])}, at equal "
+                f"{short_name(adjustment['distance'])}",
+                str(effect["n"]),
+                number(effect["adjusted_effect"], signed=True),
+                _interval(effect["adjusted_ci"]),
+                number(by_distance["p"], 4),
+                number(by_distance["p_holm"], 4),
+            ),
+            (
+                f"{by_prediction['name']}: loss of {short_name(adjustment['forgetting'])} predicted by {better} better "
+                f"than by {worse}",
+                str(prediction["n"]),
+                number(prediction["difference"], signed=True),
+                "–",
+                number(by_prediction["p"], 4),
+                number(by_prediction["p_holm"], 4),
+            ),
+        ),
+        1,
     )
 
 

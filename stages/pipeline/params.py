@@ -360,6 +360,7 @@ class Contrast(Section):
     primary_measure: str
     secondary_measures: list[str]
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    controls: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     alpha: Annotated[float, Field(gt=0, lt=1)]
     power: Annotated[float, Field(gt=0, lt=1)]
@@ -449,11 +450,11 @@ def _check_axes(params: Params) -> None:
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
         valid = ", ".join(arm for arm in params.arms if arm != "noise")
         raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
-    for pair in params.contrast.contrasts:
-        for arm in pair:
+    for key in ("contrasts", "controls"):
+        for arm in (arm for pair in getattr(params.contrast, key) for arm in pair):
             if arm not in params.arms:
                 valid = ", ".join(params.arms)
-                raise Invalid(f"params.yaml: contrast.contrasts: '{arm}' must be one of the arms {valid}")
+                raise Invalid(f"params.yaml: contrast.{key}: '{arm}' must be one of the arms {valid}")
 
     members = [arm for family in params.contrast.families.values() for arm in family]
     for arm in members:

@@ -10,9 +10,9 @@ same time as there are cores. When they are done their locks are put together in
 every cell done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was
 at. Before it starts it says what it will cost.
 
-Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed. With --recorded
-a seed that has them is not run, where code and params are the same: so the report can be made again, or seeds added to
-it, in minutes and on another machine.
+Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed, which is written
+as soon as the seed is done. With --recorded a seed that has them is not run, where code and params are the same: so the
+report can be made again, or seeds added to it, in minutes and on another machine.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params
-from stages.pipeline.records import CELLS, LOCK, pack, restore
+from stages.pipeline.records import CELL_STAGES, CELLS, FIRST_STAGES, LOCK, pack, restore
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
@@ -44,14 +44,6 @@ PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
 ENTRY = re.compile(r"^  (\S+):$", re.MULTILINE)  # of a cell in a lock
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
 PRESETS = Path("stages/presets")
-FIRST_STAGES = ("code", "synthesize")  # that are no cells of a seed
-CELL_STAGES = (
-    "evaluate",
-    "matchings",
-    "dcm",
-    "cmap",
-    "drift",
-)  # what the statistics read; DVC runs what they need, too
 RESULTS = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv", "figures")
 
 
@@ -130,12 +122,13 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
     archives = {seed: report / "records" / f"seed{seed}.tar.xz" for seed in clones}
     known = []  # seeds that need not run
     if recorded:
-        known = [seed for seed, clone in clones.items() if restore(archives[seed], clone, CELL_STAGES)]
+        known = [seed for seed, clone in clones.items() if restore(archives[seed], clone)]
         print(f"from records: {known or 'no seed'}")
     workers = min(workers, len(clones))
     costs, done = estimate(params, slowness(params)), _cells(clones.values())
     print(table(costs, workers, done), flush=True)
-    if not _run_cells(clones, known, workers, folder, done, total=costs["dvc"][0] - 2):  # all but contrast and report
+    # all but contrast and report
+    if not _run_cells(clones, known, archives, workers, folder, done, total=costs["dvc"][0] - 2):
         return 1
     lock = {"schema": "2.0", "stages": _joined((whole, *clones.values()))}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
@@ -149,8 +142,6 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
     if status:
         return status
     _publish(whole, report)
-    for seed, clone in clones.items():
-        pack(clone, archives[seed])
     return 0
 
 
@@ -160,11 +151,19 @@ def _share_cache(clone: Path, cache: Path) -> None:
         subprocess.run([*DVC, "config", "--local", option, value], cwd=clone, check=True, capture_output=True)
 
 
-def _run_cells(clones: dict[int, Path], known: list[int], workers: int, folder: Path, done: int, total: int) -> bool:
+def _run_cells(
+    clones: dict[int, Path],
+    known: list[int],
+    archives: dict[int, Path],
+    workers: int,
+    folder: Path,
+    done: int,
+    total: int,
+) -> bool:
     """Run the cells of every seed, some seeds at the same time, under one progress bar; whether all of them succeeded.
 
-    What DVC and the stages print goes to build/<name>/seed<k>.log. A seed that fails leaves the others alone; those
-    whose records are known are only counted.
+    What DVC and the stages print goes to build/<name>/seed<k>.log. The records of a seed that is done go to its file
+    among the archives. A seed that fails leaves the others alone; those whose records are known are only counted.
     """
     waiting, running, failed = [seed for seed in clones if seed not in known], {}, []
     # drawn anew at every cell: they are few, and minutes lie between them
@@ -182,6 +181,8 @@ def _run_cells(clones: dict[int, Path], known: list[int], workers: int, folder: 
                 bar.update(max(0, _cells(clones.values()) - bar.n))
                 ended = {seed: worker.returncode for seed, worker in running.items() if worker.poll() is not None}
                 failed += [seed for seed, status in ended.items() if status]
+                for seed in (seed for seed, status in ended.items() if not status):
+                    pack(clones[seed], archives[seed])
                 running = {seed: worker for seed, worker in running.items() if seed not in ended}
         except KeyboardInterrupt:
             for worker in running.values():  # each with all its processes, which the keys do not reach

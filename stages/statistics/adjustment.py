@@ -1,11 +1,13 @@
-"""What a distance between outputs explains: hypotheses H5 and H6 of the plan.
+"""What a distance between outputs explains: the two hypotheses of the plan that are no contrasts of arms.
 
-H5: does the method still matter where the distance moved is taken into account? A linear model of the primary measure
-on method and distance, with the seed as block and one value of each method a seed; the coefficient of the method is its
-partial effect. The distance is itself an outcome of the method, so this says what goes together, not what would happen
-if the distance were held.
+The method's effect (H5 of the default plan): does the method still matter where the distance moved is taken into
+account? A linear model of the primary measure on method and distance, with the seed as block and one value of each
+method a seed; the coefficient of the method is its partial effect, and p is of its t test. The distance is itself an
+outcome of the method, so this says what goes together, not what would happen if the distance were held.
 
-H6: which distance predicts how much of the old task is lost? One line for each predictor, with the seed as block.
+Prediction (H6): which distance predicts how much of the old task is lost? One line for each predictor, with the seed as
+block. Tested is whether the first predictor does better than the second in seeds that were not fitted: the squared
+errors of the arms of a seed are averaged, and the differences of the seeds go through the exact sign-flip test.
 
 Blocks are taken out by taking all values as deviations from the mean of their seed, which gives the same coefficients
 as one dummy variable for each seed. How well a model predicts is measured on seeds that it was not fitted on: R2 is 1 -
@@ -23,6 +25,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from stages.statistics.cells import Cells
+from stages.statistics.paired import sign_flip_p
 from stages.statistics.wording import count
 
 Columns = Float[np.ndarray, "rows columns"]
@@ -39,7 +42,7 @@ class Adjustment:
         families: two names with their arms; the effect is the first family minus the second.
         contrasts: (arm, reference) pairs, which are adjusted, too.
         forgetting: measure whose loss is predicted: the base's value minus the arm's.
-        predictors: measures that may predict it.
+        predictors: measures that may predict it; the first is tested against the second, if there are two.
         confidence: coverage of intervals.
     """
 
@@ -71,14 +74,21 @@ def adjust(cells: Cells, asked: Adjustment, left_out: Mapping[str, float | None]
     (first, arms), (second, others) = asked.families.items()
     sides = [(f"{first} − {second}", tuple(arms), tuple(others))]
     sides += [(f"{arm} − {reference}", (arm,), (reference,)) for arm, reference in asked.contrasts]
+    effects = [_effect(frame, asked, *side) for side in sides]
     return {
         "outcome": asked.outcome,
         "distance": asked.distance,
         "forgetting": asked.forgetting,
         "families": {name: [arm for arm in cells.arms if arm in arms] for name, arms in asked.families.items()},
-        "effects": [_effect(frame, asked, *side) for side in sides],
+        "effects": effects,
         "predictors": [_predictor(frame, asked, predictor) for predictor in asked.predictors],
+        "prediction": _prediction(frame, asked),
     }
+
+
+def p_values(adjustment: Mapping[str, Any]) -> list[float | None]:
+    """p values of the two hypotheses, the method's effect and the prediction, from what `adjust` gives."""
+    return [adjustment["effects"][0]["adjusted_p"], adjustment["prediction"]["p"]]
 
 
 def _effect(
@@ -102,22 +112,63 @@ def _effect(
     return (
         entry
         | {"n": len(set(part["seed"]))}
-        | {f"{key}_{what}": found[what] for key, found in fits.items() for what in ("effect", "ci", "why_not", "r2")}
+        | {
+            f"{key}_{what}": found[what]
+            for key, found in fits.items()
+            for what in ("effect", "ci", "p", "why_not", "r2")
+        }
         | {"distance_r2": alone["r2"]}
     )
 
 
 def _predictor(frame: pd.DataFrame, asked: Adjustment, predictor: str) -> dict[str, Any]:
     """Slope of the loss on one predictor, and how well it predicts left-out seeds."""
-    part = frame[["arm", "seed"]].assign(loss=-frame[asked.forgetting], predictor=frame[predictor]).dropna()
-    found = fit(part, "loss", ["predictor"], "predictor", asked.confidence)  # the base's own value is in the block
+    part = _losses(frame, asked, [predictor])
+    found = fit(part, "loss", [predictor], predictor, asked.confidence)
     return {"measure": predictor, "n": len(part), "seeds": len(set(part["seed"]))} | found
+
+
+def _prediction(frame: pd.DataFrame, asked: Adjustment) -> dict[str, Any]:
+    """Does the first predictor predict the loss better than the second, in models that have all three numbers?
+
+    Returns:
+        the measures, the mean over the seeds of the second one's mean squared error minus the first one's, its values
+        by seed and p; None where it cannot be estimated.
+    """
+    compared = list(asked.predictors[:2])
+    entry: dict[str, Any] = {"measures": compared, "n": 0, "difference": None, "values": {}, "p": None}
+    if len(compared) < 2:
+        return entry
+    part = _losses(frame, asked, compared)
+    loss, seeds = _deviations(part, ["loss"])[:, 0], part["seed"].to_numpy()
+    squared = []
+    for predictor in compared:
+        x = _deviations(part, [predictor])
+        errors = None if _why_not(x, loss, len(set(seeds))) else left_out_errors(x, loss, seeds)
+        if errors is None:
+            return entry
+        squared.append(errors**2)
+    worse = squared[1] - squared[0]
+    values = {seed: float(worse[seeds == seed].mean()) for seed in dict.fromkeys(seeds)}
+    differences = list(values.values())
+    return entry | {
+        "n": len(values),
+        "difference": float(np.mean(differences)),
+        "values": values,
+        "p": sign_flip_p(differences),
+    }
+
+
+def _losses(frame: pd.DataFrame, asked: Adjustment, predictors: Sequence[str]) -> pd.DataFrame:
+    """arm, seed, loss and the predictors, of the models that have all of them. The loss is short of the base's own
+    value, which the block takes up."""
+    return frame[["arm", "seed", *predictors]].assign(loss=-frame[asked.forgetting]).dropna()
 
 
 def fit(
     part: pd.DataFrame, outcome: str, predictors: Sequence[str], of_interest: str, confidence: float
 ) -> dict[str, Any]:
-    """A linear model with the seed as block: coefficient of one predictor, its t interval, and R2 on left-out seeds.
+    """A linear model with the seed as block: coefficient of one predictor, its t interval and p, R2 on left-out seeds.
 
     What cannot be estimated is None, and `why_not` says why.
 
@@ -130,19 +181,20 @@ def fit(
     x, y, seeds = _deviations(part, predictors), _deviations(part, [outcome])[:, 0], part["seed"].to_numpy()
     why_not = _why_not(x, y, len(set(seeds)))
     if why_not:
-        return {"effect": None, "ci": None, "r2": None, "why_not": why_not}
+        return {"effect": None, "ci": None, "p": None, "r2": None, "why_not": why_not}
     from statsmodels.regression.linear_model import OLS
 
     model = OLS(y, x)
     model.df_resid = len(y) - x.shape[1] - len(set(seeds))  # one mean of each seed was fitted, too
-    index, ci, effect = list(predictors).index(of_interest), None, None
+    index, ci, effect, p = list(predictors).index(of_interest), None, None, None
     if model.df_resid > 0:
         result = model.fit()
         effect = float(result.params[index])
         ci = [float(bound) for bound in result.conf_int(1 - confidence)[index]]
+        p = float(result.pvalues[index])
     else:
         why_not = f"{len(set(seeds))} seeds leave no degree of freedom"
-    return {"effect": effect, "ci": ci, "r2": left_out_r2(x, y, seeds), "why_not": why_not}
+    return {"effect": effect, "ci": ci, "p": p, "r2": left_out_r2(x, y, seeds), "why_not": why_not}
 
 
 def _deviations(part: pd.DataFrame, columns: Sequence[str]) -> Columns:
@@ -176,6 +228,12 @@ def left_out_r2(x: Columns, y: Float[np.ndarray, " rows"], seeds: np.ndarray) ->
         x, y: deviations from the mean of their seed.
         seeds: the seed of each row.
     """
+    errors = left_out_errors(x, y, seeds)
+    return None if errors is None else float(1 - (errors**2).sum() / (y**2).sum())
+
+
+def left_out_errors(x: Columns, y: Float[np.ndarray, " rows"], seeds: np.ndarray) -> Float[np.ndarray, " rows"] | None:
+    """Errors of predictions for seeds that were not fitted. Arguments as for `left_out_r2`."""
     errors = np.empty_like(y)
     for seed in np.unique(seeds):
         out = seeds == seed
@@ -183,4 +241,4 @@ def left_out_r2(x: Columns, y: Float[np.ndarray, " rows"], seeds: np.ndarray) ->
             return None
         coefficients = np.linalg.lstsq(x[~out], y[~out], rcond=None)[0]
         errors[out] = y[out] - x[out] @ coefficients
-    return float(1 - (errors**2).sum() / (y**2).sum())
+    return errors

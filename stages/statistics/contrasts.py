@@ -3,9 +3,10 @@
 The unit is the pair (base seed, fine-tuning seed); the arms of a seed share the base, the prompts and their
 order, so a contrast is the mean of within-seed differences. A pair counts when the circuit of its base works in
 place (a circuit that does not cannot say what fine-tuning keeps of it), both arms reached the matching level and
-both have the measure; every pair that does not count is listed with its reason. The contrasts of
-the primary measure form one family for Holm's correction; those of the secondary measures describe, and are
-not corrected.
+both have the measure; every pair that does not count is listed with its reason. The planned contrasts of
+the primary measure (H1, H2, ...) form one family for Holm's correction, with the hypotheses of the plan that are no
+contrasts (`adjustment`). Controls (C1, C2, ...) say whether the experiment could have shown anything and answer no
+question, and secondary measures describe; neither is corrected.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -39,6 +40,7 @@ class Plan:
         secondary: further measures.
         base_faithfulness: smallest faithfulness of a base's circuit in place at which the seed counts.
         contrasts: (arm, reference) pairs; their order names them H1, H2, ...
+        controls: the same of controls, named C1, C2, ...
         confidence: coverage of intervals.
         alpha: level of tests.
         power: share of experiments that must detect a difference which counts as detectable.
@@ -51,6 +53,7 @@ class Plan:
     secondary: tuple[str, ...]
     base_faithfulness: float
     contrasts: tuple[tuple[str, str], ...]
+    controls: tuple[tuple[str, str], ...]
     confidence: float
     alpha: float
     power: float
@@ -58,45 +61,65 @@ class Plan:
     resamples: int
     seed: int
 
+    @property
+    def named(self) -> tuple[tuple[str, str, str], ...]:
+        """Name, arm and reference of every contrast, then of every control."""
+        return tuple(
+            (f"{letter}{number}", arm, reference)
+            for letter, pairs in (("H", self.contrasts), ("C", self.controls))
+            for number, (arm, reference) in enumerate(pairs, start=1)
+        )
 
-def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
-    """All of statistics.json."""
+
+def compare(cells: Cells, plan: Plan, others: Sequence[float | None] = ()) -> dict[str, Any]:
+    """The contrasts' part of statistics.json.
+
+    Args:
+        cells, plan: all records, and what is compared.
+        others: p values of the plan's further hypotheses, named after the contrasts, which are corrected with them.
+    """
     measures = (plan.primary, *plan.secondary)
     left_out = left_out_bases(cells, plan)
     contrasts = [
-        contrast(cells, plan, measure, f"H{number}", arm, reference, left_out)
+        contrast(cells, plan, measure, name, arm, reference, left_out)
         for measure in measures
-        for number, (arm, reference) in enumerate(plan.contrasts, start=1)
+        for name, arm, reference in plan.named
     ]
-    family = [entry for entry in contrasts if entry["measure"] == plan.primary]
+    planned = contrasts[: len(plan.contrasts)]  # of the primary measure
+    family = [{"name": entry["name"], "p": entry["p"]} for entry in planned]
+    family += [{"name": f"H{number}", "p": p} for number, p in enumerate(others, start=len(planned) + 1)]
     for entry, adjusted in zip(family, holm([entry["p"] for entry in family]), strict=True):
         entry["p_holm"] = adjusted
+    for entry, corrected in zip(planned, family, strict=False):
+        entry["p_holm"] = corrected["p_holm"]
     return {
         "unit": "pair (base seed, fine-tuning seed)",
         "n_pairs": len(cells.seeds) - len(left_out),
         "bases_left_out": [{"seed": seed, "faithfulness": value} for seed, value in left_out.items()],
         "plan": asdict(plan)
-        | {"contrasts": [list(pair) for pair in plan.contrasts], "secondary": list(plan.secondary)},
+        | {key: [list(pair) for pair in getattr(plan, key)] for key in ("contrasts", "controls")}
+        | {"secondary": list(plan.secondary)},
         "measures": {
             measure: {model: describe(cells, plan, measure, model, left_out) for model in cells.models}
             for measure in measures
         },
         "contrasts": contrasts,
+        "family": family,
         "reach": {
             arm: {"reached": sum(cells.reached(arm, seed) for seed in cells.seeds), "of": len(cells.seeds)}
             for arm in cells.arms
         },
         "learning_rates": {arm: by_learning_rate(cells, arm) for arm in cells.arms},
-        "power_note": _power_note(family, plan),
+        "power_note": _power_note(planned, len(family), plan),
     }
 
 
-def _power_note(family: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+def _power_note(planned: Sequence[Mapping[str, Any]], family: int, plan: Plan) -> str:
     """What the first contrast's pairs can show, by counting and at their spread."""
-    if not family:
+    if not planned:
         return power_note(0, plan.alpha, 0)
-    first = family[0]
-    note = power_note(first["n"], plan.alpha, len(family))
+    first = planned[0]
+    note = power_note(first["n"], plan.alpha, family)
     if first["sd"] is not None:
         note += " " + resolution_note(first["n"], first["sd"], plan.alpha, plan.power, first["name"])
     return note

@@ -158,7 +158,8 @@ def circuits_and_nulls(cells: Cells) -> pd.DataFrame:
             values = [("whole model", whole), ("base circuit", (record.get("circuit") or {}).get("accuracy"))]
             if model != BASE:
                 values.append(("own circuit", (record.get("own_circuit") or {}).get("accuracy")))
-            values += [("random", value * whole) for value in (record.get("random") or {}).get("faithfulness") or []]
+            shares = (record.get("random") or {}).get("faithfulness") or []  # undefined where the model answers nothing
+            values += [("random", share * whole) for share in shares if share is not None]
             rows += [
                 {"model": model, "seed": seed, "reached": reached, "kind": kind, "accuracy": value}
                 for kind, value in values

@@ -62,11 +62,11 @@ def compare_hypervolumes(curves: pd.DataFrame, plan: Plan, seeds: Sequence[str])
         "reference": "(new-task accuracy of the base, 0)",
         "arms": {arm: summary(of_arm[arm], plan.confidence) for arm in arms},
         "contrasts": [
-            {"name": f"H{number}", "arm": arm, "reference": reference}
+            {"name": name, "arm": arm, "reference": reference}
             | summary(
                 {seed: v - of_arm[reference][seed] for seed, v in of_arm[arm].items() if seed in of_arm[reference]},
                 plan.confidence,
             )
-            for number, (arm, reference) in enumerate(plan.contrasts, start=1)
+            for name, arm, reference in plan.named
         ],
     }

@@ -55,8 +55,8 @@ def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
         "selected": share < LEAST_REACHED,
         "arms": {arm: _of_arm(cells, plan, arm, name) for arm in cells.arms},
         "contrasts": [
-            {"name": f"H{number}"} | _difference(cells, plan, arm, reference, name)
-            for number, (arm, reference) in enumerate(plan.contrasts, start=1)
+            {"name": contrast} | _difference(cells, plan, arm, reference, name)
+            for contrast, arm, reference in plan.named
         ],
     }
 

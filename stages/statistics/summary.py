@@ -26,7 +26,8 @@ MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do 
 def plan_of(statistics: Mapping[str, Any]) -> Plan:
     """The plan that statistics.json was made by."""
     plan = dict(statistics["plan"])
-    plan["contrasts"] = tuple((arm, reference) for arm, reference in plan["contrasts"])
+    for key in ("contrasts", "controls"):
+        plan[key] = tuple((arm, reference) for arm, reference in plan[key])
     plan["secondary"] = tuple(plan["secondary"])
     return Plan(**plan)
 
@@ -50,7 +51,7 @@ def summarise(
     levels = {cells.record("match", arm, seed)["level"] for arm in cells.arms for seed in cells.seeds}
     level = levels.pop() if len(levels) == 1 else None
     shortcut = max(shortcuts.items(), key=lambda item: item[1]) if shortcuts else (None, None)
-    first = primary[0] if primary else None
+    first = primary[0] if plan.contrasts else None
     found = checks(cells, plan, primary, names)
     same_task = statistics["new_task"] == enhancement.SAME_TASK
     return {
@@ -94,6 +95,7 @@ def summarise(
         ],
         "measures": list(measures),
         "table_contrasts": list(statistics["contrasts"]),
+        "table_family": list(statistics["family"]),
         "table_models": [
             {
                 "model": model,

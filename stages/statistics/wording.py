@@ -61,7 +61,8 @@ def verdict(contrast: Mapping[str, Any], alpha: float) -> str:
 
     - "no pair": the arms cannot be compared at any seed;
     - "one pair": an observation without uncertainty;
-    - "clear": Holm-adjusted exact p below alpha, and the interval leaves zero out;
+    - "clear": Holm-adjusted exact p (of a control, which is not adjusted, p) below alpha, and the interval leaves zero
+      out;
     - "equivalent": the difference lies within the margin (TOST);
     - "suggestive": the interval leaves zero out, which rests on normality; the exact test does not confirm
       it;
@@ -73,7 +74,7 @@ def verdict(contrast: Mapping[str, Any], alpha: float) -> str:
         return "one pair"
     low, high = contrast["ci"]
     apart = low > 0 or high < 0
-    if apart and contrast["p_holm"] < alpha:
+    if apart and (contrast["p"] if contrast["p_holm"] is None else contrast["p_holm"]) < alpha:
         return "clear"
     if contrast["p_equivalent"] is not None and contrast["p_equivalent"] < alpha:
         return "equivalent"
