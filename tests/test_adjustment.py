@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from statsmodels.formula.api import ols
 
 from stages.statistics.adjustment import Adjustment, adjust, fit, left_out_r2, p_values
@@ -76,29 +77,26 @@ def test_r2_of_left_out_seeds_by_hand() -> None:
 
 
 def test_prediction_by_hand() -> None:
-    """Squared errors of each seed's arms with the slope of the other seeds, averaged in the seed."""
+    """Correlations over the arms of each seed."""
     cells = experiment(4)
     found = adjust(cells, ASKED, {})["prediction"]
-    rows = [
-        {"seed": seed, "loss": -(cells.value(ASKED.forgetting, arm, seed) or 0.0)}
-        | {str(k): cells.value(ASKED.predictors[k], arm, seed) for k in (0, 1)}
-        for arm in ARMS
-        for seed in cells.seeds
-    ]
-    part = pd.DataFrame(rows)
-    part = part.assign(
-        **{name: part[name] - part.groupby("seed")[name].transform("mean") for name in ("loss", "0", "1")}
-    )
     expected = {}
     for seed in cells.seeds:
-        inside, rest = part[part["seed"] == seed], part[part["seed"] != seed]
-        errors = []
-        for name in ("0", "1"):
-            slope = (rest[name] * rest["loss"]).sum() / (rest[name] ** 2).sum()
-            errors.append(((inside["loss"] - slope * inside[name]) ** 2).mean())
-        expected[seed] = errors[1] - errors[0]
-    assert found["values"] == pytest.approx(expected, abs=1e-15)
+        loss, *distances = (
+            [cells.value(name, arm, seed) or 0.0 for arm in ARMS] for name in (ASKED.forgetting, *ASKED.predictors[:2])
+        )
+        first, second = (stats.pearsonr(distance, loss).statistic for distance in distances)
+        expected[seed] = second - first  # the loss is minus the accuracy
+    assert found["values"] == pytest.approx(expected, abs=1e-12)
     assert found["difference"] == pytest.approx(np.mean(list(expected.values()))) and found["p"] == 2 / 2**4
+    assert found["ci"] == pytest.approx(t_interval(list(expected.values()), 0.95))
+    assert found["correlations"][0] > 0.95 > found["correlations"][1]
+
+
+def test_two_arms_have_no_correlation() -> None:
+    cells = experiment(4)
+    found = adjust(Cells(cells.seeds, ("base", "grpo", "sft_gold"), cells.records, ()), ASKED, {})["prediction"]
+    assert found["n"] == 0 and found["p"] is None and found["difference"] is None
 
 
 def test_noise_predicts_nothing_that_was_not_fitted() -> None:

@@ -184,13 +184,14 @@ def _further_hypotheses(summary: Mapping[str, Any]) -> Table:
     adjustment, percent = summary["adjustment"][0], f"{100 * summary['plan'][0]['confidence']:g} %"
     effect, prediction = adjustment["effects"][0], adjustment["prediction"]
     by_distance, by_prediction = summary["table_family"][-2:]
-    better, worse = (short_name(measure) for measure in (prediction["measures"] + ["–", "–"])[:2])
+    first, second = (short_name(measure) for measure in [*prediction["measures"], "–", "–"][:2])
+    closeness = " and ".join(number(mean, 2) for mean in prediction["correlations"] or ())
     return Table(
         f"The two hypotheses that are not about two arms. {by_distance['name']}: t test of the method's effect in a "
         f"linear model with the distance and the seed (an effect above zero: {effect['name'].split(' − ')[0]} keeps "
-        f"more). {by_prediction['name']}: exact sign-flip test of how much larger the squared errors of the one "
-        "prediction of the loss are than those of the other, in seeds that were not fitted. More of both under "
-        "“Forgetting against distance”.",
+        f"more). {by_prediction['name']}: exact sign-flip test of how much more closely the loss goes with the one "
+        f"distance than with the other (correlations over the models of a seed, on average {closeness}). More of both "
+        "under “Forgetting against distance”.",
         ("Hypothesis", "Seeds", "Estimate", f"{percent} interval", "p", "Holm p"),
         (
             (
@@ -203,11 +204,11 @@ def _further_hypotheses(summary: Mapping[str, Any]) -> Table:
                 number(by_distance["p_holm"], 4),
             ),
             (
-                f"{by_prediction['name']}: loss of {short_name(adjustment['forgetting'])} predicted by {better} better "
-                f"than by {worse}",
+                f"{by_prediction['name']}: loss of {short_name(adjustment['forgetting'])}, how much more closely it "
+                f"goes with {first} than with {second}",
                 str(prediction["n"]),
                 number(prediction["difference"], signed=True),
-                "–",
+                _interval(prediction["ci"]),
                 number(by_prediction["p"], 4),
                 number(by_prediction["p_holm"], 4),
             ),
