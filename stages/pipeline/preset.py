@@ -118,6 +118,8 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
         copy_with_preset(clone, file, changes | {"seeds": [seed]})
     for clone in (whole, *clones.values()):
         _share_cache(clone, Path.cwd() / ".dvc" / "cache")
+    # before the seeds, which would do the same at the same time: DVC fails where two write one entry of its run cache
+    subprocess.run([*DVC, "repro", "--quiet", *FIRST_STAGES], cwd=whole, check=True)
     report = Path("reports") / name
     archives = {seed: report / "records" / f"seed{seed}.tar.xz" for seed in clones}
     known = []  # seeds that need not run
@@ -136,8 +138,6 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
     subprocess.run([*DVC, "checkout", "--quiet", "--force", "--allow-missing"], cwd=whole)
     for seed in known:
         shutil.copytree(clones[seed] / CELLS, whole / CELLS, dirs_exist_ok=True)
-    if known:
-        subprocess.run([*DVC, "repro", "--quiet", *FIRST_STAGES], cwd=whole, check=True)
     status = subprocess.run([*REPRO, "--allow-missing"] if known else REPRO, cwd=whole).returncode
     if status:
         return status
