@@ -35,15 +35,16 @@ def toy_pipeline() -> dict[str, Any]:
     }
     first["pretrain"] = {
         "matrix": {"seed": "${seeds}"},
-        "cmd": "mkdir -p models/base && echo ${item.seed} > models/base/${item.seed}",
+        "cmd": "mkdir -p models/base models/matched/${item.seed} && echo ${item.seed} | tee models/base/${item.seed} "
+        "> models/matched/${item.seed}/own && echo x > models/matched/${item.seed}/equal",
         "deps": ["data/code", "data/synthesize"],
-        "outs": ["models/base/${item.seed}"],
+        "outs": ["models/base/${item.seed}"] + [f"models/matched/${{item.seed}}/{arm}" for arm in ("own", "equal")],
     }
     stages: dict[str, Any] = first | {
         name: {
             "matrix": {"seed": "${seeds}"},
             "cmd": CELL.format(name),
-            "deps": ["models/base/${item.seed}"],
+            "deps": ["models/base/${item.seed}", "models/matched/${item.seed}"],
             "outs": [f"reports/cells/{name}/${{item.seed}}.json"],
         }
         for name in ("evaluate", "matchings", "dcm", "cmap", "drift")

@@ -134,11 +134,12 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
         return 1
     lock = {"schema": "2.0", "stages": _joined((whole, *clones.values()))}
     write_text(whole / LOCK, yaml.safe_dump(lock, sort_keys=False))
-    # a checkout cannot restore the report, which is not in the cache, nor what is not there of seeds from records
-    subprocess.run([*DVC, "checkout", "--quiet", "--force", "--allow-missing"], cwd=whole)
-    for seed in known:
-        shutil.copytree(clones[seed] / CELLS, whole / CELLS, dirs_exist_ok=True)
-    status = subprocess.run([*REPRO, "--allow-missing"] if known else REPRO, cwd=whole).returncode
+    # the report needs the records alone, and seeds that come from records have nothing else: some of a seed's models,
+    # which a checkout brings where they equal another seed's, would look like models that have changed
+    subprocess.run(["git", "clean", "-fdXq", "models", str(CELLS)], cwd=whole, check=True)
+    for clone in clones.values():
+        shutil.copytree(clone / CELLS, whole / CELLS, dirs_exist_ok=True)
+    status = subprocess.run([*REPRO, "--allow-missing"], cwd=whole).returncode
     if status:
         return status
     _publish(whole, report)
