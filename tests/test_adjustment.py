@@ -22,6 +22,7 @@ ASKED = Adjustment(
     predictors=("drift.old.kl", "drift.new.kl", "evaluate.circuit.retention"),
     confidence=0.95,
 )
+NAMES = {arm: f"[{arm}]" for arm in ARMS}
 
 
 def experiment(n: int, effect: float = 0.03, per_nat: float = -0.1, noise: float = 0.01) -> Cells:
@@ -135,8 +136,32 @@ def test_what_was_planted_is_found() -> None:
     assert (
         found["prediction"]["n"] == 19 and found["prediction"]["p"] < 0.001 and "3" not in found["prediction"]["values"]
     )
-    first, second = adjustment_sentences(found, 0.95)
-    assert "leaves zero out" in first and "best predicted by KL on old-task prompts" in second
+    first, _, last = adjustment_sentences(found, NAMES, 0.95)
+    assert "leaves zero out" in first and "best predicted by KL on old-task prompts" in last
+
+
+def test_one_bad_arm_is_not_taken_for_its_family() -> None:
+    """Without an effect of the method, one arm of SFT that destroys the circuit makes the family's effect."""
+    cells = experiment(20, effect=0.0)
+    for seed in cells.seeds:
+        cells.record("evaluate", "sft_gold", seed)["circuit"]["retention"] -= 0.2
+    found = adjust(cells, ASKED, {})
+    assert found["effects"][0]["adjusted_effect"] == pytest.approx(0.1, abs=0.02)
+    gold, own = found["by_reference"]
+    assert gold["references"] == ["sft_gold"] and gold["arms"] == list(ASKED.families["RL"])
+    assert gold["adjusted_effect"] == pytest.approx(0.2, abs=0.02) and gold["adjusted_ci"][0] > 0.15
+    assert own["adjusted_ci"][0] <= 0 <= own["adjusted_ci"][1]
+    values = [f"{e['adjusted_effect']:+.3f}".replace("-", "−") for e in (gold, own)]
+    assert adjustment_sentences(found, NAMES, 0.95)[1] == (
+        f"RL against each arm of SFT alone, adjusted: {values[0]} [sft_gold], {values[1]} [self_sft]; the interval "
+        "leaves zero out for [sft_gold]."
+    )
+
+
+def test_one_arm_in_the_family_is_not_compared_twice() -> None:
+    cells = experiment(6)
+    found = adjust(Cells(cells.seeds, ("base", "grpo", "sft_gold"), cells.records, ()), ASKED, {})
+    assert found["by_reference"] == [] and len(adjustment_sentences(found, NAMES, 0.95)) == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +177,7 @@ def test_what_was_planted_is_found() -> None:
 def test_what_cannot_be_estimated_says_why(cells: Cells, why: str) -> None:
     found = adjust(cells, ASKED, {})
     assert found["effects"][0]["adjusted_ci"] is None and found["effects"][0]["adjusted_why_not"] == why
-    assert f"Not estimable: {why}." in adjustment_sentences(found, 0.95)[0]
+    assert f"Not estimable: {why}." in adjustment_sentences(found, NAMES, 0.95)[0]
 
 
 def test_arms_that_are_not_there() -> None:
@@ -161,4 +186,4 @@ def test_arms_that_are_not_there() -> None:
     found = adjust(alone, ASKED, {})
     assert found["effects"][0]["n"] == 0 and found["families"]["SFT"] == []
     assert all("spread" in entry["why_not"] for entry in found["predictors"])  # one arm a seed
-    assert "Not estimable: the outcome has no spread" in adjustment_sentences(found, 0.95)[1]
+    assert "Not estimable: the outcome has no spread" in adjustment_sentences(found, NAMES, 0.95)[1]

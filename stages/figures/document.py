@@ -191,7 +191,7 @@ def _further_hypotheses(summary: Mapping[str, Any]) -> Table:
         f"linear model with the distance and the seed (an effect above zero: {effect['name'].split(' − ')[0]} keeps "
         f"more). {by_prediction['name']}: exact sign-flip test of how much more closely the loss goes with the one "
         f"distance than with the other (correlations over the models of a seed, on average {closeness}). More of both "
-        "under “Forgetting against distance”.",
+        f"under “Forgetting against distance”. {adjustment['one_arm_at_a_time']}".rstrip(),
         ("Hypothesis", "Seeds", "Estimate", f"{percent} interval", "p", "Holm p"),
         (
             (
@@ -625,7 +625,7 @@ def _distance(summary: Mapping[str, Any]) -> Section:
             _interval(e["adjusted_ci"]),
             *(_r2(e[key]) for key in ("raw_r2", "distance_r2", "adjusted_r2")),
         )
-        for e in adjustment["effects"]
+        for e in (adjustment["effects"][0], *adjustment["by_reference"], *adjustment["effects"][1:])
     ]
     predictors = [
         (

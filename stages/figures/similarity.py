@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages.figures.style import INK, SOFT, empty, label, legend_below, look, plt, reference_line, styled
+from stages.figures.style import INK, SOFT, empty, label, legend_below, look, plt, styled
 
 _PANELS = (("cosine", "Cosine"), ("spearman", "Rank correlation"))
 
@@ -44,7 +44,7 @@ def draw(frame: pd.DataFrame, floor: Mapping[str, float | None]) -> Figure:
                 edgecolor="white", linewidth=0.5, zorder=5,
             )  # fmt: skip
             if (value := floor.get(kind)) is not None:
-                reference_line(axes, value, "two bases", horizontal=False, style=":")
+                axes.axvline(value, color=SOFT, linestyle=":", linewidth=1, zorder=1)  # its name is in the legend
             axes.set_xlim(min(-0.05, float(part["null"].min()) - 0.05), 1.03)
             axes.set_xlabel("Similarity of base and tuned model")
             axes.set_ylabel("")

@@ -3,7 +3,9 @@
 The method's effect (H5 of the default plan): does the method still matter where the distance moved is taken into
 account? A linear model of the primary measure on method and distance, with the seed as block and one value of each
 method a seed; the coefficient of the method is its partial effect, and p is of its t test. The distance is itself an
-outcome of the method, so this says what goes together, not what would happen if the distance were held.
+outcome of the method, so this says what goes together, not what would happen if the distance were held. A family may
+differ from the other by what one of its arms is taught, not by its method: the first family is also compared with each
+arm of the second alone.
 
 Prediction (H6): which distance predicts how much of the old task is lost? One line for each predictor, with the seed as
 block. Tested is whether the loss goes more closely with the first predictor than with the second: the correlations over
@@ -77,12 +79,17 @@ def adjust(cells: Cells, asked: Adjustment, left_out: Mapping[str, float | None]
     sides = [(f"{first} − {second}", tuple(arms), tuple(others))]
     sides += [(f"{arm} − {reference}", (arm,), (reference,)) for arm, reference in asked.contrasts]
     effects = [_effect(frame, asked, *side) for side in sides]
+    there = [arm for arm in cells.arms if arm in others]
     return {
         "outcome": asked.outcome,
         "distance": asked.distance,
         "forgetting": asked.forgetting,
         "families": {name: [arm for arm in cells.arms if arm in arms] for name, arms in asked.families.items()},
         "effects": effects,
+        "by_reference": [
+            _effect(frame, asked, f"{first} − {reference}", tuple(arms), (reference,))
+            for reference in (there if len(there) > 1 else ())
+        ],
         "predictors": [_predictor(frame, asked, predictor) for predictor in asked.predictors],
         "prediction": _prediction(frame, asked),
     }

@@ -14,7 +14,7 @@ from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
 from stages.statistics.similarity import table
-from stages.statistics.wording import adjustment_sentences, headline, number, verdict
+from stages.statistics.wording import adjustment_sentences, headline, number, one_arm_at_a_time, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
@@ -91,7 +91,11 @@ def summarise(
         },
         "plan": [statistics["plan"]],
         "adjustment": [
-            statistics["adjustment"] | {"sentences": adjustment_sentences(statistics["adjustment"], plan.confidence)}
+            statistics["adjustment"]
+            | {
+                "sentences": adjustment_sentences(statistics["adjustment"], names, plan.confidence),
+                "one_arm_at_a_time": one_arm_at_a_time(statistics["adjustment"], names),
+            }
         ],
         "measures": list(measures),
         "table_contrasts": list(statistics["contrasts"]),

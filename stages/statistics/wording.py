@@ -143,8 +143,37 @@ def headline(
     return f"Not decided: {facts}, which cannot be told from none (exact p = {p}, {limit})."
 
 
-def adjustment_sentences(adjustment: Mapping[str, Any], confidence: float) -> list[str]:
-    """H5 and H6 in a sentence each, from entry `adjustment` of statistics.json."""
+def one_arm_at_a_time(adjustment: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Is the difference between the families one of the method, or of what single arms are taught? Empty where no
+    such effect can be estimated.
+
+    Args:
+        adjustment: entry of statistics.json.
+        names: arm -> its name for people.
+    """
+    known = [e for e in adjustment["by_reference"] if e["adjusted_ci"] is not None]
+    if not known:
+        return ""
+    first, second = adjustment["families"]
+    listed = ", ".join(f"{number(e['adjusted_effect'], signed=True)} {names[e['references'][0]]}" for e in known)
+    apart = [e for e in known if e["adjusted_ci"][0] > 0 or e["adjusted_ci"][1] < 0]
+    which = " and ".join(names[e["references"][0]] for e in apart)
+    if len(apart) == len(known):
+        which = "all of them"
+    return (
+        f"{first} against each arm of {second} alone, adjusted: {listed}; the interval leaves zero out for "
+        f"{which or 'none of them'}."
+    )
+
+
+def adjustment_sentences(adjustment: Mapping[str, Any], names: Mapping[str, str], confidence: float) -> list[str]:
+    """H5, by arms, and H6 in a sentence each.
+
+    Args:
+        adjustment: entry of statistics.json.
+        names: arm -> its name for people.
+        confidence: coverage of its intervals.
+    """
     effect, percent = adjustment["effects"][0], f"{100 * confidence:g} %"
     outcome, distance = short_name(adjustment["outcome"]), short_name(adjustment["distance"])
     lost = short_name(adjustment["forgetting"])
@@ -160,17 +189,18 @@ def adjustment_sentences(adjustment: Mapping[str, Any], confidence: float) -> li
             f"{distance} is taken into account ({percent} interval {low} to {high}, which "
             f"{'leaves zero out' if apart else 'holds zero'}; {count(effect['n'], 'seed')})."
         )
+    found = [sentence for sentence in (first, one_arm_at_a_time(adjustment, names)) if sentence]
     known = sorted((e for e in adjustment["predictors"] if e["r2"] is not None), key=lambda e: -e["r2"])
     if not known:
         why = "; ".join(
             dict.fromkeys(e["why_not"] or "too few seeds to leave one out" for e in adjustment["predictors"])
         )
-        return [first, f"What predicts the loss of {lost}? Not estimable{': ' if why else ''}{why}."]
+        return [*found, f"What predicts the loss of {lost}? Not estimable{': ' if why else ''}{why}."]
     listed = ", ".join(f"{short_name(e['measure'])} {number(e['r2'], 2)}" for e in known)
     best = (
         f"best predicted by {short_name(known[0]['measure'])}" if known[0]["r2"] > 0 else "predicted by none of these"
     )
-    return [first, f"The loss of {lost} is {best} (R2 in seeds that were not fitted: {listed})."]
+    return [*found, f"The loss of {lost} is {best} (R2 in seeds that were not fitted: {listed})."]
 
 
 def count(n: int, what: str) -> str:
