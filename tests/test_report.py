@@ -235,6 +235,7 @@ def test_checks(written: Path) -> None:
     held = _held(written)
     assert list(held) == [
         "base_circuit_faithfulness",
+        "base_new_pass_at_8",
         "base_old_accuracy",
         "groups_carry",
         "noise_over_sft_gold",
@@ -266,8 +267,13 @@ def test_a_reward_that_says_nothing_must_not_teach(tmp_path: Path, seeds_that_re
 
 
 def test_checks_can_fail(tmp_path: Path) -> None:
-    """A base that lacks the old task, a random circuit that works, a group that carries nothing."""
+    """A base that lacks the old task or seldom guesses the new one, a random circuit that works, a group that carries
+    nothing."""
     SMALL.write(tmp_path)
+    path = tmp_path / "reports/cells/pretrain/0/record.json"
+    record = read_json(path)
+    record["tasks"][SMALL.new_task]["pass_at_8"] = 0.79
+    path.write_text(json.dumps(record))
     path = tmp_path / "reports/cells/evaluate/base/0.json"
     record = read_json(path)
     record["old_accuracy"] = 0.9
@@ -282,6 +288,7 @@ def test_checks_can_fail(tmp_path: Path) -> None:
     held = _held(tmp_path / "reports")
     assert {name for name, holds in held.items() if not holds} == {
         "base_old_accuracy",
+        "base_new_pass_at_8",
         "random_circuits",
         "groups_carry",
     }

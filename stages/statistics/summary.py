@@ -20,6 +20,7 @@ _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
 
 LEAST_OLD_ACCURACY = 0.95  # a base below it does not know the task whose circuit is sought
+LEAST_PASS_AT_8 = 0.8  # a base below it seldom samples a right answer of the new task, which RL learns from
 MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do well whichever they are
 
 
@@ -52,7 +53,7 @@ def summarise(
     level = levels.pop() if len(levels) == 1 else None
     shortcut = max(shortcuts.items(), key=lambda item: item[1]) if shortcuts else (None, None)
     first = primary[0] if plan.contrasts else None
-    found = checks(cells, plan, primary, names)
+    found = checks(cells, plan, statistics["new_task"], primary, names)
     same_task = statistics["new_task"] == enhancement.SAME_TASK
     return {
         "headline": {
@@ -257,7 +258,9 @@ def random_floor(cells: Cells, plan: Plan) -> float | None:
     return mean_of_defined(values)
 
 
-def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+def checks(
+    cells: Cells, plan: Plan, new_task: str, primary: list[Any], names: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Could the experiment have shown anything? For each check its name, what should hold, what was found, and whether
     it holds (None without data)."""
     faithfulness = dict(zip(cells.seeds, _base_values(cells, "evaluate.circuit.faithfulness"), strict=True))
@@ -268,6 +271,13 @@ def checks(cells: Cells, plan: Plan, primary: list[Any], names: Mapping[str, str
             f"Every base knows the old task (accuracy at least {LEAST_OLD_ACCURACY:g})",
             dict(zip(cells.seeds, _base_values(cells, "evaluate.old_accuracy"), strict=True)),
             lambda value: value >= LEAST_OLD_ACCURACY,
+        ),
+        _of_bases(
+            "base_new_pass_at_8",
+            f"Every base has a right answer of the new task among eight that it samples (pass@8 at least "
+            f"{LEAST_PASS_AT_8:g})",
+            dict(zip(cells.seeds, _base_values(cells, f"pretrain.tasks.{new_task}.pass_at_8"), strict=True)),
+            lambda value: value >= LEAST_PASS_AT_8,
         ),
         _of_bases(
             "base_circuit_faithfulness",
