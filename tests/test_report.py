@@ -20,6 +20,7 @@ from stages.figures.document import document, to_markdown
 from stages.pipeline.files import read_json
 from stages.pipeline.stage import Invalid
 from stages.statistics.cells import read_cells
+from stages.statistics.enhancement import findings
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
 from tests.synthetic_records import SHORTCUTS, Experiment
@@ -161,6 +162,31 @@ def test_the_same_task_asks_whether_the_mechanism_is_enhanced(tmp_path: Path, wr
     assert "## Is the existing mechanism enhanced?" in text and "| Vicuna-7B | " in text
     assert _unknown_numbers(re.sub(r"\]\(figures/[^)]*\)|\b[HC]\d+\b|-7B", "", text), _derived(summary)) == []
     assert "enhanced?" not in (written / "report.md").read_text()
+    # what the records plant: arms that are worse than the base, which is not half-trained
+    assert summary["enhancement_findings"] == [
+        f"No arm answers more than the base ({rows['base']['model_accuracy']:.2f})."
+    ]
+    assert text.count(summary["enhancement_findings"][0]) == 2 and summary["checks"]["base_old_accuracy"] is False
+    assert "Every base is half-trained" in text
+
+
+def test_what_enhancement_says_is_what_its_tables_say() -> None:
+    def model(name: str, whole: float, circuit: float) -> dict[str, Any]:
+        return {"model": name, "source": None, "model_accuracy": whole, "circuit_accuracy": circuit}
+
+    def heads(arm: str, group: str, transplanted: float) -> dict[str, Any]:
+        return {"arm": arm, "group": group, "transplanted": transplanted, "random": 0.7}
+
+    models = [model("base", 0.66, 0.65), model("grpo", 0.95, 0.9), model("noise", 0.7, 0.7)]
+    models.append(model("Llama-7B", 0.66, 0.66) | {"source": "published"})
+    tables = [heads(arm, group, 0.8) for arm in ("grpo", "noise") for group in ("circuit", "q_last")]
+    names = {"base": "Base", "grpo": "GRPO", "noise": "Random direction"}
+    assert findings(models, tables, names) == [
+        "Alone, everything else mean-ablated, the base's circuit answers (in brackets the whole model) 0.65 in the "
+        "base (0.66) and 0.90 in GRPO (0.95).",
+        "The tuned outputs of the circuit's heads, put into the base, lift it from 0.66 to 0.80 with those of GRPO "
+        "(random heads 0.70).",
+    ]
 
 
 def test_budgets_by_hand(written: Path) -> None:

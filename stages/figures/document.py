@@ -292,7 +292,8 @@ def _enhancement(summary: Mapping[str, Any]) -> Section:
         (
             "The new task is the old one, and the bases are half-trained: the question of Prakash et al. "
             "If fine-tuning enhances the mechanism that is there, the base's circuit also does the work of the better "
-            "model, and the better model's heads, put into the base, lift it.",
+            "model, and the better model's heads, put into the base, lift it, and more than as many random heads do.",
+            *summary["enhancement_findings"],
         ),
         tables=(
             Table(
@@ -306,8 +307,8 @@ def _enhancement(summary: Mapping[str, Any]) -> Section:
             ),
             Table(
                 "Head outputs of the tuned model in the base, by group of the base's circuit: accuracy of the base "
-                "alone, with the heads of the group, with as many random heads, and of the tuned model alone. Means "
-                "over those seeds whose circuit has the group.",
+                "alone, with the heads of the group, with as many random heads (of all heads at the same positions), and "
+                "of the tuned model alone. Means over those seeds whose circuit has the group.",
                 ("Arm", "Group", "Seeds", "Base", "Base with tuned heads", "Random heads", "Tuned model"),
                 heads,
                 2,

@@ -20,6 +20,7 @@ _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
 
 LEAST_OLD_ACCURACY = 0.95  # a base below it does not know the task whose circuit is sought
+HALF_TRAINED = (0.5, 0.8)  # around the .66 of the published base
 LEAST_PASS_AT_8 = 0.8  # a base below it seldom samples a right answer of the new task, which RL learns from
 MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do well whichever they are
 
@@ -55,9 +56,15 @@ def summarise(
     first = primary[0] if plan.contrasts else None
     found = checks(cells, plan, statistics["new_task"], primary, names)
     same_task = statistics["new_task"] == enhancement.SAME_TASK
+    models = enhancement.table_of_models(cells) if same_task else []
+    heads = enhancement.table_of_transplants(cells) if same_task else []
+    findings = enhancement.findings(models, heads, names) if same_task else []
+    answer = "No contrast was planned."
+    if first:
+        answer = headline(first, names, statistics["plan"], level, same_task)
     return {
         "headline": {
-            "sentence": headline(first, names, statistics["plan"], level) if first else "No contrast was planned.",
+            "sentence": " ".join([*findings, answer]),
             "verdict": verdict(first, plan.alpha) if first else "no contrast",
         },
         "new_task": statistics["new_task"],
@@ -137,8 +144,9 @@ def summarise(
         "table_hypervolume": [statistics["hypervolume"]],
         "table_masks": table_of_masks(cells),
         "table_desiderata_of_base": _desiderata_of_base(cells),
-        "table_enhancement": enhancement.table_of_models(cells) if same_task else [],
-        "table_enhancing_heads": enhancement.table_of_transplants(cells) if same_task else [],
+        "table_enhancement": models,
+        "table_enhancing_heads": heads,
+        "enhancement_findings": findings,
         "least_reached_percent": 100 * LEAST_REACHED,
         "not_identifiable": [
             {"model": model, "seed": seed}
@@ -265,12 +273,17 @@ def checks(
     it holds (None without data)."""
     faithfulness = dict(zip(cells.seeds, _base_values(cells, "evaluate.circuit.faithfulness"), strict=True))
     random = {seed: max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds}
+    same_task = new_task == enhancement.SAME_TASK
+    least, most = HALF_TRAINED if same_task else (LEAST_OLD_ACCURACY, 1.0)
+    old_accuracy = dict(zip(cells.seeds, _base_values(cells, "evaluate.old_accuracy"), strict=True))
     found = [
         _of_bases(
             "base_old_accuracy",
-            f"Every base knows the old task (accuracy at least {LEAST_OLD_ACCURACY:g})",
-            dict(zip(cells.seeds, _base_values(cells, "evaluate.old_accuracy"), strict=True)),
-            lambda value: value >= LEAST_OLD_ACCURACY,
+            f"Every base is half-trained (accuracy {least:g} to {most:g})"
+            if same_task
+            else f"Every base knows the old task (accuracy at least {least:g})",
+            old_accuracy,
+            lambda value: least <= value <= most,
         ),
         _of_bases(
             "base_new_pass_at_8",
@@ -311,17 +324,19 @@ def checks(
         )
         found.append(_entry(f"reached_{arm}", what, text, not missed))
     found += _groups_carry(cells)
+    sham = "gains less" if same_task else "keeps more"
     for entry in primary:
         if entry["arm"] in ("sft_replay", "noise"):
             arm, reference = names[entry["arm"]], names[entry["reference"]]
             what = (
                 f"Positive control: {arm} keeps more than {reference}"
                 if entry["arm"] == "sft_replay"
-                else f"Sham control: {arm}, weights moved equally far, keeps more than {reference}"
+                else f"Sham control: {arm}, weights moved equally far, {sham} than {reference}"
             )
             difference = entry["difference"]
             text = f"difference {number(difference, signed=True)}"
-            holds = None if difference is None else difference > 0
+            wanted = -1 if same_task and entry["arm"] == "noise" else 1
+            holds = None if difference is None else wanted * difference > 0
             found.append(_entry(f"{entry['arm']}_over_{entry['reference']}", what, text, holds))
     return found
 

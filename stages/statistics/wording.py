@@ -82,7 +82,11 @@ def verdict(contrast: Mapping[str, Any], alpha: float) -> str:
 
 
 def headline(
-    contrast: Mapping[str, Any], names: Mapping[str, str], plan: Mapping[str, Any], level: float | None
+    contrast: Mapping[str, Any],
+    names: Mapping[str, str],
+    plan: Mapping[str, Any],
+    level: float | None,
+    same_task: bool = False,
 ) -> str:
     """The answer in one sentence, from the first contrast of the primary measure.
 
@@ -91,6 +95,7 @@ def headline(
         names: arm -> its name for people.
         plan: of statistics.json.
         level: new-task accuracy at which arms were matched.
+        same_task: the new task is the old one, which nothing is to be kept of.
     """
     arm, reference = names[contrast["arm"]], names[contrast["reference"]]
     kind = verdict(contrast, plan["alpha"])
@@ -103,10 +108,13 @@ def headline(
     difference = contrast["difference"]
     better, worse = (arm, reference) if difference > 0 else (reference, arm)
     kept, what = (
-        ("kept", "the old task's circuit") if "retention" in plan["primary"] else ("had", short_name(plan["primary"]))
+        ("had" if same_task else "kept", "the old task's circuit")
+        if "retention" in plan["primary"]
+        else ("had", short_name(plan["primary"]))
     )
+    task = "the task" if same_task else "the new task"
     levels = (
-        f"at the same skill in the new task{'' if level is None else f' (accuracy {number(level, 2)})'}, "
+        f"at the same skill in {task}{'' if level is None else f' (accuracy {number(level, 2)})'}, "
         f"{arm} {kept} {number(contrast['arm_mean'])} and {reference} {number(contrast['reference_mean'])} "
         f"{phrase(plan['primary'])}"
     )
