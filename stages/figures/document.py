@@ -307,8 +307,8 @@ def _enhancement(summary: Mapping[str, Any]) -> Section:
             ),
             Table(
                 "Head outputs of the tuned model in the base, by group of the base's circuit: accuracy of the base "
-                "alone, with the heads of the group, with as many random heads (of all heads at the same positions), and "
-                "of the tuned model alone. Means over those seeds whose circuit has the group.",
+                "alone, with the heads of the group, with as many random heads (of all heads at the same positions), "
+                "and of the tuned model alone. Means over those seeds whose circuit has the group.",
                 ("Arm", "Group", "Seeds", "Base", "Base with tuned heads", "Random heads", "Tuned model"),
                 heads,
                 2,
