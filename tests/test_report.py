@@ -292,6 +292,27 @@ def test_a_reward_that_says_nothing_must_not_teach(tmp_path: Path, seeds_that_re
     assert _held(tmp_path / "reports")["not_reached_random_reward"] is not bool(seeds_that_reach)
 
 
+def test_arms_that_nothing_harms_are_not_just_called_equal(tmp_path: Path, written: Path) -> None:
+    """Where every arm keeps all of the circuit, equivalence is exact and says nothing: the controls fail."""
+    experiment = Experiment(
+        seeds=(0, 1, 2), arms=("sft_gold", "grpo", "sft_replay", "noise"), contrasts=(("grpo", "sft_gold"),)
+    )
+    experiment.write(tmp_path)
+    for path in (tmp_path / "reports/cells/evaluate").glob("*/*.json"):
+        record = read_json(path)
+        record["circuit"]["accuracy"] = 0.93
+        path.write_text(json.dumps(record))
+    _run(tmp_path, experiment)
+    summary = read_json(tmp_path / "reports/summary.json")
+    assert summary["headline"]["verdict"] == "equivalent"
+    assert "could hardly have shown a difference" in summary["headline"]["sentence"]
+    assert (
+        "positive control: SFT + replay keeps more than SFT (gold), difference +0.000"
+        in (summary["headline"]["sentence"])
+    )
+    assert "could hardly have" not in read_json(written / "summary.json")["headline"]["sentence"]
+
+
 def test_checks_can_fail(tmp_path: Path) -> None:
     """A base that lacks the old task or seldom guesses the new one, a random circuit that works, a group that carries
     nothing."""

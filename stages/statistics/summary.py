@@ -5,7 +5,7 @@ few numbers that experiments are compared by stand in dictionaries with stable k
 lists.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stages.statistics import enhancement
@@ -64,7 +64,7 @@ def summarise(
         answer = headline(first, names, statistics["plan"], level, same_task)
     return {
         "headline": {
-            "sentence": " ".join([*findings, answer]),
+            "sentence": " ".join([*findings, answer, *_failed_controls(found)]),
             "verdict": verdict(first, plan.alpha) if first else "no contrast",
         },
         "new_task": statistics["new_task"],
@@ -339,6 +339,15 @@ def checks(
             holds = None if difference is None else wanted * difference > 0
             found.append(_entry(f"{entry['arm']}_over_{entry['reference']}", what, text, holds))
     return found
+
+
+def _failed_controls(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the answer must not be told without: arms that nothing harms are equal, and that says nothing of them."""
+    failed = [check for check in found if "_over_" in check["name"] and check["holds"] is False]
+    if not failed:
+        return []
+    listed = "; ".join(f"{check['what'][0].lower()}{check['what'][1:]}, {check['found']}" for check in failed)
+    return [f"But this comparison could hardly have shown a difference, since a control fails ({listed})."]
 
 
 def _of_bases(
