@@ -79,16 +79,16 @@ def adjust(cells: Cells, asked: Adjustment, left_out: Mapping[str, float | None]
     sides = [(f"{first} − {second}", tuple(arms), tuple(others))]
     sides += [(f"{arm} − {reference}", (arm,), (reference,)) for arm, reference in asked.contrasts]
     effects = [_effect(frame, asked, *side) for side in sides]
-    there = [arm for arm in cells.arms if arm in others]
+    families = {name: [arm for arm in cells.arms if arm in listed] for name, listed in asked.families.items()}
+    references = families[second] if len(families[second]) > 1 else ()  # of a single arm, the family says it already
     return {
         "outcome": asked.outcome,
         "distance": asked.distance,
         "forgetting": asked.forgetting,
-        "families": {name: [arm for arm in cells.arms if arm in arms] for name, arms in asked.families.items()},
+        "families": families,
         "effects": effects,
         "by_reference": [
-            _effect(frame, asked, f"{first} − {reference}", tuple(arms), (reference,))
-            for reference in (there if len(there) > 1 else ())
+            _effect(frame, asked, f"{first} − {reference}", tuple(arms), (reference,)) for reference in references
         ],
         "predictors": [_predictor(frame, asked, predictor) for predictor in asked.predictors],
         "prediction": _prediction(frame, asked),

@@ -207,7 +207,9 @@ def _base(cells: Cells) -> dict[str, float | None]:
         "circuit_faithfulness": "evaluate.circuit.faithfulness",
         "queried_clause_faithfulness": "evaluate.circuit_in_queried_clause.faithfulness",
     }
-    found: dict[str, float | None] = {name: mean_of_defined(_base_values(cells, m)) for name, m in measures.items()}
+    found: dict[str, float | None] = {
+        name: mean_of_defined(_base_values(cells, m).values()) for name, m in measures.items()
+    }
     null = [value for seed in cells.seeds for value in _random(cells, seed, "faithfulness")]
     found["random_faithfulness"] = mean_of_defined(null)
     found["random_faithfulness_max"] = max(null, default=None)
@@ -271,31 +273,29 @@ def checks(
 ) -> list[dict[str, Any]]:
     """Could the experiment have shown anything? For each check its name, what should hold, what was found, and whether
     it holds (None without data)."""
-    faithfulness = dict(zip(cells.seeds, _base_values(cells, "evaluate.circuit.faithfulness"), strict=True))
     random = {seed: max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds}
     same_task = new_task == enhancement.SAME_TASK
     least, most = HALF_TRAINED if same_task else (LEAST_OLD_ACCURACY, 1.0)
-    old_accuracy = dict(zip(cells.seeds, _base_values(cells, "evaluate.old_accuracy"), strict=True))
     found = [
         _of_bases(
             "base_old_accuracy",
             f"Every base is half-trained (accuracy {least:g} to {most:g})"
             if same_task
             else f"Every base knows the old task (accuracy at least {least:g})",
-            old_accuracy,
+            _base_values(cells, "evaluate.old_accuracy"),
             lambda value: least <= value <= most,
         ),
         _of_bases(
             "base_new_pass_at_8",
             f"Every base has a right answer of the new task among eight that it samples (pass@8 at least "
             f"{LEAST_PASS_AT_8:g})",
-            dict(zip(cells.seeds, _base_values(cells, f"pretrain.tasks.{new_task}.pass_at_8"), strict=True)),
+            _base_values(cells, f"pretrain.tasks.{new_task}.pass_at_8"),
             lambda value: value >= LEAST_PASS_AT_8,
         ),
         _of_bases(
             "base_circuit_faithfulness",
             f"Every base's circuit in place keeps at least {plan.base_faithfulness:g} of the base's accuracy",
-            faithfulness,
+            _base_values(cells, "evaluate.circuit.faithfulness"),
             lambda value: value >= plan.base_faithfulness,
         ),
         _of_bases(
@@ -380,8 +380,9 @@ def _entry(name: str, what: str, text: str, holds: bool | None) -> dict[str, Any
     return {"name": name, "what": what, "found": text, "holds": holds}
 
 
-def _base_values(cells: Cells, measure: str) -> list[float | None]:
-    return [cells.value(measure, BASE, seed) for seed in cells.seeds]
+def _base_values(cells: Cells, measure: str) -> dict[str, float | None]:
+    """Seed -> a measure of its base."""
+    return {seed: cells.value(measure, BASE, seed) for seed in cells.seeds}
 
 
 def _random(cells: Cells, seed: str, kind: str) -> list[float]:

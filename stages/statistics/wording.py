@@ -72,13 +72,17 @@ def verdict(contrast: Mapping[str, Any], alpha: float) -> str:
         return "no pair"
     if contrast["n"] == 1:
         return "one pair"
-    low, high = contrast["ci"]
-    apart = low > 0 or high < 0
+    apart = _without_zero(contrast["ci"])
     if apart and (contrast["p"] if contrast["p_holm"] is None else contrast["p_holm"]) < alpha:
         return "clear"
     if contrast["p_equivalent"] is not None and contrast["p_equivalent"] < alpha:
         return "equivalent"
     return "suggestive" if apart else "undecided"
+
+
+def _without_zero(interval: Sequence[float]) -> bool:
+    low, high = interval
+    return low > 0 or high < 0
 
 
 def headline(
@@ -107,11 +111,9 @@ def headline(
         )
     difference = contrast["difference"]
     better, worse = (arm, reference) if difference > 0 else (reference, arm)
-    kept, what = (
-        ("had" if same_task else "kept", "the old task's circuit")
-        if "retention" in plan["primary"]
-        else ("had", short_name(plan["primary"]))
-    )
+    retention = "retention" in plan["primary"]
+    kept = "kept" if retention and not same_task else "had"
+    what = "the old task's circuit" if retention else short_name(plan["primary"])
     task = "the task" if same_task else "the new task"
     levels = (
         f"at the same skill in {task}{'' if level is None else f' (accuracy {number(level, 2)})'}, "
@@ -164,7 +166,7 @@ def one_arm_at_a_time(adjustment: Mapping[str, Any], names: Mapping[str, str]) -
         return ""
     first, second = adjustment["families"]
     listed = ", ".join(f"{number(e['adjusted_effect'], signed=True)} {names[e['references'][0]]}" for e in known)
-    apart = [e for e in known if e["adjusted_ci"][0] > 0 or e["adjusted_ci"][1] < 0]
+    apart = [e for e in known if _without_zero(e["adjusted_ci"])]
     which = " and ".join(names[e["references"][0]] for e in apart)
     if len(apart) == len(known):
         which = "all of them"
@@ -190,7 +192,7 @@ def adjustment_sentences(adjustment: Mapping[str, Any], names: Mapping[str, str]
         first = f"Does the method matter at the same distance ({effect['name']})? Not estimable: {why}."
     else:
         low, high = (number(bound, signed=True) for bound in effect["adjusted_ci"])
-        apart = effect["adjusted_ci"][0] > 0 or effect["adjusted_ci"][1] < 0
+        apart = _without_zero(effect["adjusted_ci"])
         raw = number(effect["raw_effect"], signed=True)
         first = (
             f"{effect['name']}, {outcome}: {raw}, and {number(effect['adjusted_effect'], signed=True)} where "
