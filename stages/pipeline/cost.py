@@ -1,14 +1,14 @@
 """What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
 
-The figures are those of the default preset on two otherwise idle cores of a small server. A training step of the
-params' own model, timed here, says how much slower this machine with that model is. They are for planning, not for
+The figures are those of two otherwise idle cores of a small server, with the full preset's test sets (half of them, as in
+the default preset, cost less). A training step of the params' own model, timed here, says how much slower this machine with that model is. They are for planning, not for
 reporting.
 """
 
 import time
 from typing import Any
 
-# measured seconds of one core in the default preset, where a step of `slowness` takes REFERENCE_STEP
+# measured seconds of one core, where a step of `slowness` takes REFERENCE_STEP
 REFERENCE_STEP = 0.165
 PRETRAIN_STEP = 0.48  # 64 contexts
 TRAIN_STEP = 0.25  # 64 prompts
