@@ -1,8 +1,8 @@
 """What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
 
-The figures are those of two otherwise idle cores of a small server, with the full preset's test sets (half of them, as in
-the default preset, cost less). A training step of the params' own model, timed here, says how much slower this machine
-with that model is. They are for planning, not for reporting.
+The figures are those of two otherwise idle cores of a small server, with the full preset's test sets; half of them,
+as in the default preset, cost less. A training step of the params' own model, timed here, says how much slower this
+machine is with that model. They are for planning, not for reporting.
 """
 
 import time
