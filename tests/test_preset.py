@@ -237,6 +237,13 @@ def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
     twice = estimate(params, slower=2.0)
     assert {stage: (cells, 2 * seconds) for stage, (cells, seconds) in costs.items()} == twice
+    tests = params.synthesize.model_copy(update={"old": params.synthesize.old | {"evaluation": 512}})
+    longer = {
+        stage
+        for stage, cost in estimate(params.model_copy(update={"synthesize": tests})).items()
+        if cost > costs[stage]
+    }
+    assert longer == {"matchings", "evaluate", "dcm", "cmap", "drift"}, "what larger test sets cost"
     hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600
     assert f"about {hours:.1f} hours" in table(costs, 2, 0)
 

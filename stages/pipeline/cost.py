@@ -1,23 +1,26 @@
 """What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
 
-The figures are those of two otherwise idle cores of a small server, with the full preset's test sets; half of them,
-as in the default preset, cost less. A training step of the params' own model, timed here, says how much slower this
-machine is with that model. They are for planning, not for reporting.
+The figures were measured on two otherwise idle cores of a small server. A training step of the params' own model, timed
+here, says how much slower this machine is with that model. On two other kinds of servers the sum came within a
+fifth of what the full preset took. They are for planning, not for reporting.
 """
 
 import time
 from typing import Any
 
 # measured seconds of one core, where a step of `slowness` takes REFERENCE_STEP
-REFERENCE_STEP = 0.165
+REFERENCE_STEP = 0.19
 PRETRAIN_STEP = 0.48  # 64 contexts
 TRAIN_STEP = 0.25  # 64 prompts
 PROBE = 0.0013  # one prompt
 START = 1.0  # a fork of a process that has torch and transformers
-# one cell, its start included
+# one cell, its start included, with tests of TESTED prompts
+TESTED = 512
 CELL = {"match": 1.0, "discover": 18.0, "evaluate": 16.0, "dcm": 19.0, "cmap": 7.0, "drift": 11.0}
+PER_PROMPT = 0.4  # share of the seconds of these that goes with the number of prompts
+TESTING = ("evaluate", "dcm", "cmap", "drift")
 DESIDERATUM = 5.0  # one more desideratum of a base
-MATCHINGS = 14.0  # the other checkpoints of an arm
+MATCHING = 2.3  # one other checkpoint of an arm, with as many prompts
 # what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock (one a seed) of so many cells
 DVC, DVC_PER_CELL = 0.5, 0.008
 
@@ -58,10 +61,13 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
         "pretrain": (seeds, seeds * _pretrain(params.pretrain)),
         "finetune": (arms * seeds, seeds * sum(_finetune(params.finetune, arm) for arm in params.arms)),
     }
-    found["matchings"] = (seeds, seeds * (START + arms * MATCHINGS))
+    prompts, match = params.synthesize.old["evaluation"] / TESTED, params.match
+    # of the levels all but the primary one, which `evaluate` tests
+    checkpoints = len(match.levels) - 1 + len(match.kl) + len(match.norm) + len(match.steps)
+    found["matchings"] = (seeds, seeds * (START + arms * checkpoints * MATCHING * prompts))
     for stage, seconds in CELL.items():
         cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
-        found[stage] = (cells, cells * seconds)
+        found[stage] = (cells, cells * seconds * (1 + (PER_PROMPT * (prompts - 1) if stage in TESTING else 0.0)))
     cells, seconds = found["dcm"]
     found["dcm"] = (cells, seconds + seeds * len(params.dcm.of_base) * DESIDERATUM)
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
