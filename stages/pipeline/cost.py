@@ -1,8 +1,8 @@
 """What a run will cost, before it starts: core seconds of every stage, from what was measured on two cores.
 
 The figures were measured on two otherwise idle cores of a small server. A training step of the params' own model, timed
-here, says how much slower this machine is with that model. On two other kinds of servers the sum came within a
-fifth of what the full preset took. They are for planning, not for reporting.
+here, says how much slower this machine is with that model. On two other kinds of servers the sum came within a fifth
+of what the full preset took. They are for planning, not for reporting.
 """
 
 import time
@@ -67,7 +67,8 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
     found["matchings"] = (seeds, seeds * (START + arms * checkpoints * MATCHING * prompts))
     for stage, seconds in CELL.items():
         cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
-        found[stage] = (cells, cells * seconds * (1 + (PER_PROMPT * (prompts - 1) if stage in TESTING else 0.0)))
+        by_prompts = PER_PROMPT if stage in TESTING else 0.0
+        found[stage] = (cells, cells * seconds * (1 - by_prompts + by_prompts * prompts))
     cells, seconds = found["dcm"]
     found["dcm"] = (cells, seconds + seeds * len(params.dcm.of_base) * DESIDERATUM)
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}

@@ -2,7 +2,7 @@
 
     python -m stages.pipeline.preset smoke                        in a temporary clone, deleted by nobody
     python -m stages.pipeline.preset full                         in build/full; its report goes to reports/full/
-    python -m stages.pipeline.preset full --name full_precedes --set new_task=precedes
+    python -m stages.pipeline.preset full --name precedes --set new_task=precedes
 
 A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so
 every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run at the
