@@ -9,9 +9,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import rows_that_fit, slices
 from stages.circuits.transplant import random_like, transplant
-from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
 from stages.measures.faithfulness import Readout, in_tail_order
 from stages.pipeline.checkpoints import load_model

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from stages.circuits.circuit import Circuit
 from stages.circuits.masks import Carried, Heads, MaskSettings, component_masks, mask_orders
-from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json

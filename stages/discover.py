@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stages.circuits.path_patching import Pairs, PathPatcher, Progress
+from stages.circuits.circuit import Circuit
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher, Progress
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Hop, paper_hops, search
 from stages.circuits.selection import Rule
 from stages.circuits.spread import SpreadPatcher
 from stages.circuits.trace import BACKEND
-from stages.circuits.types import Circuit
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
@@ -89,8 +90,8 @@ def main(cell: Cell) -> None:
         )
 
 
-def _pairs(examples: Examples) -> Pairs:
-    return Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+def _pairs(examples: Examples) -> AlignedPairs:
+    return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
 def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:

@@ -149,12 +149,13 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
 
 
 def _patcher(walker: "Walker", examples: Any, metric: Any, memory_mib: float, processes: int) -> Any:
-    from stages.circuits.path_patching import Pairs, PathPatcher
+    from stages.circuits.pairs import AlignedPairs
+    from stages.circuits.path_patching import PathPatcher
     from stages.circuits.scores import measure_of
     from stages.circuits.spread import SpreadPatcher
 
-    def pairs(of: Any) -> Pairs:
-        return Pairs(of.input_ids, of.corrupt_ids, of.positions, of.corrupt_positions)
+    def pairs(of: Any) -> AlignedPairs:
+        return AlignedPairs(of.input_ids, of.corrupt_ids, of.positions, of.corrupt_positions)
 
     def make(rows: slice) -> PathPatcher:
         part = examples.select(rows)

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.circuits.ablation import mean_outputs
+from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
-from stages.circuits.types import Circuit, Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio, tail_order

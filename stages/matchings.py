@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from stages.circuits.types import Circuit
+from stages.circuits.circuit import Circuit
 from stages.measures.checkpoints import record, scores
 from stages.measures.faithfulness import in_tail_order
 from stages.pipeline.checkpoints import load_model

@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.circuits.path_patching import Pairs, Receivers
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import Receivers
 from stages.circuits.trace import TraceDict
 from stages.circuits.walker import Walker
 
@@ -179,7 +180,7 @@ def float64_softmax() -> Iterator[None]:
         nn.functional.softmax = original
 
 
-def random_pairs(seed: int = 0, n: int = 5, length: int = 11) -> Pairs:
+def random_pairs(seed: int = 0, n: int = 5, length: int = 11) -> AlignedPairs:
     """Random prompts; "earlier" differs between examples and partners, the other positions are shared."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -187,7 +188,7 @@ def random_pairs(seed: int = 0, n: int = 5, length: int = 11) -> Pairs:
         return torch.randint(low, high, shape, generator=generator)
 
     fixed = {"last": torch.full((n,), length - 1), "query_label": torch.full((n,), length - 3)}
-    return Pairs(
+    return AlignedPairs(
         clean_ids=draw(0, VOCAB, n, length),
         corrupt_ids=draw(0, VOCAB, n, length),
         positions={**fixed, "earlier": draw(1, 4, n)},
@@ -233,7 +234,7 @@ def head_outputs(model: PreTrainedModel, ids: Int[Tensor, "n t"]) -> list[Float[
 
 def naive_path_patching(
     model: PreTrainedModel,
-    pairs: Pairs,
+    pairs: AlignedPairs,
     position: str,
     senders: list[tuple[int, int]],
     receivers: Receivers,

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
-from stages.circuits.types import Node
 from tests.oracles import head_outputs, hooked_logits, output_projections
 
 POSITIONS = ("earlier_label", "earlier_separator", "query_label", "last")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.circuit import Node
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher
 from stages.circuits.scores import Metric, measure_of
-from stages.circuits.types import Node
 from stages.circuits.walker import Walker
 from tests.oracles import walker_of
 
@@ -243,7 +244,7 @@ def _set_head(model: Any, planted: PlantedHead) -> None:
 
 @dataclass(frozen=True)
 class Prompts:
-    pairs: Pairs
+    pairs: AlignedPairs
     answer: Tensor
     others: Tensor
 
@@ -282,7 +283,7 @@ def planted_prompts(plan: Plan, n: int = 64, seed: int = 0) -> Prompts:
         {name: torch.full((n,), at) for name, at in fixed.items()} | {k: torch.tensor(v) for k, v in found.items()}
         for found in (positions, corrupt_positions)
     ]
-    pairs = Pairs(torch.tensor(clean), torch.tensor(corrupt), *tensors)
+    pairs = AlignedPairs(torch.tensor(clean), torch.tensor(corrupt), *tensors)
     return Prompts(pairs, torch.tensor(answer), torch.tensor(others))
 
 

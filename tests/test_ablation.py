@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.circuits.ablation import ablated_run, circuits_in_place, mean_outputs, nodes_removed
+from stages.circuits.circuit import Circuit, Component, Group, Node
 from stages.circuits.exchange import Positions, random_nodes, random_weights
-from stages.circuits.types import Circuit, Component, Group, Node
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
 from stages.measures.faithfulness import Readout, circuit_record, evaluate_circuits, in_tail_order, outcomes, tail_order

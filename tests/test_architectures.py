@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.circuits.agreement import agreement
 from stages.circuits.architectures import Architecture, Gemma2, Gemma3, Gpt2, GptNeoX, Llama
+from stages.circuits.circuit import Component
 from stages.circuits.lora import adapter_layers, merged
 from stages.circuits.path_patching import PathPatcher, Receivers
-from stages.circuits.types import Component
 from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
 from tests.oracles import (

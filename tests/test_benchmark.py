@@ -8,8 +8,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.circuits.circuit import Component
 from stages.circuits.path_patching import PathPatcher, Receivers
-from stages.circuits.types import Component
 from stages.circuits.walker import Walker
 from tests.benchmark.__main__ import END, START, inserted, main
 from tests.benchmark.cases import CASES, build_measure, build_model, build_pairs, hops

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import config
 
 from stages.circuits.ablation import circuits_in_place, nodes_removed
+from stages.circuits.circuit import Component, Node
 from stages.circuits.exchange import Sites
 from stages.circuits.masks import PairTable
-from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, half_scores, measure_of, score
 from stages.circuits.transplant import transplant
-from stages.circuits.types import Component, Node
 from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
 from tests.oracles import VOCAB, random_model, random_pairs, walker_of
@@ -65,7 +66,7 @@ def test_pairs(change: dict[str, Any], sentence: str, monkeypatch: pytest.Monkey
 
 
 def test_tokens_and_padding(walker: Walker) -> None:
-    def patcher(pairs: Pairs) -> PathPatcher:
+    def patcher(pairs: AlignedPairs) -> PathPatcher:
         return PathPatcher(walker, pairs, first_logit, 64.0)
 
     ids = PAIRS.clean_ids.clone()

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stages.circuits.circuit import Circuit
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.search import PAPER_HOPS, Hop, paper_hops
 from stages.circuits.selection import Rule, strongest
-from stages.circuits.types import Circuit
 from tests.conftest import REPOSITORY
 
 FOLDER = Path(os.environ.get("REFERENCE_DATA", REPOSITORY.parent / "shared" / "reference_data"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.circuits.circuit import Group, Node
 from stages.circuits.exchange import Sites, exchange, exchange_in_parts, outputs_at
 from stages.circuits.masks import (
     MaskSettings,
@@ -15,7 +16,6 @@ from stages.circuits.masks import (
     select_heads,
     train_masks,
 )
-from stages.circuits.types import Group, Node
 from stages.tasks.examples import DesiderataPairs
 from tests.oracles import KINDS, random_model, walker_of
 from tests.oracles_ablation import naive_exchange, outputs_of, random_positions, random_prompts
@@ -120,7 +120,7 @@ def test_sources_of_unequal_lengths_give_what_each_gives_alone() -> None:
 
 
 def known(position: str, carriers: list[tuple[int, int]], n: int, seed: int) -> DesiderataPairs:
-    """Pairs whose target is what a model answers when exactly `carriers` are swapped."""
+    """AlignedPairs whose target is what a model answers when exactly `carriers` are swapped."""
     walker = walker_of(random_model("llama"))
     data = pairs(n, seed)
     with torch.no_grad():

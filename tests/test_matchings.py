@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stages.circuits.ablation import mean_outputs
-from stages.circuits.types import Circuit, Group
+from stages.circuits.circuit import Circuit, Group
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
 from stages.learning.matching import Matching, matchings, pick

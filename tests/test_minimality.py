@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stages.circuits.ablation import mean_outputs
-from stages.circuits.types import Component, Group, Node
+from stages.circuits.circuit import Component, Group, Node
 from stages.measures.completeness import completeness, greedy_worst, random_subsets
 from stages.measures.faithfulness import Readout
 from stages.measures.inspection import inspect

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.circuits.path_patching import Pairs, PathPatcher, Progress, Receivers
+from stages.circuits.circuit import Component
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher, Progress, Receivers
 from stages.circuits.spread import SpreadPatcher
-from stages.circuits.types import Component
 from stages.pipeline.stage import Invalid
 from tests.oracles import FAMILIES, head_outputs, naive_path_patching, random_model, random_pairs, walker_of
 
@@ -23,7 +24,7 @@ def difference(logits, index):
     return logits[..., 3] - logits[..., 4:8].mean(-1)
 
 
-def patcher_of(model, pairs: Pairs, memory_mib: float = 64.0) -> PathPatcher:
+def patcher_of(model, pairs: AlignedPairs, memory_mib: float = 64.0) -> PathPatcher:
     return PathPatcher(walker_of(model), pairs, difference, memory_mib)
 
 
@@ -93,7 +94,7 @@ def test_shares_of_the_examples_in_processes_change_nothing_but_rounding():
     walker = walker_of(model)
 
     def share(rows: slice) -> PathPatcher:
-        part = Pairs(
+        part = AlignedPairs(
             pairs.clean_ids[rows],
             pairs.corrupt_ids[rows],
             {name: at[rows] for name, at in pairs.positions.items()},

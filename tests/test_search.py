@@ -11,11 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import discover
-from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.circuit import Circuit, Component, Group, Node
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Hop, _group_of, paper_hops, search
 from stages.circuits.selection import Rule
-from stages.circuits.types import Circuit, Component, Group, Node
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
 from tests.oracles import walker_of
@@ -84,7 +85,7 @@ def counting_examples(n: int = 40) -> Examples:
 
 def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE) -> PathPatcher:
     examples = counting_examples()
-    pairs = Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+    pairs = AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
     return PathPatcher(walker_of(counting_model()), pairs, measure_of(metric, examples.answer, examples.others), 64.0)
 
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stages.circuits.circuit import Component, Node
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric
 from stages.circuits.search import paper_hops, search
 from stages.circuits.selection import Rule, select_heads
-from stages.circuits.types import Component, Node
 from tests.planted import PLANS, planted_patcher
 
 RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=5)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.circuits.path_patching import Pairs, PathPatcher
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import search
 from stages.circuits.walker import Walker
@@ -196,7 +197,7 @@ def test_retracing_sees_the_head_that_was_taken_out() -> None:
         weight[8:16, 16:24], weight[8:16, 0:8] = weight[8:16, 0:8].clone(), 0.0
     patcher = PathPatcher(
         Walker(model),
-        Pairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions),
+        AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions),
         measure_of(Metric.LOGIT_DIFFERENCE, examples.answer, examples.others),
         64.0,
     )

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
 from stages.circuits.transplant import random_like, transplant
-from stages.circuits.types import Node
 from stages.cmap import patch_both_ways
 from stages.tasks.examples import Examples
 from tests.oracles import KINDS, random_model, walker_of

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.circuits.circuit import LAST, Node
 from stages.circuits.exchange import (
     Positions,
     Sites,
@@ -31,7 +32,6 @@ from stages.circuits.exchange import (
     slices,
     stack_positions,
 )
-from stages.circuits.types import LAST, Node
 from stages.circuits.walker import Run, Walker
 from stages.pipeline.processes import in_processes
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stages.circuits.types import LAST
+from stages.circuits.circuit import LAST
 from stages.pipeline.stage import Invalid
 
 

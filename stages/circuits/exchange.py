@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.circuits.checks import check_heads, check_name, check_sites
-from stages.circuits.types import Node
+from stages.circuits.circuit import Node
 from stages.circuits.walker import Run, Walker, Window
 from stages.pipeline.stage import Invalid
 

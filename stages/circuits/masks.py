@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.circuits.checks import check_name, check_positions, check_tokens
+from stages.circuits.circuit import Group, Node
 from stages.circuits.exchange import (
     Sites,
     exchange,
@@ -44,7 +45,6 @@ from stages.circuits.exchange import (
     rows_that_fit,
     slices,
 )
-from stages.circuits.types import Group, Node
 from stages.circuits.walker import Run, Walker
 from stages.pipeline.processes import in_processes
 
@@ -59,7 +59,7 @@ Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
 
 @runtime_checkable
 class Desideratum(Protocol):
-    """Pairs of base and source prompts; `target` is the answer that the desideratum asks for."""
+    """AlignedPairs of base and source prompts; `target` is the answer that the desideratum asks for."""
 
     @property
     def base_ids(self) -> Int[Tensor, "n t"]: ...

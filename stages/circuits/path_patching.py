@@ -36,8 +36,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.checks import check_finite, check_heads, check_name, check_padding, check_positions, check_tokens
-from stages.circuits.types import Component
+from stages.circuits.checks import check_finite, check_heads, check_name, check_padding, check_tokens
+from stages.circuits.circuit import Component
+from stages.circuits.pairs import AlignedPairs
 from stages.circuits.walker import Edit, Prefix, Walker, Window
 from stages.pipeline.stage import Invalid
 
@@ -70,33 +71,6 @@ class TokenMeasure:
         self.check(logits.shape[-1], index)
         tokens = self.tokens[index].to(logits.device)
         return self.reduce(logits.gather(-1, tokens[:, None].expand(-1, logits.shape[1], -1)))
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Clean prompts with a corrupt partner each; positions may differ from example to example.
-
-    Attributes:
-        positions: semantic position -> absolute position in the clean prompt.
-        corrupt_positions: the same in the corrupt prompt, where a sender's corrupt output is taken from.
-    """
-
-    clean_ids: Int[Tensor, "n t"]
-    corrupt_ids: Int[Tensor, "n t"]
-    positions: dict[str, Int[Tensor, "n"]]
-    corrupt_positions: dict[str, Int[Tensor, "n"]]
-
-    def __post_init__(self) -> None:
-        shape, corrupt = list(self.clean_ids.shape), list(self.corrupt_ids.shape)
-        if len(shape) != 2 or shape != corrupt:
-            raise Invalid(
-                f"clean_ids has shape {shape}, corrupt_ids {corrupt}: must be the same two, prompts by tokens"
-            )
-        check_positions(self.positions, shape[0], shape[1])
-        check_positions(self.corrupt_positions, shape[0], shape[1], "corrupt_positions")
-        if set(self.positions) - set(self.corrupt_positions):
-            missing = ", ".join(sorted(set(self.positions) - set(self.corrupt_positions)))
-            raise Invalid(f"corrupt_positions lacks {missing}: must name every position that positions names")
 
 
 @dataclass(frozen=True)
@@ -255,7 +229,7 @@ class PathPatcher:
             prompt.
     """
 
-    def __init__(self, walker: Walker, pairs: Pairs, measure: Measure, memory_mib: float) -> None:
+    def __init__(self, walker: Walker, pairs: AlignedPairs, measure: Measure, memory_mib: float) -> None:
         self.walker = walker
         self.pairs = pairs
         self.measure = measure

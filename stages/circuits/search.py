@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.circuits.circuit import LOGITS, Circuit, Component, Group
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, half_scores, score, split_half
 from stages.circuits.selection import Head, Rule, select_heads, strongest
-from stages.circuits.types import LOGITS, Circuit, Component, Group
 from stages.pipeline.stage import Invalid
 
 ROOT = "fetch_answer"  # the group that writes the answer into the logits

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.exchange import slices
-from stages.circuits.path_patching import Pairs, PathPatcher, Receivers
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import Servers
 
@@ -31,7 +32,9 @@ class SpreadPatcher(PathPatcher):
         RuntimeError: a process failed.
     """
 
-    def __init__(self, walker: Walker, pairs: Pairs, make: Callable[[slice], PathPatcher], processes: int) -> None:
+    def __init__(
+        self, walker: Walker, pairs: AlignedPairs, make: Callable[[slice], PathPatcher], processes: int
+    ) -> None:
         self.walker, self.pairs, self.watch = walker, pairs, None  # each process may have a patcher that is watched
         layers, heads = walker.n_layers, walker.n_heads
         self._every_head = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)

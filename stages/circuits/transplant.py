@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stages.circuits.circuit import Node
 from stages.circuits.exchange import (
     Positions,
     Sites,
@@ -23,7 +24,6 @@ from stages.circuits.exchange import (
     random_weights,
     stack_positions,
 )
-from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker
 from stages.pipeline.stage import Invalid
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.ablation import mean_outputs
-from stages.circuits.types import Node
+from stages.circuits.circuit import Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs
 from stages.measures.faithfulness import circuit_record, evaluate_circuits

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from stages.circuits.types import Node
+from stages.circuits.circuit import Node
 from stages.measures.faithfulness import ratio
 from stages.measures.prepared import Prepared
 

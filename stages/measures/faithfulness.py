@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.circuits.ablation import ablated_run, circuits_in_place, nodes_removed
+from stages.circuits.circuit import Node
 from stages.circuits.exchange import by_earliest, rows_that_fit, slices
 from stages.circuits.scores import logit_difference
-from stages.circuits.types import Node
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import in_processes
 from stages.tasks.examples import Clauses, Examples

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.circuits.circuit import Group, Node
 from stages.circuits.knockout import knocked_out, layer_windows
-from stages.circuits.types import Group, Node
 from stages.circuits.walker import Walker
 from stages.measures.completeness import completeness, greedy_worst, random_subsets
 from stages.measures.faithfulness import Readout, in_tail_order
@@ -162,7 +162,7 @@ def knockout(model: Prepared, readers: Collection[str], width: int) -> dict[str,
 
 
 def _paths(model: Prepared, readers: Collection[str]) -> list[tuple[str, str]]:
-    """Pairs of a position and one that stands before it in every example, and the control."""
+    """AlignedPairs of a position and one that stands before it in every example, and the control."""
 
     def before(key: str, query: str) -> bool:
         return all(bool((part.examples.positions[key] < part.examples.positions[query]).all()) for part in model.parts)

@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-from stages.circuits.types import Node
+from stages.circuits.circuit import Node
 
 # F of circuits, run as variants of one pass
 ScoreOf = Callable[[Sequence[frozenset[Node]]], Sequence[float]]

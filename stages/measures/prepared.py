@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.circuits.ablation import ablated_run, circuits_in_place, nodes_removed
+from stages.circuits.circuit import Node
 from stages.circuits.exchange import rows_that_fit, slices
-from stages.circuits.types import Node
 from stages.circuits.walker import Run, Walker
 from stages.measures.faithfulness import Readout
 from stages.tasks.examples import Clauses, Examples

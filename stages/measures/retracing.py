@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from stages.circuits.circuit import Component
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, half_scores, score
-from stages.circuits.types import Component
 
 
 def retrace(

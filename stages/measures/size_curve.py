@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from stages.circuits.types import Node
+from stages.circuits.circuit import Node
 
 
 def ranked_nodes(strengths: Mapping[str, Float[np.ndarray, "layers h"]]) -> list[Node]:

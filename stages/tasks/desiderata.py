@@ -8,7 +8,7 @@ Base and source are prompts of the old task. If a group of heads carries
 - `next_clause`: none of these; the target is the base's object one clause after the one of `positional`, as a
   negative control (the paper's "incorrect segment").
 
-Pairs are drawn so that these hypotheses cannot be confused: the source names no object of the base, its
+AlignedPairs are drawn so that these hypotheses cannot be confused: the source names no object of the base, its
 queried clause is another one (uniform over the others), and its queried label is absent from the base or, in
 `box_label_value`, the label of a third clause. So a base that is not changed scores 0 (`floors`).
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.circuits.path_patching import Pairs, Receivers, TokenMeasure
+from stages.circuits.circuit import LOGITS, Component
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import Receivers, TokenMeasure
 from stages.circuits.search import PAPER_HOPS
-from stages.circuits.types import LOGITS, Component
 
 BOXES = 7
 CLAUSE = 7  # tokens of a clause; the first label is at token 6, the query label is the third token from the end
@@ -198,7 +199,7 @@ def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def build_pairs(case: Case, examples: int | None = None) -> Pairs:
+def build_pairs(case: Case, examples: int | None = None) -> AlignedPairs:
     """Random tokens with the positions of the paper's prompts; the queried clauses are spread evenly."""
     n = case.examples if examples is None else examples
     generator = torch.Generator().manual_seed(1)
@@ -206,7 +207,7 @@ def build_pairs(case: Case, examples: int | None = None) -> Pairs:
     clauses = (torch.arange(n) * 2 + 1) * BOXES // (2 * n)
     labels = 6 + CLAUSE * clauses
     fixed = {"last": torch.full((n,), case.tokens - 1), "query_label": torch.full((n,), case.tokens - 3)}
-    return Pairs(
+    return AlignedPairs(
         clean,
         corrupt,
         {**fixed, "earlier_label": labels},

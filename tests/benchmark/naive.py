@@ -18,15 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from stages.circuits.path_patching import Measure, Pairs, Receivers
-from stages.circuits.types import Component
+from stages.circuits.circuit import Component
+from stages.circuits.pairs import AlignedPairs
+from stages.circuits.path_patching import Measure, Receivers
 
 
 class NaivePathPatcher:
     """Same arguments and results as `PathPatcher`, for single heads."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, pairs: Pairs, measure: Measure) -> None:
+    def __init__(self, model: PreTrainedModel, pairs: AlignedPairs, measure: Measure) -> None:
         self._model, self._pairs, self._measure = model, pairs, measure
         self._decoder: Any = model.model
         config = model.config
