@@ -15,12 +15,13 @@ MIB = 2.0**20
 # On a processor, passes are cut so that the tensors of a layer stay near its cache; larger parts are slower.
 CACHE_MIB = 64
 
+# Shares of the memory limit: a pass at work, and what is kept of chains, of runs, and of all together.
+PASS = 0.2
+SHARES = {"chains": 0.3, "runs": 0.2, "sweeps": 0.6}
+KEPT = 0.6
+
 # The part of what remains that is for tails, beside the sweep that they belong to.
 TAILS = 0.5
-
-# Shares of the memory limit: the pass at work, and at most so much for each of what is kept.
-PASS = 0.2
-SHARES = {"chains": 0.3, "runs": 0.2, "sweeps": 0.2}
 
 
 class Budget:
@@ -35,8 +36,11 @@ class Budget:
         self._kept = dict.fromkeys(SHARES, 0.0)
 
     def keep(self, what: str, size: float | int) -> bool:
-        """Take so many bytes for something to keep, if the share of its kind allows it; negative to give back."""
-        if size > 0 and self._kept[what] + size > SHARES[what] * self.limit:
+        """Take so many bytes for something to keep, if the shares of its kind and of all allow it; negative to give
+        back."""
+        if size > 0 and (
+            self._kept[what] + size > SHARES[what] * self.limit or sum(self._kept.values()) + size > KEPT * self.limit
+        ):
             return False
         self._kept[what] += size
         return True

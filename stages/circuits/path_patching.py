@@ -104,6 +104,7 @@ class PathPatcher(Patcher):
         of_tokens = measure.tokens.shape[1] if isinstance(measure, FewTokens) else None
         self._sizes = Sizes(walker, self._length, max(self._length, pairs.corrupt_ids.shape[1]), of_tokens)
         self._sweeps: dict[str, list[_Batch]] = {}  # position -> sweeps of all single heads
+        self._reached: dict[str, int] = {}  # position -> depth up to which room is taken for them
         self._chains: dict[str, Chains] = {}  # position -> of all examples
         self._runs: CleanRuns | None = None
         self._asked: set[str] = set()  # positions whose tails were
@@ -144,7 +145,9 @@ class PathPatcher(Patcher):
         first = first_layer(senders)
         order = torch.argsort(first, stable=True)  # so that whatever has joined comes first
         # all single heads are asked for again and again
-        again = torch.equal(senders, every_head(layers, self.walker.n_heads)) and self._keeps(position, first)
+        again = torch.equal(senders, every_head(layers, self.walker.n_heads)) and self._keeps(
+            position, first, max(needed)
+        )
         order = order[first[order] < (layers if again else max(needed))]
         tokens = self.pairs.spans[position].shape[1]
         # the largest parts: as many sets of senders as fit for one example, then as many examples
@@ -335,15 +338,26 @@ class PathPatcher(Patcher):
         logits, measure = logits.to(self._dtype), self.measure
         return (measure.read(logits, index) if isinstance(measure, FewTokens) else measure(logits, index)).cpu()
 
-    def _keeps(self, position: str, first: Int[Tensor, "e"]) -> bool:
-        """Whether the sweep of all single heads at `position` is kept: it is already, or it fits."""
-        if position in self._sweeps:
-            return True
+    def _keeps(self, position: str, first: Int[Tensor, "e"], depth: int) -> bool:
+        """Whether the sweep of all single heads at `position` is kept up to a depth: it is already, or it fits."""
         if position not in self._chains:
             return False
-        streams = sum(int((first < depth).sum()) for depth in range(self.walker.n_layers + 1))
-        size = len(self.clean) * self._sizes.sweep(streams, self.pairs.spans[position].shape[1])
-        return size <= TAILS * self._left() and self._budget.keep("sweeps", size)
+
+        def size(depth: int) -> int:
+            streams = sum(int((first < below).sum()) for below in range(depth + 1))
+            return len(self.clean) * self._sizes.sweep(streams, self.pairs.spans[position].shape[1])
+
+        reached, had = self._reached.get(position, 0), position in self._sweeps
+        if had and depth <= reached:
+            return True
+        more = size(depth) - (size(reached) if had else 0)
+        if more <= TAILS * self._left() and self._budget.keep("sweeps", more):
+            self._reached[position] = depth
+            return True
+        if had:
+            self._budget.keep("sweeps", -size(reached))
+            del self._sweeps[position], self._reached[position]
+        return False
 
     def _check_prompts(self) -> None:
         for what in ("clean_ids", "corrupt_ids"):
