@@ -49,8 +49,8 @@ def per_head(base: nn.Module, tuned: nn.Module) -> list[tuple[int, int, float, f
     sizes = [(a.n_layers, a.n_heads, a.n_kv_heads, a.head_dim, a.width) for a in (before, after)]
     if sizes[0] != sizes[1]:
         raise Invalid(
-            f"layers, heads, key-value heads, head width and width of base and tuned model are {sizes[0]} and {sizes[1]}: "
-            "must be the same"
+            f"layers, heads, key-value heads, head width and width of base and tuned model are {sizes[0]} and "
+            f"{sizes[1]}: must be the same"
         )
     rows = []
     for layer in range(before.n_layers):
