@@ -7,8 +7,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
+# other projects' implementations, as oracles: an environment that adds to the first, and changes nothing in it
+PEERS := $(VENV)/peers
 
-.PHONY: help repro report test tests-a-to-r tests-s-to-z smoke full bench clean-env
+.PHONY: help repro report test tests-a-to-r tests-s-to-z peers smoke full bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -31,6 +33,9 @@ tests-a-to-r:
 tests-s-to-z:
 	python -m pytest tests/test_[!a-r]*.py
 
+peers: $(PEERS)/.ready ## compare with TransformerLens, which it installs beside the environment: random models, SmolLM2
+	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest tests/test_transformer_lens.py -s
+
 report: $(READY) ## statistics and report alone, from the records of the committed run: trains nothing, a minute or two
 	python -m stages.pipeline.records
 
@@ -48,6 +53,13 @@ $(READY): requirements.txt requirements-compute.txt
 	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
+
+$(PEERS)/.ready: requirements-peers.txt $(READY)
+	$(VENV)/bin/python -m venv $(PEERS)
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(echo $(PEERS)/lib/python3*/site-packages)/beneath.pth
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	touch $@
 
 clean-env: ## remove the environment
 	rm -rf $(VENV)
