@@ -67,9 +67,9 @@ class Run:
     """
 
     residual: Float[Tensor, "depths n t d"]
-    z: Float[Tensor, "layers n t h a"]
-    keys: Float[Tensor, "layers n g t a"]
-    values: Float[Tensor, "layers n g t a"]
+    z: Float[Tensor, "layers_z n t h a"]
+    keys: Float[Tensor, "layers_k n g t a"]
+    values: Float[Tensor, "layers_v n g t a"]
     logits: Float[Tensor, "n vocab"]
 
     def select(self, index: Tensor | slice) -> "Run":
