@@ -108,7 +108,7 @@ def test_heads_that_share_key_value_heads_in_another_order_are_found_at_load(mon
 def test_heads_that_are_read_in_another_order_are_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = Llama.output_weight
     monkeypatch.setattr(Llama, "output_weight", lambda self, layer: turned(self, layer).roll(8, 1))
-    with pytest.raises(Invalid, match="do not add up to the attention output of layer 0"):
+    with pytest.raises(Invalid, match="the sum of what heads write to the attention output of layer 0"):
         walker_of(random_model("llama"))
 
 

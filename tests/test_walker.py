@@ -123,7 +123,7 @@ def test_the_fused_attention_equals_the_plain_one(kind, monkeypatch):
     length = ids.shape[1]
     found = []
     for slots in (1, 100):
-        monkeypatch.setattr("stages.circuits.walker.FUSED_SLOTS", slots)
+        monkeypatch.setattr("stages.circuits.attention.FUSED_SLOTS", slots)
         run = walker.run(ids)
         start = 5
         tail = run.residual[1][:, None, start:].repeat(1, 2, 1, 1) * torch.tensor([1.0, 1.1])[:, None, None]

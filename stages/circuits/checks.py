@@ -5,6 +5,8 @@ examples are grouped by their positions inside it. Group longer and shorter prom
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -29,23 +31,68 @@ def check_tokens(ids: Int[Tensor, "n t"], vocab_size: int, longest: int | None, 
         raise Invalid(f"{what} holds prompts of {ids.shape[1]} tokens: this model takes at most {longest}")
 
 
-def check_padding(ids: Int[Tensor, "n t"], pad: int | None, ordinary: Iterable[int | None], what: str) -> None:
-    """No padding at either end of a prompt.
+@dataclass(frozen=True)
+class Padding:
+    """What counts as padding in prompts of a model.
+
+    Attributes:
+        token: id of the padding token, if there is one.
+        begins: ids of tokens that texts begin with.
+        run: how many of them in a row are padding.
+    """
+
+    token: int | None
+    begins: tuple[int, ...]
+    run: int
+
+
+def padding_of(config: Any) -> Padding:
+    """Read off a Hugging Face config, whose ids may be lists.
+
+    A model without a padding token is padded with the end of a text by habit (GPT-2, Llama). One of these at the start
+    or the end of a prompt may be meant, two are padding.
+    """
+    begins, ends = _ids(getattr(config, "bos_token_id", None)), _ids(getattr(config, "eos_token_id", None))
+    pad = _ids(getattr(config, "pad_token_id", None))
+    if pad:
+        return Padding(pad[0], begins, 1)
+    return Padding(ends[0] if ends else None, begins, 2)
+
+
+def _ids(entry: int | Iterable[int | None] | None) -> tuple[int, ...]:
+    if entry is None or isinstance(entry, int):
+        return () if entry is None or entry < 0 else (entry,)
+    return tuple(one for several in entry for one in _ids(several))
+
+
+def check_padding(
+    ids: Int[Tensor, "n t"],
+    pad: int | None,
+    begins: int | Iterable[int | Iterable[int] | None] | None,
+    what: str,
+    run: int = 1,
+) -> None:
+    """No padding at either end of a prompt: positions would count it, and tokens attend to it.
 
     Args:
-        pad: id of the padding token, if there is one.
-        ordinary: ids of tokens that may stand there, such as the beginning of a text; a `pad` among them says nothing.
+        pad: id of the padding token, if there is one; being the end of a text too, as many tokenizers have it, makes it
+            no less of a padding.
+        begins: ids of tokens that texts begin with; where one is the padding token, one of them at the start is in order.
+        run: how many padding tokens in a row are padding.
 
     Raises:
         Invalid: a prompt starts or ends with the padding token.
     """
-    if pad is None or pad in ordinary:
+    if pad is None:
         return
-    padded = (ids[:, [0, -1]] == pad).any(1)
+    here = (ids == pad).int()
+    leading, trailing = here.cumprod(1).sum(1), here.flip(1).cumprod(1).sum(1)
+    trailing = trailing * (trailing < ids.shape[1])  # a prompt of nothing else is judged by its start
+    padded = (leading >= max(run, 2 if pad in _ids(begins) else 1)) | (trailing >= run)
     if bool(padded.any()):
         raise Invalid(
-            f"{what}: prompt {int(padded.int().argmax())} starts or ends with the padding token {pad}: prompts must "
-            "have equal length without padding; group them by length"
+            f"{what}: prompt {int(padded.int().argmax())} starts or ends with the padding token {pad}: pass prompts "
+            "without padding, grouped by length (a walker made with pad=None takes that token for an ordinary one)"
         )
 
 

@@ -9,30 +9,29 @@ values can be taken from a run that was made before. So a forward pass here has 
 3. an *edit*: a function that may replace q, k, v or z of any layer on the way.
 
 `Walker.run` is the same pass with every position in the window and no background, so there is one code path to trust,
-and it is checked against the Hugging Face model when a walker is made. What differs between families of decoders is in
-`architectures`.
+and it is checked against the Hugging Face model when a walker is made (`load_check`). What differs between families of
+decoders is in `architectures`.
 
 Shapes: n examples, e variants, s window slots, t positions, d residual width, h query heads, g key-value heads, a head
 width. Window slots are in increasing position order.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stages.circuits.architectures import Rotary, architecture_of
-from stages.circuits.checks import check_tokens
-from stages.circuits.trace import Trace
+from stages.circuits.architecture import Rotary
+from stages.circuits.architectures import architecture_of
+from stages.circuits.attention import Window, attend
+from stages.circuits.checks import check_padding, check_tokens, padding_of
+from stages.circuits.load_check import check_reproduces
 from stages.pipeline.stage import Invalid
 
-# From so many queries on the fused kernel pays for copying the background; on a processor it is then up to 2.5 times as
-# fast, since it writes no attention scores to memory.
-FUSED_SLOTS = 16
+KEPT = ("residual", "z", "keys", "values")  # what a run can leave behind
 
 # edit(layer, site, x, first): site is "q", "k", "v" (as projected, see `architectures`) or "z" (head outputs); x is
 # [n e s' heads a], and covers the window slots from `first` on. Returns the replacement, same shape.
@@ -57,7 +56,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Run:
-    """What one full forward pass leaves behind.
+    """What one full forward pass leaves behind; what was not to be kept has no layer.
 
     Attributes:
         residual: residual stream entering each layer; the last entry is what enters the final norm.
@@ -84,89 +83,25 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class Window:
-    """The positions that a pass computes, and what they can see.
-
-    Attributes:
-        positions: window slots, increasing along s.
-        sees_background: additive mask, 0 where a slot attends to a background position, -inf elsewhere.
-        sees_window: additive mask between window slots.
-    """
-
-    positions: Int[Tensor, "n s"]
-    sees_background: Float[Tensor, "n s b"]
-    sees_window: Float[Tensor, "n s s"]
-
-    @staticmethod
-    def tail(
-        n: int,
-        start: int,
-        length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> "Window":
-        """All positions from `start` to the last; the background is the prefix before `start`."""
-        slots = torch.arange(start, length, device=device).expand(n, length - start)
-        causal = _mask(slots[:, None, :] <= slots[:, :, None], dtype)
-        return Window(slots, torch.zeros(n, length - start, start, dtype=dtype, device=device), causal)
-
-    @staticmethod
-    def scattered(
-        positions: Int[Tensor, "n s"],
-        length: int,
-        live: Bool[Tensor, "n s"] | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "Window":
-        """Any positions, increasing along s; every other position of the prompt is background.
-
-        Args:
-            positions: a position may be repeated only in slots that are not live.
-            length: number of positions t of the prompt.
-            live: slots that count; a slot that is not live (padding) is computed, but nothing attends to it.
-        """
-        (n, s), device = positions.shape, positions.device
-        live = torch.ones(n, s, dtype=torch.bool, device=device) if live is None else live
-        in_window = torch.zeros(n, length, dtype=torch.bool, device=device)
-        rows = torch.arange(n, device=device)[:, None].expand(n, s)
-        in_window[rows[live], positions[live]] = True
-        everywhere = torch.arange(length, device=device)
-        earlier = everywhere[None, None, :] <= positions[:, :, None]
-        background = _mask(earlier & ~in_window[:, None, :], dtype)
-        visible = (positions[:, None, :] <= positions[:, :, None]) & live[:, None, :]
-        # a padding slot sees itself, so that its softmax is defined
-        visible |= torch.eye(s, dtype=torch.bool, device=device)
-        return Window(positions, background, _mask(visible, dtype))
-
-    def within(self, reach: int | None) -> "Window":
-        """The same slots when each sees only the `reach` tokens up to itself (a sliding window; None: all)."""
-        if reach is None or int(self.positions.max()) < reach:
-            return self
-        places = torch.arange(self.sees_background.shape[-1], device=self.positions.device)
-        far_background = self.positions[:, :, None] - places >= reach
-        far_window = self.positions[:, :, None] - self.positions[:, None, :] >= reach
-        return Window(
-            self.positions,
-            self.sees_background.masked_fill(far_background, float("-inf")),
-            self.sees_window.masked_fill(far_window, float("-inf")),
-        )
-
-
 class Walker:
     """Runs a Hugging Face decoder layer by layer.
 
     Attributes:
         model: the decoder.
         architecture: what is particular to its family; the sizes below are its.
+        device: of the model; everything that is made for it lives there.
+        pad: id of the padding token, "config" for what the model's config says (see `checks.padding_of`), None where no
+            token is padding: give None to walk over prompts that start or end with that token on purpose.
 
     Raises:
         Invalid: the architecture is not supported, adapters are not merged, or the walker does not reproduce the
             model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pad: int | Literal["config"] | None = "config") -> None:
         self.architecture = architecture_of(model)
         self.model: Any = model
+        self.pad = pad
         self.n_layers = self.architecture.n_layers
         self.n_heads = self.architecture.n_heads
         self.n_kv_heads = self.architecture.n_kv_heads
@@ -177,34 +112,63 @@ class Walker:
         self.dtype = next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self.logits_dtype = torch.promote_types(self.dtype, torch.float32)
-        self._check()
+        check_reproduces(self.model, self.architecture, self.kv_head)
+
+    def check_prompts(self, input_ids: Int[Tensor, "n t"], what: str = "input_ids") -> None:
+        """Token ids of the vocabulary, in prompts that the model can take, without padding at either end.
+
+        Raises:
+            Invalid: as said; the sentence names `what`.
+        """
+        check_tokens(input_ids, self.vocab_size, self.architecture.longest, what)
+        padding = padding_of(self.architecture.config)
+        check_padding(input_ids, padding.token if self.pad == "config" else self.pad, padding.begins, what, padding.run)
 
     def kv_head(self, head: int) -> int:
         """The key-value head that a query head reads from (grouped-query attention)."""
         return head // (self.n_heads // self.n_kv_heads)
 
+    @torch.no_grad()
     def run(
         self,
         input_ids: Int[Tensor, "n t"],
         edit: Edit | None = None,
         outputs: Float[Tensor, "layers #n t h a"] | None = None,
+        keep: Collection[str] = KEPT,
     ) -> Run:
-        """A full forward pass over prompts of equal length. With `outputs` heads give these, and nothing attends.
+        """A full forward pass over prompts of equal length, without gradients.
+
+        Args:
+            edit: as in `continue_from`.
+            outputs: heads give these, and nothing attends.
+            keep: which of residual, z, keys and values are kept; the others take no memory and have no layer.
 
         Raises:
-            Invalid: a token id is outside the vocabulary, or the prompts are longer than the model can take.
+            Invalid: a token id is outside the vocabulary, the prompts are longer than the model can take, or there is
+                no such thing to keep.
         """
         check_tokens(input_ids, self.vocab_size, self.architecture.longest)
+        if set(keep) - set(KEPT):
+            raise Invalid(f"keep holds '{sorted(set(keep) - set(KEPT))[0]}': must be some of {', '.join(KEPT)}")
         n, length = input_ids.shape
-        empty = torch.empty(self.n_layers, n, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-        record: dict[str, list[Tensor]] = {name: [] for name in ("residual", "z", "keys", "values")}
+        per_head = (n, self.n_kv_heads, length, self.head_dim)
+        shapes = {
+            "residual": (self.n_layers + 1, n, length, self.width),
+            "z": (self.n_layers, n, length, self.n_heads, self.head_dim),
+            "keys": (self.n_layers, *per_head),
+            "values": (self.n_layers, *per_head),
+        }
+        record = {
+            name: torch.empty(layers if name in keep else 0, *shape, dtype=self.dtype, device=self.device)
+            for name, (layers, *shape) in shapes.items()
+        }
         x = self.architecture.embed(input_ids)[:, None]
-        logits = self._pass(
-            x, 0, Window.tail(n, 0, length, self.dtype, self.device), empty, empty, edit, record, outputs
-        )
-        stacked = {name: torch.stack([entry[:, 0] for entry in entries]) for name, entries in record.items()}
-        return Run(logits=logits[:, 0], **stacked)
+        window = Window.tail(n, 0, length, self.dtype, self.device)
+        empty = torch.empty(self.n_layers, *per_head[:2], 0, self.head_dim, dtype=self.dtype, device=self.device)
+        logits = self._pass(x, 0, window, empty, empty, edit, record, outputs)
+        return Run(logits=logits[:, 0], **record)
 
+    @torch.no_grad()
     def head_outputs(self, input_ids: Int[Tensor, "n t"], layers: int) -> Float[Tensor, "layers n t h a"]:
         """z of the first layers of a full forward pass, without the layers above them.
 
@@ -273,8 +237,7 @@ class Walker:
 
     def head_writes(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows h d"]:
         """Each head's part of `attention_output` (its bias left out)."""
-        weight = self.architecture.output_weight(layer).view(self.width, self.n_heads, self.head_dim)
-        return torch.einsum("...ha,dha->...hd", z, weight)
+        return self.architecture.head_writes(layer, z)
 
     def _pass(
         self,
@@ -284,7 +247,7 @@ class Walker:
         keys: Float[Tensor, "layers n g b a"],
         values: Float[Tensor, "layers n g b a"],
         edit: Edit | None,
-        record: dict[str, list[Tensor]] | None,
+        record: dict[str, Tensor] | None,
         outputs: Float[Tensor, "layers #n s h a"] | None = None,
         join: Join | None = None,
         tokens: Int[Tensor, "n k"] | None = None,
@@ -303,13 +266,13 @@ class Walker:
             given = None if outputs is None else outputs[layer][:, None].expand(*x.shape[:3], -1, -1)
             k, v, z = self._attention(layer, x, first, rotary[layer], windows[reach], *background, edit, given)
             if record is not None:
-                record["residual"].append(x)
-                record["z"].append(z)
-                record["keys"].append(k.transpose(2, 3))
-                record["values"].append(v.transpose(2, 3))
+                found = {"residual": x, "z": z, "keys": k.transpose(2, 3), "values": v.transpose(2, 3)}
+                for name, kept in record.items():
+                    if len(kept):
+                        kept[layer] = found[name][:, 0]
             x = self.after_attention(layer, x[:, :, first:], self.attention_output(layer, z))
-        if record is not None:
-            record["residual"].append(x)
+        if record is not None and len(record["residual"]):
+            record["residual"][-1] = x[:, 0]
         return self.logits(x[:, :, -1], tokens)
 
     def _attention(
@@ -335,125 +298,5 @@ class Walker:
         if given is not None:
             return k, v, given[:, :, first:]
         seen = window.sees_background[:, first:], window.sees_window[:, first:]
-        z = _attend(q, k, v, keys, values, *seen, family.scaling(layer), family.softcap(layer))
+        z = attend(q, k, v, keys, values, *seen, family.scaling(layer), family.softcap(layer))
         return k, v, z if edit is None else edit(layer, "z", z, first)
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        """Compare logits and head outputs with the Hugging Face model on random prompts, and see which key-value head
-        each query head follows."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        length = min(12, self.architecture.longest or 12)
-        ids = torch.randint(0, self.vocab_size, (2, length), generator=generator, device="cpu").to(self.device)
-        ours = self.run(ids)
-        theirs, z, whole = self._hugging_face(ids)
-        tolerance = 5e-2 if self.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        error = _relative_error(ours.logits, theirs)
-        if not error <= tolerance:
-            raise Invalid(f"the walker does not reproduce this model: logits differ by {error:.1e} of their maximum")
-        for layer in range(self.n_layers):
-            bias = self.architecture.output_projection(layer).bias
-            parts = self.head_writes(layer, ours.z[layer]).sum(-2) + (0 if bias is None else bias)
-            error = max(_relative_error(ours.z[layer].flatten(-2), z[layer]), _relative_error(parts, whole[layer]))
-            if not error <= tolerance:
-                raise Invalid(
-                    f"head outputs do not add up to the attention output of layer {layer} of this model (they differ "
-                    f"by {error:.1e} of its maximum)"
-                )
-        self._check_heads(ids[:1])
-
-    def _hugging_face(self, ids: Int[Tensor, "n t"]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The model's own logits at the last position, and what enters and leaves its output projections."""
-        with ExitStack() as stack:
-            traces = [
-                stack.enter_context(Trace(self.architecture.output_projection(layer), retain_input=True))
-                for layer in range(self.n_layers)
-            ]
-            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits, [trace.input for trace in traces], [trace.output for trace in traces]
-
-    def _check_heads(self, ids: Int[Tensor, "1 t"]) -> None:
-        """Move the values of one key-value head at a time: just the query heads that `kv_head` names must follow."""
-        x = self.architecture.embed(ids)[:, None].expand(-1, 1 + self.n_kv_heads, -1, -1)
-        window = Window.tail(1, 0, ids.shape[1], self.dtype, self.device)
-        empty = torch.empty(1, self.n_kv_heads, 0, self.head_dim, dtype=self.dtype, device=self.device)
-
-        def shift(layer: int, site: str, values: Tensor, first: int) -> Tensor:
-            moved = torch.eye(1 + self.n_kv_heads, dtype=values.dtype, device=self.device)[:, None, 1:, None]
-            return values + moved if site == "v" else values
-
-        _, _, z = self._attention(
-            0, x, 0, self.architecture.rotary(x, window.positions)[0], window, empty, empty, shift
-        )
-        follows = ((z[0, 1:] - z[0, :1]).abs().amax((1, 3)) > 0.1).cpu()  # g h; a value moves by 1
-        shared = [[self.kv_head(h) == g for h in range(self.n_heads)] for g in range(self.n_kv_heads)]
-        expected = torch.tensor(shared, device="cpu")
-        if not torch.equal(follows, expected):
-            raise Invalid("query heads of this model do not share key-value heads in consecutive groups of equal size")
-
-
-def _attend(
-    q: Float[Tensor, "n e s h a"],
-    k: Float[Tensor, "n e w g a"],
-    v: Float[Tensor, "n e w g a"],
-    background_keys: Float[Tensor, "n g b a"],
-    background_values: Float[Tensor, "n g b a"],
-    sees_background: Float[Tensor, "n s b"],
-    sees_window: Float[Tensor, "n s w"],
-    scaling: float,
-    softcap: float | None,
-) -> Float[Tensor, "n e s h a"]:
-    """Attention of s queries to b background positions and w window slots; background keys are shared by variants."""
-    n, e, s, h, a = q.shape
-    w, g = k.shape[2], k.shape[3]
-    b = background_keys.shape[2]
-    if q.device.type == "cpu" and softcap is None and s >= FUSED_SLOTS:
-        return _attend_fused(q, k, v, background_keys, background_values, sees_background, sees_window, scaling)
-    r = h // g  # query heads per key-value head
-    rows, all_rows = (n * g, e * s * r), (n * g * e, s * r)  # of one background, of one variant
-    q = (q * scaling).reshape(n, e, s, g, r, a).permute(0, 3, 1, 2, 4, 5).reshape(*rows, a)
-    k, v = (x.permute(0, 3, 1, 2, 4).reshape(n * g * e, w, a) for x in (k, v))
-    to_background = torch.bmm(q, background_keys.reshape(n * g, b, a).transpose(1, 2)).view(n, g, e, s, r, b)
-    to_window = torch.bmm(q.reshape(*all_rows, a), k.transpose(1, 2)).view(n, g, e, s, r, w)
-    scores = torch.cat([to_background, to_window], dim=-1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + torch.cat([sees_background, sees_window], dim=-1)[:, None, None, :, None]
-    # softmax in at least float32, as Hugging Face's eager attention does
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    z = torch.bmm(weights.reshape(*all_rows, b + w)[..., b:], v).view(*rows, a)
-    z = torch.baddbmm(z, weights.reshape(*rows, b + w)[..., :b], background_values.reshape(n * g, b, a))
-    return z.reshape(n, g, e, s, r, a).permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
-
-
-def _attend_fused(
-    q: Float[Tensor, "n e s h a"],
-    k: Float[Tensor, "n e w g a"],
-    v: Float[Tensor, "n e w g a"],
-    background_keys: Float[Tensor, "n g b a"],
-    background_values: Float[Tensor, "n g b a"],
-    sees_background: Float[Tensor, "n s b"],
-    sees_window: Float[Tensor, "n s w"],
-    scaling: float,
-) -> Float[Tensor, "n e s h a"]:
-    """The same by torch's fused kernel: no tensor of scores, but a copy of the background for every variant."""
-    n, e, s, h, a = q.shape
-
-    def seen(background: Float[Tensor, "n g b a"], window: Float[Tensor, "n e w g a"]) -> Float[Tensor, "m g t a"]:
-        window = window.transpose(2, 3)
-        return torch.cat([background[:, None].expand(-1, e, -1, -1, -1), window], dim=3).flatten(0, 1)
-
-    k, v = seen(background_keys, k), seen(background_values, v)
-    mask = torch.cat([sees_background, sees_window], dim=-1)[:, None, None].expand(-1, e, -1, -1, -1).flatten(0, 1)
-    q = q.transpose(2, 3).flatten(0, 1)
-    z = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=h != k.shape[1])
-    return z.transpose(1, 2).reshape(n, e, s, h, a)
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, in units of the largest value."""
-    return float((ours - theirs).abs().max()) / (float(theirs.abs().max()) + 1e-6)
-
-
-def _mask(visible: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
