@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
@@ -108,6 +109,20 @@ def test_what_pairs_are_made_of(smollm2: Path) -> None:
     assert set(texts) == {"clean", "corrupt", "answer", "others", "positions", "bos"}
     assert texts["clean"] == [prompt.clean for prompt in prompts.prompts]
     assert texts["positions"]["s2"] == [prompt.positions["s2"] for prompt in prompts.prompts]
+
+
+def test_groups_of_one_length_hold_every_prompt_once(smollm2: Path) -> None:
+    prompts = ioi_prompts(load_tokenizer(smollm2), 20, seed=0)
+    groups = prompts.by_length()
+    assert [group.clean_ids.shape[1] for group in groups] == [14, 17, 18]
+    rows = [tuple(row) for group in groups for row in group.clean_ids.tolist()]
+    assert sorted(rows) == sorted(prompt.clean_ids for prompt in prompts.prompts)
+    for group in groups:
+        index = torch.arange(len(group.answer))
+        assert torch.equal(group.clean_ids[index, group.positions["io"]], group.answer)
+        assert torch.equal(group.clean_ids[index, group.positions["s2"]], group.others[:, 0])
+        assert bool((group.positions["end"] == group.clean_ids.shape[1] - 1).all())
+        assert group.corrupt_ids.shape == group.clean_ids.shape
 
 
 def test_bad_input_is_refused(smollm2: Path) -> None:

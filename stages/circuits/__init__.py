@@ -1,25 +1,23 @@
 """The causal engine, and what one needs to ask one's own model:
 
-    from stages.circuits import Pairs, faithfulness, load, path_patcher, picture, search
+    from stages.circuits import Pairs, faithfulness, find_circuit, load, path_patcher, picture
 
-`load` a model, make `Pairs` of clean and corrupt prompts, ask a `path_patcher` for `Scores`, `search` for a `Circuit`,
-measure its `faithfulness`, and draw a `picture` of it. Each comes from the module that holds it, when it is first asked
+`load` a model, make `Pairs` of clean and corrupt prompts, ask a `path_patcher` for `Scores`, let it `find_circuit`,
+measure the `faithfulness` of that `Circuit`, and draw a `picture` of it. Each comes from the module that holds it, when it is first asked
 for: whoever imports one module of the engine loads no other, and the engine itself knows nothing of the rooms that
 measure and draw.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stages.circuits.circuit import Circuit as Circuit
+    from stages.circuits.finding import find_circuit as find_circuit
     from stages.circuits.loading import load as load
     from stages.circuits.pairs import Pairs as Pairs
     from stages.circuits.path_patching import path_patcher as path_patcher
     from stages.circuits.scores import Scores as Scores
-    from stages.circuits.search import search as search
     from stages.circuits.selection import Rule as Rule
     from stages.figures.circuit_picture import picture as picture
     from stages.measures.circuit_in_place import faithfulness as faithfulness
@@ -29,11 +27,11 @@ _HOMES = {
     "Pairs": "stages.circuits.pairs",
     "Rule": "stages.circuits.selection",
     "Scores": "stages.circuits.scores",
+    "find_circuit": "stages.circuits.finding",
     "faithfulness": "stages.measures.circuit_in_place",
     "load": "stages.circuits.loading",
     "path_patcher": "stages.circuits.path_patching",
     "picture": "stages.figures.circuit_picture",
-    "search": "stages.circuits.search",
 }
 __all__ = sorted(_HOMES)
 
@@ -46,18 +44,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-class _Engine(ModuleType):
-    """This package, where `search` is the function whether or not its module of the same name was imported before."""
-
-    @property
-    def search(self) -> Any:
-        return import_module(_HOMES["search"]).search
-
-    @search.setter
-    def search(self, module: ModuleType) -> None:
-        """Importing a module puts it into its package; this one can only be had by its full name."""
-
-
-sys.modules[__name__].__class__ = _Engine
