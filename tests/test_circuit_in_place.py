@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.circuits import load
 from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
+from stages.circuits.pairs import Pairs
 from stages.circuits.walker import Walker
 from stages.measures.circuit_in_place import Scores, faithfulness, in_place
 from stages.measures.prompts import AnsweredPrompts
@@ -134,7 +136,7 @@ def test_it_can_be_read_and_kept() -> None:
 def test_in_one_call_on_a_real_model(smollm2: Path) -> None:
     """The heads that move names in SmolLM2, and those that tell them which, do more than random ones of their shape."""
     walker, tokenizer = load(smollm2)
-    pairs = ioi_prompts(tokenizer, 6, seed=0).by_length()
+    pairs = Pairs.from_text(tokenizer, **ioi_prompts(tokenizer, 6, seed=0).texts())
     heads = {"movers": ["23.3", "29.1", "23.0", "23.2"], "inhibition": ["17.4", "15.7", "8.1", "17.0"]}
     circuit = Circuit.from_heads(heads, {"movers": "end", "inhibition": "s2"}, walker.n_layers, walker.n_heads)
     found = faithfulness(walker, circuit, pairs, random_circuits=3)
@@ -152,6 +154,46 @@ def test_in_one_call_on_a_real_model(smollm2: Path) -> None:
         faithfulness(walker, [Node(0, 0, "nowhere")], pairs)
     with pytest.raises(Invalid, match="the circuit has head 30.0: must be a layer from 0 to 29"):
         faithfulness(walker, [Node(30, 0, "end")], pairs)
+
+
+def pairs_of(groups: list[Group]) -> Pairs:
+    """The same prompts with their answers as pairs, those of different lengths in turn; spans of one and two tokens."""
+    rows: list[Any] = []
+    for prompts, reference in groups:
+        for row in range(len(prompts)):
+            spans = {name: (int(at[row]),) for name, at in prompts.positions.items()}
+            others = [(token,) for token in prompts.others[row].tolist()][: 1 + row % 3]
+            answer = (int(prompts.answer[row]),)
+            rows.append((tuple(prompts.input_ids[row].tolist()), tuple(reference[row].tolist()), answer, others, spans))
+    rows = rows[::2] + rows[1::2]
+    clean, corrupt, answer, others, spans = zip(*rows, strict=True)
+    places = {name: tuple(span[name] for span in spans) for name in spans[0]}
+    return Pairs(clean, corrupt, answer, tuple(map(tuple, others)), places, places)
+
+
+def test_pairs_are_grouped_by_length() -> None:
+    model: Any = random_model("llama").double()
+    walker = Walker(model)
+    pairs = pairs_of(groups_of(model))
+    nodes = random_circuit(walker.n_layers, walker.n_heads, 0.3, seed=1)
+    for reference in ("corrupt", "clean"):
+        found = faithfulness(walker, nodes, pairs, random_circuits=0, reference=reference)
+        assert found.groups == {13: 6, 17: 6} and found.reference == reference
+        rows: list[float] = []  # one prompt after the other, with the means of its length
+        for row in range(len(pairs)):
+            of_length = [other for other in range(len(pairs)) if len(pairs.clean[other]) == len(pairs.clean[row])]
+            chosen = pairs.corrupt if reference == "corrupt" else pairs.clean
+            means = naive_means(model, torch.tensor([chosen[other] for other in of_length]))
+            at = {name: torch.tensor(spans[row]) for name, spans in pairs.spans.items()}
+            logits = naive_circuit(model, torch.tensor([pairs.clean[row]]), means, at, nodes)[0]
+            rest = [float(logits[other[0]]) for other in pairs.others[row]]
+            rows.append(float(logits[pairs.answer[row][0]]) - sum(rest) / len(rest))
+        assert found.circuit.logit_difference == pytest.approx(sum(rows) / len(rows), abs=1e-7)
+    with pytest.raises(Invalid, match="example 0 has an answer or another candidate of several tokens"):
+        several = ((*pairs.answer[0], 1), *pairs.answer[1:])
+        faithfulness(walker, nodes, replace(pairs, answer=several))
+    with pytest.raises(Invalid, match="reference = 'corrupt': prompts of 13 tokens have corrupt partners of"):
+        faithfulness(walker, nodes, replace(pairs, corrupt=tuple(ids + (0,) for ids in pairs.corrupt)))
 
 
 def test_bad_input_is_refused() -> None:

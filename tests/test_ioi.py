@@ -4,14 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
+from stages.circuits.pairs import Pairs
 from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.stage import Invalid
-from stages.tasks.ioi import NAMES, PLACES, THINGS, WORDINGS, IoiPrompts, ioi_prompts
+from stages.tasks.ioi import NAMES, PLACES, POSITIONS, THINGS, WORDINGS, ioi_prompts
 from stages.tasks.tokenizer import build_tokenizer
 
 COMMON = NAMES[:12]  # of the small tokenizers below, the names that occur often enough to be one token
@@ -103,26 +103,17 @@ def test_names_that_are_several_tokens_are_dropped_and_counted(smollm2: Path) ->
     assert ioi_prompts(load_tokenizer(smollm2), 2, seed=0).dropped == ()
 
 
-def test_what_pairs_are_made_of(smollm2: Path) -> None:
-    prompts: IoiPrompts = ioi_prompts(load_tokenizer(smollm2), 4, seed=0)
-    texts = prompts.texts()
-    assert set(texts) == {"clean", "corrupt", "answer", "others", "positions", "bos"}
-    assert texts["clean"] == [prompt.clean for prompt in prompts.prompts]
-    assert texts["positions"]["s2"] == [prompt.positions["s2"] for prompt in prompts.prompts]
-
-
-def test_groups_of_one_length_hold_every_prompt_once(smollm2: Path) -> None:
-    prompts = ioi_prompts(load_tokenizer(smollm2), 20, seed=0)
-    groups = prompts.by_length()
-    assert [group.clean_ids.shape[1] for group in groups] == [14, 17, 18]
-    rows = [tuple(row) for group in groups for row in group.clean_ids.tolist()]
-    assert sorted(rows) == sorted(prompt.clean_ids for prompt in prompts.prompts)
-    for group in groups:
-        index = torch.arange(len(group.answer))
-        assert torch.equal(group.clean_ids[index, group.positions["io"]], group.answer)
-        assert torch.equal(group.clean_ids[index, group.positions["s2"]], group.others[:, 0])
-        assert bool((group.positions["end"] == group.clean_ids.shape[1] - 1).all())
-        assert group.corrupt_ids.shape == group.clean_ids.shape
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_pairs_of_its_texts_hold_the_same_tokens(tokenizer: PreTrainedTokenizerBase, with_bos: bool) -> None:
+    prompts = ioi_prompts(tokenizer, 12, seed=0, bos=str(tokenizer.bos_token) if with_bos else None)
+    pairs = Pairs.from_text(tokenizer, **prompts.texts())
+    assert pairs.clean == tuple(prompt.clean_ids for prompt in prompts.prompts)
+    assert pairs.corrupt == tuple(prompt.corrupt_ids for prompt in prompts.prompts)
+    assert pairs.answer == tuple((prompt.answer_id,) for prompt in prompts.prompts)
+    assert pairs.others == tuple(((prompt.other_id,),) for prompt in prompts.prompts)
+    for name in POSITIONS:
+        expected = tuple((prompt.positions[name],) for prompt in prompts.prompts)
+        assert pairs.spans[name] == pairs.corrupt_spans[name] == expected
 
 
 def test_bad_input_is_refused(smollm2: Path) -> None:

@@ -10,11 +10,12 @@ likeliest word is another one long before the circuit stops telling the answer f
 four scores, and none of them alone.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from stages.circuits.ablation import mean_outputs
 from stages.circuits.checks import check_heads, check_name
 from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
+from stages.circuits.pairs import Pairs, rectangle
 from stages.circuits.walker import Walker
 from stages.measures.faithfulness import evaluate_groups, ratio
 from stages.measures.prompts import AnsweredPrompts, Prompts
@@ -29,22 +31,6 @@ from stages.measures.readout import Readout
 from stages.pipeline.stage import Invalid
 
 REFERENCES = ("corrupt", "clean")
-
-
-@runtime_checkable
-class PromptGroup(Protocol):
-    """Clean prompts of one length with corrupt partners, and answers of one token."""
-
-    @property
-    def clean_ids(self) -> Int[Tensor, "n t"]: ...
-    @property
-    def corrupt_ids(self) -> Int[Tensor, "n u"]: ...
-    @property
-    def positions(self) -> Mapping[str, Int[Tensor, "n ..."]]: ...
-    @property
-    def answer(self) -> Int[Tensor, " n"]: ...
-    @property
-    def others(self) -> Int[Tensor, "n k"]: ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +120,7 @@ class InPlace:
 def faithfulness(
     model: Walker | nn.Module,
     circuit: Circuit | Collection[Node],
-    pairs: Sequence[PromptGroup],
+    pairs: Pairs,
     random_circuits: int = 20,
     reference: str = "corrupt",
     seed: int = 0,
@@ -146,7 +132,7 @@ def faithfulness(
     Args:
         model: a walker, or the Hugging Face model.
         circuit: found, imported, or any nodes.
-        pairs: prompts, grouped by length.
+        pairs: of any lengths, answers and others of one token.
         random_circuits: how many circuits are drawn that have as many heads at each position (the floor).
         reference: the prompts that heads outside the circuit give their mean over: "corrupt" or "clean".
         seed: of the random circuits.
@@ -154,24 +140,48 @@ def faithfulness(
         processes: how many to spread the prompts over.
 
     Raises:
-        Invalid: the circuit has no node or one that the model or the prompts do not have, or the reference is another.
+        Invalid: the circuit has no node or one that the model or the prompts do not have, the reference is another or
+            its prompts have other lengths, or an answer is several tokens.
     """
     if reference not in REFERENCES:
         raise Invalid(f"reference = '{reference}': must be one of {', '.join(REFERENCES)}")
     walker = model if isinstance(model, Walker) else Walker(model)
-    groups = [
-        (
-            AnsweredPrompts(group.clean_ids, group.answer, group.others, group.positions),
-            group.corrupt_ids if reference == "corrupt" else group.clean_ids,
-        )
-        for group in pairs
-    ]
     nodes = frozenset(circuit.nodes if isinstance(circuit, Circuit) else circuit)
     check_heads([(node.layer, node.head) for node in nodes], walker.n_layers, walker.n_heads, "the circuit has head")
-    for group in pairs:
-        for node in nodes:
-            check_name(node.position, group.positions)
+    for node in nodes:
+        check_name(node.position, pairs.spans)
+    groups = _by_length(pairs, reference)
     return in_place(walker, groups, nodes, reference, random_circuits, seed, memory_mib, processes)
+
+
+def _by_length(pairs: Pairs, reference: str) -> list[tuple[AnsweredPrompts, Int[Tensor, "m _"]]]:
+    """Prompts of one length each, shorter ones first, with the reference prompts of their rows."""
+    for row, (answer, others) in enumerate(zip(pairs.answer, pairs.others, strict=True)):
+        if any(len(tokens) != 1 for tokens in (answer, *others)):
+            raise Invalid(
+                f"example {row} has an answer or another candidate of several tokens: must be one token each, of which "
+                "a circuit in place gives the logits"
+            )
+    groups = []
+    for length in sorted(set(map(len, pairs.clean))):
+        rows = [row for row, ids in enumerate(pairs.clean) if len(ids) == length]
+        partners = {len(pairs.corrupt[row]) for row in rows}
+        if reference == "corrupt" and partners != {length}:
+            raise Invalid(
+                f"reference = 'corrupt': prompts of {length} tokens have corrupt partners of {sorted(partners)}: means are "
+                "by position, so lengths must be equal; take 'clean'"
+            )
+        most = max(len(pairs.others[row]) for row in rows)
+        others = [[other[0] for other in pairs.others[row]] for row in rows]
+        prompts = AnsweredPrompts(
+            torch.tensor([pairs.clean[row] for row in rows]),
+            torch.tensor([pairs.answer[row][0] for row in rows]),
+            torch.tensor([entry + [-1] * (most - len(entry)) for entry in others]),
+            {name: rectangle([spans[row] for row in rows]) for name, spans in pairs.spans.items()},
+        )
+        ids = torch.tensor([(pairs.corrupt if reference == "corrupt" else pairs.clean)[row] for row in rows])
+        groups.append((prompts, ids))
+    return groups
 
 
 def in_place(

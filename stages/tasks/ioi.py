@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from stages.pipeline.stage import Invalid
@@ -70,34 +67,6 @@ class IoiPrompt:
 
 
 @dataclass(frozen=True)
-class IoiGroup:
-    """Prompts of one length.
-
-    Attributes:
-        clean_ids, corrupt_ids: token ids.
-        positions: name of a position -> its index in each prompt, and in its corrupt partner.
-        answer: token id of io.
-        others: token id of s.
-    """
-
-    clean_ids: Int[Tensor, "n t"]
-    corrupt_ids: Int[Tensor, "n t"]
-    positions: dict[str, Int[Tensor, "n"]]
-    answer: Int[Tensor, "n"]
-    others: Int[Tensor, "n 1"]
-
-    @staticmethod
-    def of(prompts: Sequence[IoiPrompt]) -> "IoiGroup":
-        return IoiGroup(
-            torch.tensor([prompt.clean_ids for prompt in prompts]),
-            torch.tensor([prompt.corrupt_ids for prompt in prompts]),
-            {name: torch.tensor([prompt.positions[name] for prompt in prompts]) for name in POSITIONS},
-            torch.tensor([prompt.answer_id for prompt in prompts]),
-            torch.tensor([[prompt.other_id] for prompt in prompts]),
-        )
-
-
-@dataclass(frozen=True)
 class IoiPrompts:
     """Prompts in the order in which they were drawn, and what they were drawn from.
 
@@ -115,13 +84,6 @@ class IoiPrompts:
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def by_length(self) -> list[IoiGroup]:
-        """The prompts as tensors, shorter ones first; inside a group they stay in their order."""
-        lengths = sorted({len(prompt.clean_ids) for prompt in self.prompts})
-        return [
-            IoiGroup.of([prompt for prompt in self.prompts if len(prompt.clean_ids) == length]) for length in lengths
-        ]
 
     def texts(self) -> dict[str, Any]:
         """What pairs are made of: clean, corrupt, answer, others, positions and bos, by these names."""
