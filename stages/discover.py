@@ -63,7 +63,7 @@ def main(cell: Cell) -> None:
         patcher = patcher_of(slice(None))
     else:
         patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, settings.processes)
-    accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).float().mean())
+    accuracy = float(patcher.correct.float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
         attention = None

@@ -129,7 +129,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
     examples = read_examples("data/old/discovery.parquet").select(slice(0, found["examples"]))
     metric = Metric(found["score"])
     patcher = _patcher(walker, examples, metric, found["memory_mib"], settings.processes)
-    accuracy = float((patcher.clean_logits.argmax(-1) == examples.answer).double().mean())
+    accuracy = float(patcher.correct.double().mean())
     if accuracy < found["identifiable_accuracy"]:
         reason = f"old-task accuracy {accuracy:.3f} is below {found['identifiable_accuracy']:g}"
         return {"accuracy": accuracy, "identifiable": False, "reason": reason} | nothing, {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,6 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 from transformers.modeling_utils import PreTrainedModel
 
@@ -33,20 +37,53 @@ from stages.circuits.trace import TraceDict
 from stages.circuits.walker import Walker
 
 VOCAB = 40
+LENGTH = 24  # of prompts; longer than every sliding window below
 KINDS = ("llama", "llama_gqa", "qwen2", "gemma2", "gemma3", "gpt_neox", "gpt2")  # one of each kind of block
 
-_SIZES: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+_SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    bos_token_id=None,  # prompts are random
+    eos_token_id=None,
+    pad_token_id=None,
+)
 _GROUPED: dict[str, Any] = dict(_SIZES, num_key_value_heads=2)
 _NEAR, _FULL = "sliding_attention", "full_attention"
 _GEMMA: dict[str, Any] = dict(
     _GROUPED,
     head_dim=12,
-    pad_token_id=None,
     query_pre_attn_scalar=20,
     final_logit_softcapping=3.0,
 )
 _ROTARY: dict[str, Any] = dict(rope_type="default", partial_rotary_factor=0.5, rope_theta=100.0)
-# a class of models, its config, and what is set in it; what is peculiar to the family is made to matter on 11 tokens
+_GEMMA_3: dict[str, Any] = dict(
+    _GEMMA,
+    sliding_window=4,
+    layer_types=[_NEAR, _NEAR, _FULL],
+    rope_parameters={
+        _NEAR: {"rope_type": "default", "rope_theta": 10.0},
+        _FULL: {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+    },
+)
+
+
+def _with_vision(attn_implementation: str, **settings: Any) -> Gemma3Config:
+    """A text model beside a vision tower that nothing here looks at."""
+    attention: dict[str, Any] = {"attn_implementation": attn_implementation}
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2
+    )
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**settings),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        **attention,
+    )
+
+
+# a class of models, its config, and what is set in it; what is peculiar to a family is made to matter on LENGTH tokens
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, dict(_SIZES, num_key_value_heads=4)),
     "llama_gqa": (LlamaForCausalLM, LlamaConfig, _GROUPED),
@@ -58,19 +95,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Gemma2Config,
         dict(_GEMMA, attn_logit_softcapping=1.5, sliding_window=8, layer_types=[_NEAR, _FULL, _NEAR]),
     ),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        dict(
-            _GEMMA,
-            sliding_window=4,
-            layer_types=[_NEAR, _NEAR, _FULL],
-            rope_parameters={
-                _NEAR: {"rope_type": "default", "rope_theta": 10.0},
-                _FULL: {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
-            },
-        ),
-    ),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA_3),
+    "gemma3_multimodal": (Gemma3ForConditionalGeneration, _with_vision, _GEMMA_3),
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, dict(_SIZES, rope_parameters=_ROTARY)),
     "gpt_neox_in_series": (
         GPTNeoXForCausalLM,
@@ -85,7 +111,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             n_embd=32,
             n_inner=48,
             n_head=4,
-            n_positions=16,
+            n_positions=32,
             bos_token_id=None,
             eos_token_id=None,
             scale_attn_by_inverse_layer_idx=True,
@@ -101,7 +127,7 @@ def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel
     Args:
         kind: a key of MODELS.
     """
-    model_class, config_class, settings = MODELS[kind]
+    model_class, config_class, settings = deepcopy(MODELS[kind])  # configs write into what they are given
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": n_layers}
     rest = {} if kind == "gpt2" else {"max_position_embeddings": 64}
     settings = {name: value[:n_layers] if name == "layer_types" else value for name, value in settings.items()}
@@ -119,7 +145,11 @@ def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):  # Hugging Face's norms round to float32
-                setattr(parent, name, _Norm(child, model.config.rms_norm_eps, float(kind.startswith("gemma"))))
+                setattr(
+                    parent,
+                    name,
+                    _Norm(child, model.config.get_text_config().rms_norm_eps, float(kind.startswith("gemma"))),
+                )
     return model
 
 
@@ -136,8 +166,9 @@ class _Norm(nn.Module):
 
 def blocks(model: PreTrainedModel) -> list[str]:
     """Names of the layers."""
-    stem = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}.get(model.config.model_type, "model.layers")
-    return [f"{stem}.{layer}" for layer in range(model.config.num_hidden_layers)]
+    stems = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h", "gemma3": "model.language_model.layers"}
+    stem = stems.get(model.config.model_type, "model.layers")
+    return [f"{stem}.{layer}" for layer in range(model.config.get_text_config().num_hidden_layers)]
 
 
 def output_projections(model: PreTrainedModel) -> list[str]:
@@ -147,13 +178,13 @@ def output_projections(model: PreTrainedModel) -> list[str]:
 
 
 def head_width(model: PreTrainedModel) -> int:
-    config = model.config
+    config = model.config.get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def projection(model: PreTrainedModel, component: str, layer: int, head: int) -> tuple[str, slice]:
     """The module that computes q, k or v of a query head, and the head's columns in its output."""
-    config, width, block = model.config, head_width(model), blocks(model)[layer]
+    config, width, block = model.config.get_text_config(), head_width(model), blocks(model)[layer]
     part = "qkv".index(component)
     if config.model_type == "gpt_neox":
         name, start = f"{block}.attention.query_key_value", (3 * head + part) * width
@@ -180,8 +211,11 @@ def float64_softmax() -> Iterator[None]:
         nn.functional.softmax = original
 
 
-def random_pairs(seed: int = 0, n: int = 5, length: int = 11) -> AlignedPairs:
-    """Random prompts; "earlier" differs between examples and partners, the other positions are shared."""
+def random_pairs(seed: int = 0, n: int = 5, length: int = LENGTH) -> AlignedPairs:
+    """Random prompts; "earlier" differs between examples and partners, the other positions are shared.
+
+    The last token sees "earlier" through a window of 8, and not much before it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, *shape: int) -> Tensor:
@@ -191,8 +225,8 @@ def random_pairs(seed: int = 0, n: int = 5, length: int = 11) -> AlignedPairs:
     return AlignedPairs(
         clean_ids=draw(0, VOCAB, n, length),
         corrupt_ids=draw(0, VOCAB, n, length),
-        positions={**fixed, "earlier": draw(1, 4, n)},
-        corrupt_positions={**fixed, "earlier": draw(1, 7, n)},
+        positions={**fixed, "earlier": draw(length - 8, length - 5, n)},
+        corrupt_positions={**fixed, "earlier": draw(1, length - 3, n)},
     )
 
 

@@ -18,6 +18,8 @@ from tests.benchmark.naive import NaivePathPatcher
 from tests.oracles import float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
 
 MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=5)
+# the shape of a real model of 30 layers, a quarter as wide: its vocabulary and depth are what memory must be found for
+DEEP = replace(MIDDLE, layers=30, width=144, heads=9, kv_heads=3, mlp=384, vocabulary=49152, examples=6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_gqa", "qwen2"])
@@ -106,7 +108,7 @@ def test_the_working_set_stays_within_the_limit(mib):
     with torch.no_grad(), LiveBytes() as live:
         live.leave_out(*model.parameters(), *model.buffers(), pairs.clean_ids, pairs.corrupt_ids, measure.tokens)
         ours = PathPatcher(walker, pairs, measure, mib)
-        live.leave_out(ours.clean, ours.corrupt, ours.clean_logits)
+        live.leave_out(ours.clean, ours.corrupt, ours.predictions)
         for _, position, receivers in hops(MIDDLE):
             results.append(ours.head_effects(position, [receivers])[0])
     print(f"limit {mib} MiB, peak {live.peak / 2**20:.2f} MiB")
@@ -116,6 +118,49 @@ def test_the_working_set_stays_within_the_limit(mib):
         error = float((effects - wide.head_effects(position, [receivers])[0]).abs().max())
         print(name, error, float(effects.abs().max()))
         assert error <= 1e-4 * float(effects.abs().max())
+
+
+@pytest.mark.parametrize(("mib", "whole"), [(8.0, False), (16.0, True)])
+def test_the_working_set_of_a_deep_model_with_a_large_vocabulary_stays_within_the_limit(mib, whole):
+    model = build_model(DEEP, torch.float32)
+    walker, pairs, few = Walker(model), build_pairs(DEEP), build_measure(DEEP)
+    measure = (lambda logits, index: logits[..., 0] - logits.logsumexp(-1)) if whole else few
+    chosen = torch.zeros(10, DEEP.layers, DEEP.heads, dtype=torch.bool)
+    chosen[torch.arange(10), torch.arange(0, 30, 3), torch.arange(10) % 9] = True
+    receivers = Receivers(Component.V, ((12, 1), (29, 2)))
+    with torch.no_grad(), LiveBytes() as live:
+        live.leave_out(*model.parameters(), *model.buffers(), pairs.clean_ids, pairs.corrupt_ids, few.tokens)
+        ours = PathPatcher(walker, pairs, measure, mib)
+        live.leave_out(ours.clean, ours.corrupt, ours.predictions)
+        results = [ours.effects("last", chosen, [Receivers()])[0]]
+        results += ours.effects("query_label", chosen[::4], [receivers])
+    print(f"limit {mib} MiB, peak {live.peak / 2**20:.2f} MiB")
+    assert live.peak <= mib * 2**20
+    wide = PathPatcher(walker, pairs, measure, 4096.0)
+    expected = [wide.effects("last", chosen, [Receivers()])[0], *wide.effects("query_label", chosen[::4], [receivers])]
+    for mine, theirs in zip(results, expected, strict=True):
+        assert float((mine - theirs).abs().max()) <= 1e-5  # of logits of about 1, in float32
+
+
+def test_what_does_not_fit_is_not_made_again_for_every_question():
+    case = replace(CASES["base"], examples=7, layers=4)
+    model = build_model(case, torch.float32)
+    walker, pairs, measure = Walker(model), build_pairs(case), build_measure(case)
+    receivers = Receivers(Component.V, ((2, 0), (3, 1)))
+    counts = {}
+    for mib in (1.0, 64.0):
+        counted = TokenLayers(model)
+        ours = PathPatcher(walker, pairs, measure, mib)
+        assert (ours._runs is None) == (mib == 1.0) and len(ours._chains) == 3
+        counted.take()
+        ours.joint_effects("last", [Receivers()])
+        logits = counted.take()
+        ours.joint_effects("query_label", [receivers])
+        counts[mib] = logits, counted.take()
+    print(counts)
+    assert counts[1.0][0] == counts[64.0][0] == case.examples * case.layers
+    # the tails of q, k and v need a clean run of the prompts, and nothing else
+    assert counts[1.0][1] == counts[64.0][1] + case.examples * case.tokens * case.layers
 
 
 def test_no_tensor_is_made_on_the_default_device():

@@ -20,7 +20,7 @@ from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
 from tests.oracles import VOCAB, random_model, random_pairs, walker_of
 
-PAIRS = random_pairs()
+PAIRS = random_pairs(length=11)
 N, LENGTH = PAIRS.clean_ids.shape
 
 
@@ -43,7 +43,7 @@ def moved(name: str, row: int, to: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(corrupt_ids=PAIRS.corrupt_ids[:, 1:]), r"clean_ids has shape \[5, 11\], corrupt_ids \[5, 10\]"),
+        (dict(corrupt_ids=PAIRS.corrupt_ids[:, 1:]), r"corrupt_positions\['last'\] of example 0 = 10: .* from 0 to 9"),
         (dict(corrupt_ids=PAIRS.corrupt_ids[1:]), r"clean_ids has shape \[5, 11\], corrupt_ids \[4, 11\]"),
         (dict(clean_ids=PAIRS.clean_ids[0], corrupt_ids=PAIRS.corrupt_ids[0]), r"clean_ids has shape \[11\]"),
         (dict(positions={}), "positions is empty"),
@@ -53,8 +53,8 @@ def moved(name: str, row: int, to: int) -> dict[str, torch.Tensor]:
         (dict(positions=moved("earlier", 0, -1)), r"positions\['earlier'\] of example 0 = -1: must be from 0 to 10"),
         (dict(corrupt_positions=moved("earlier", 1, 99)), r"corrupt_positions\['earlier'\] of example 1 = 99"),
         (
-            dict(positions=moved("last", 2, 8)),
-            r"\['last'\] of example 2 = 8: must be 10, .* equal length without padding",
+            dict(positions={"last": PAIRS.positions["last"][:, None].expand(-1, 2)}),
+            r"positions\['last'\] has 2 tokens, corrupt_positions\['last'\] 1: must be equally many",
         ),
         (dict(corrupt_positions={"last": PAIRS.positions["last"]}), "corrupt_positions lacks earlier, query_label"),
     ],

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.circuits.path_patching import Measure, TokenMeasure
+from stages.circuits.readout import Measure, TokenMeasure, WholeMeasure
 from stages.pipeline.stage import Invalid
 
 
@@ -84,14 +84,14 @@ def measure_of(metric: Metric, answer: Int[Tensor, "n"], others: Int[Tensor, "n 
 
     if metric == Metric.LOGIT_DIFFERENCE:
         tokens = torch.cat([answer[:, None], others], dim=1)
-        return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1), check)
+        return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1), check, answer)
 
     def probability(logits: Tensor, index: Tensor) -> Tensor:
         check(logits.shape[-1], index)
         at = answer[index].to(logits.device)[:, None, None].expand(-1, logits.shape[1], 1)
         return (logits.gather(-1, at)[..., 0] - logits.logsumexp(-1)).exp()
 
-    return probability
+    return WholeMeasure(probability, answer)
 
 
 def score(

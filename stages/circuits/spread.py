@@ -4,21 +4,22 @@ Effects are per example, so the shares are independent; each process keeps the r
 processes of one thread do this faster than threads, which wait for each other after every small matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.circuits.exchange import slices
 from stages.circuits.pairs import AlignedPairs
-from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.patcher import Patcher, Progress
+from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import Servers
 
 
-class SpreadPatcher(PathPatcher):
-    """A `PathPatcher` over all examples whose work is done by one process for each share of them.
+class SpreadPatcher(Patcher):
+    """A `Patcher` over all examples whose work is done by one process for each share of them.
 
     Args:
         walker: the model.
@@ -28,37 +29,40 @@ class SpreadPatcher(PathPatcher):
             thread only.
 
     Raises:
-        Invalid: as `PathPatcher`.
+        Invalid: as the patchers.
         RuntimeError: a process failed.
     """
 
-    def __init__(
-        self, walker: Walker, pairs: AlignedPairs, make: Callable[[slice], PathPatcher], processes: int
-    ) -> None:
-        self.walker, self.pairs, self.watch = walker, pairs, None  # each process may have a patcher that is watched
-        layers, heads = walker.n_layers, walker.n_heads
-        self._every_head = torch.eye(layers * heads, dtype=torch.bool).view(-1, layers, heads)
-        n = len(pairs.clean_ids)
+    def __init__(self, walker: Walker, pairs: AlignedPairs, make: Callable[[slice], Patcher], processes: int) -> None:
+        self.walker, self.pairs = walker, pairs
+        self.watch: Callable[[Progress], None] | None = None  # each process may have a patcher that is watched
+        n = len(pairs)
 
-        def serve(rows: slice) -> Callable[[tuple | None], list[Tensor]]:
+        def serve(rows: slice) -> Callable[[tuple | str], list[Tensor]]:
             patcher = make(rows)
 
-            def answer(question: tuple | None) -> list[Tensor]:
-                if question is None:
-                    return [patcher.clean, patcher.corrupt, patcher.clean_logits]
-                return patcher.effects(*question)
+            def answer(question: tuple | str) -> list[Tensor]:
+                return [getattr(patcher, question)] if isinstance(question, str) else patcher.effects(*question)
 
             return answer
 
         self._servers = Servers(serve, slices(n, -(-n // processes)))
-        self.clean, self.corrupt, self.clean_logits = self._ask(None, 0)
+        (self.clean,), (self.corrupt,) = self._ask("clean", 0), self._ask("corrupt", 0)
+
+    @property
+    def correct(self) -> Bool[Tensor, "n"]:
+        return self._ask("correct", 0)[0]
+
+    @property
+    def positions(self) -> Mapping[str, Int[Tensor, "n ..."]]:
+        return self.pairs.positions
 
     @torch.no_grad()
     def effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
-        """As `PathPatcher.effects`."""
+        """As `Patcher.effects`."""
         return self._ask((position, senders, list(receivers)), -1)
 
-    def _ask(self, question: tuple | None, dim: int) -> list[Tensor]:
+    def _ask(self, question: tuple | str, dim: int) -> list[Tensor]:
         return [torch.cat(shares, dim) for shares in zip(*self._servers.ask(question), strict=True)]
