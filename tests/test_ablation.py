@@ -13,9 +13,11 @@ from stages.circuits.circuit import Circuit, Component, Group, Node
 from stages.circuits.exchange import Positions, random_nodes, random_weights
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
-from stages.measures.faithfulness import Readout, circuit_record, evaluate_circuits, in_tail_order, outcomes, tail_order
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes
+from stages.measures.prompts import in_tail_order, tail_order
+from stages.measures.readout import Readout
 from stages.tasks.examples import Examples, Prompts
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, random_model, walker_of
 from tests.oracles_ablation import (
     POSITIONS,
     every_node,
@@ -43,7 +45,7 @@ def means_of(walker: Walker) -> Tensor:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_circuits_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)
@@ -65,7 +67,7 @@ def test_circuits_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_removed_nodes_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from stages.circuits.reading import mean_attention
-from tests.oracles import KINDS, float64_softmax, random_model, random_pairs, walker_of
+from tests.oracles import FAMILIES, float64_softmax, random_model, random_pairs, walker_of
 from tests.planted import PLANS, planted_patcher
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_attention_is_that_of_the_model(kind):
     model, pairs = random_model(kind), random_pairs()
     found = mean_attention(walker_of(model), pairs.clean_ids, pairs.positions, 0.01)

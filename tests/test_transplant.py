@@ -12,7 +12,7 @@ from stages.circuits.exchange import Positions
 from stages.circuits.transplant import random_like, transplant
 from stages.cmap import patch_both_ways
 from stages.tasks.examples import Examples
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, random_model, walker_of
 from tests.oracles_ablation import (
     naive_exchange,
     outputs_of,
@@ -36,7 +36,7 @@ def tuned_from(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_transplants_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     base = random_model(kind)
     tuned = tuned_from(base)

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.circuits.budget import MIB, outputs_bytes, pass_bytes, rows_that_fit
+from stages.circuits.budget import MIB, pass_bytes, rows_that_fit
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import (
     Given,
@@ -47,25 +47,33 @@ def mean_outputs(
     """Mean head outputs z over prompts, accumulated in float64; the prompts are spread over the processes."""
     n, length = input_ids.shape
 
-    @torch.no_grad()
     def sum_of(part: slice) -> Float[Tensor, "layers t h a"]:
-        z = walker.head_outputs(input_ids[part].to(walker.device), walker.n_layers)
-        return torch.stack([layer.sum(0, dtype=torch.float64) for layer in z]).cpu()
+        sums: list[Tensor] = []  # layer by layer, so that no run has to be kept
 
-    # beside the head outputs of some prompts: their sum while it is made, the sum so far, and both together
+        def add(layer: int, site: str, x: Tensor, first: int) -> Tensor:
+            if site == "z":
+                sums.append(x[:, 0].sum(0, dtype=torch.float64).cpu())
+            return x
+
+        walker.run(input_ids[part].to(walker.device), add, keep=())
+        return torch.stack(sums)
+
+    # beside a pass: the sums of some prompts, layer by layer and together, the sum so far, and the new one
     sums = 4 * walker.n_layers * length * walker.n_heads * walker.head_dim * torch.float64.itemsize
-    each, transient = outputs_bytes(walker, length), pass_bytes(walker, length, length)
-    parts = slices(n, rows_that_fit(walker, each, memory_mib * MIB - sums, transient))
+    each = pass_bytes(walker, length, length)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
-    for summed in in_processes(sum_of, parts, processes):
+    for summed in in_processes(sum_of, slices(n, rows_that_fit(walker, each, memory_mib * MIB - sums)), processes):
         total = total + summed
     return (total / n).to(walker.dtype)
+
+
+BACKGROUND = ("residual", "keys", "values")  # what of an ablated run circuits need
 
 
 @torch.no_grad()
 def ablated_run(walker: Walker, input_ids: Int[Tensor, "n t"], means: Float[Tensor, "layers t h a"]) -> Run:
     """The run in which every head gives its mean at every position: the background of all circuits."""
-    return walker.run(input_ids.to(walker.device), outputs=means.to(walker.device)[:, None])
+    return walker.run(input_ids.to(walker.device), outputs=means.to(walker.device)[:, None], keep=BACKGROUND)
 
 
 @torch.no_grad()

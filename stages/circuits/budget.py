@@ -7,7 +7,10 @@ Shapes as in `walker`: s window slots of prompts of t tokens, d residual width, 
 width, m the width of an MLP.
 """
 
-from stages.circuits.walker import FUSED_SLOTS, Walker
+from collections.abc import Collection
+
+from stages.circuits.attention import FUSED_SLOTS
+from stages.circuits.walker import KEPT, Walker
 
 MIB = 2**20
 
@@ -15,22 +18,25 @@ MIB = 2**20
 IN_CACHE = 32 * MIB
 
 
-def run_bytes(walker: Walker, length: int) -> int:
-    """A `Run` of one prompt that is kept."""
-    streams = (walker.n_layers + 1) * walker.width
-    heads = walker.n_layers * (walker.n_heads + 2 * walker.n_kv_heads) * walker.head_dim
-    return length * (streams + heads) * walker.dtype.itemsize + _logits(walker)
+def run_bytes(walker: Walker, length: int, keep: Collection[str] = KEPT) -> int:
+    """A `Run` of one prompt, of which so much is kept."""
+    kv = walker.n_layers * walker.n_kv_heads * walker.head_dim
+    numbers = {
+        "residual": (walker.n_layers + 1) * walker.width,
+        "z": walker.n_layers * walker.n_heads * walker.head_dim,
+        "keys": kv,
+        "values": kv,
+    }
+    return length * sum(numbers[name] for name in keep) * walker.dtype.itemsize + _logits(walker)
 
 
-def making_bytes(walker: Walker, length: int) -> int:
-    """A run while it is made, itself included: its layers are put together at the end, so for a moment it exists
-    twice."""
-    run = run_bytes(walker, length)
-    return run + max(run, pass_bytes(walker, length, length))
+def making_bytes(walker: Walker, length: int, keep: Collection[str] = KEPT) -> int:
+    """A run while it is made, itself included."""
+    return run_bytes(walker, length, keep) + pass_bytes(walker, length, length)
 
 
 def outputs_bytes(walker: Walker, length: int) -> int:
-    """Head outputs of one prompt while they are made, themselves included (`Walker.head_outputs`)."""
+    """Head outputs of one prompt while they are made (`Walker.head_outputs`): at the end they exist twice."""
     z = length * walker.n_layers * walker.n_heads * walker.head_dim * walker.dtype.itemsize
     return z + max(z, _layer(walker, length, length))
 

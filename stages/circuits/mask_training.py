@@ -95,7 +95,7 @@ class Tails:
         walker: Walker,
         table: PairTable,
         groups: Sequence[Group],
-        batches: Sequence[Int[Tensor, " b"]],
+        batches: Sequence[Int[Tensor, " _"]],
         memory_mib: float,
     ) -> None:
         self.walker, self.table = walker, table
@@ -126,7 +126,7 @@ class Tails:
             yield self._make([group], rows)[0] if kept is None else kept
 
     @torch.no_grad()
-    def _make(self, groups: Sequence[Group], rows: Int[Tensor, " m"]) -> list[Tail]:
+    def _make(self, groups: Sequence[Group], rows: Int[Tensor, " _"]) -> list[Tail]:
         walker, table = self.walker, self.table
         highest = max(max(_layers(group)) for group in groups)
         sources = table.source_outputs(walker, rows, highest + 1)

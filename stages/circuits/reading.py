@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.circuits.budget import MIB, making_bytes, outputs_bytes, pass_bytes, rows_that_fit
+from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit
 from stages.circuits.exchange import Positions, slices, stack_positions
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import in_processes
@@ -65,7 +65,7 @@ def mean_attention(
     def summed(part: slice) -> Float[Tensor, "p layers h p"]:
         """Summed over some of the prompts, in float64."""
         ids = input_ids[part].to(walker.device)
-        z = walker.head_outputs(ids, walker.n_layers)
+        z = walker.run(ids, keep=("z",)).z
         found = [
             _attention(walker, ids, z, at[part], marked).sum(1, dtype=torch.float64)
             for marked in at[part].split(walker.head_dim, 1)
@@ -73,7 +73,7 @@ def mean_attention(
         return torch.cat(found, -1).transpose(0, 1).cpu()
 
     of_positions = 4 * walker.n_layers * walker.n_heads * at.shape[1] ** 2 * torch.float64.itemsize
-    each = outputs_bytes(walker, length) + making_bytes(walker, length) + of_positions
+    each = making_bytes(walker, length, ("z",)) + of_positions
     fit = rows_that_fit(walker, each, memory_mib * MIB - of_positions, pass_bytes(walker, length, length))
     shares = torch.zeros((), dtype=torch.float64, device="cpu")
     for some in in_processes(summed, slices(n, min(ROWS_AT_ONCE, fit)), processes):
@@ -106,5 +106,5 @@ def _attention(
             return z[layer][:, None]
         return x
 
-    walker.run(input_ids, edit)
+    walker.run(input_ids, edit, keep=())
     return torch.stack(found)

@@ -42,9 +42,9 @@ def last_streams(
     walker: Walker, input_ids: Int[Tensor, "n t"], batch: int = 32, memory_mib: float = 1024.0
 ) -> Float[Tensor, "layers n d"]:
     """The residual stream at the last token after each layer, of so many prompts at once, or as many as fit."""
-    size = min(batch, rows_that_fit(walker, making_bytes(walker, input_ids.shape[1]), memory_mib * MIB))
+    size = min(batch, rows_that_fit(walker, making_bytes(walker, input_ids.shape[1], ("residual",)), memory_mib * MIB))
     parts = input_ids.to(walker.device).split(size)
-    return torch.cat([walker.run(rows).residual[1:, :, -1].cpu() for rows in parts], dim=1)
+    return torch.cat([walker.run(rows, keep=("residual",)).residual[1:, :, -1].cpu().clone() for rows in parts], dim=1)
 
 
 def layer_cka(base: Float[Tensor, "layers n d"], tuned: Float[Tensor, "layers n d"]) -> dict[str, object]:

@@ -7,7 +7,7 @@ is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2
 A node is kept, or removed, at every index that the prompts have for its position. So whoever asks decides what a head
 at a token of a clause means: at that token of every clause (a head that stands before the query cannot know which
 clause will be asked for, and does there what it does in all of them; and where it is kept in one alone, all others
-carry the same mean, which some models read as a match of its own kind), or in the queried clause alone, as in the paper.
+carry the same mean, which some models read as a match of its own kind), or in the queried clause alone, as the paper.
 
 Means are by absolute position, so prompts of several lengths are groups of equal length with means of their own.
 """
@@ -24,7 +24,7 @@ from stages.circuits.ablation import ablated_run, circuits_in_place, nodes_remov
 from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit, run_bytes
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import random_nodes, slices
-from stages.circuits.walker import Walker
+from stages.circuits.walker import KEPT, Walker
 from stages.measures.prompts import Prompts
 from stages.measures.readout import Readout, reading
 from stages.pipeline.processes import in_processes
@@ -99,7 +99,7 @@ def evaluate_groups(
         n, length = some.input_ids.shape
         read, ids = reading(some.answer, some.others), some.input_ids.to(walker.device)
         left = memory_mib - n * run_bytes(walker, length) / MIB  # for passes, with one run at a time
-        clean = walker.run(ids)
+        clean = walker.run(ids, keep=KEPT if removed else ())
         full = read(clean.logits[:, None], slice(0, n))
         without = [nodes_removed(walker, clean, means, some.positions, nodes, left, read) for nodes in removed]
         del clean

@@ -45,9 +45,11 @@ class Prepared:
 
     def make_runs(self) -> None:
         """Make the runs that are kept now, so that forked processes share them."""
-        for clean in (True, False):
-            for _ in self._runs(clean):
-                pass
+        for rows in self._parts:
+            for clean in (True, False):
+                if not self._fits(rows):
+                    return
+                self._run(rows, clean)
 
     def full(self) -> Readout:
         """The whole model, one variant."""
@@ -85,18 +87,25 @@ class Prepared:
                 found.append(knocked_out(self.walker, run.select(some), *at, windows, left, read))
         return Readout.join(found)
 
-    @torch.no_grad()
     def _runs(self, clean: bool) -> Iterator[tuple[slice, Prompts, Run, Reduce]]:
         """Which prompts, the prompts, their clean or their ablated run, and what reads their logits."""
         for rows in self._parts:
-            part, run = self.prompts.select(rows), self._kept.get((rows.start, clean))
-            if run is None:
-                ids, size = part.input_ids.to(self.walker.device), len(part) * self._run_mib
-                run = self.walker.run(ids) if clean else ablated_run(self.walker, ids, self.means)
-                if self._kept_mib + size <= self._half:
-                    self._kept[rows.start, clean] = run
-                    self._kept_mib += size
-            yield rows, part, run, reading(part.answer, part.others)
+            part = self.prompts.select(rows)
+            yield rows, part, self._run(rows, clean), reading(part.answer, part.others)
+
+    def _run(self, rows: slice, clean: bool) -> Run:
+        kept = self._kept.get((rows.start, clean))
+        if kept is not None:
+            return kept
+        ids = self.prompts.input_ids[rows].to(self.walker.device)
+        run = self.walker.run(ids) if clean else ablated_run(self.walker, ids, self.means)
+        if self._fits(rows):
+            self._kept[rows.start, clean] = run
+            self._kept_mib += len(ids) * self._run_mib
+        return run
+
+    def _fits(self, rows: slice) -> bool:
+        return self._kept_mib + (rows.stop - rows.start) * self._run_mib <= self._half
 
     def _left(self, part: Prompts) -> float:
         """Memory for a pass, in MiB: the half that is not for runs that are kept, less one run that is not."""

@@ -40,7 +40,7 @@ class Readout:
         return Readout.join([reading(answer, others)(logits, slice(0, len(logits)))])
 
     @staticmethod
-    def join(parts: Sequence[Float[Tensor, "n e 4"]]) -> "Readout":
+    def join(parts: Sequence[Float[Tensor, "_ e 4"]]) -> "Readout":
         """One readout of what `reading` gave for some examples after the other."""
         correct, difference, p, best = torch.cat(list(parts)).unbind(-1)
         return Readout(correct == 1, difference, p, best == 1)
