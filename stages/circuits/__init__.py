@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stages.circuits.finding import find_circuit as find_circuit
     from stages.circuits.loading import load as load
     from stages.circuits.pairs import Pairs as Pairs
-    from stages.circuits.path_patching import path_patcher as path_patcher
+    from stages.circuits.patching import path_patcher as path_patcher
     from stages.circuits.scores import Scores as Scores
     from stages.circuits.selection import Rule as Rule
     from stages.figures.circuit_picture import picture as picture
@@ -30,7 +30,7 @@ _HOMES = {
     "find_circuit": "stages.circuits.finding",
     "faithfulness": "stages.measures.circuit_in_place",
     "load": "stages.circuits.loading",
-    "path_patcher": "stages.circuits.path_patching",
+    "path_patcher": "stages.circuits.patching",
     "picture": "stages.figures.circuit_picture",
 }
 __all__ = sorted(_HOMES)

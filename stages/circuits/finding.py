@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from stages.circuits.circuit import Circuit
-from stages.circuits.path_patching import PathPatcher
+from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric
 from stages.circuits.search import Hop, search
 from stages.circuits.selection import Rule
@@ -13,7 +13,7 @@ RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverag
 
 
 def find_circuit(
-    patcher: PathPatcher,
+    patcher: Patcher,
     readout: str,
     rule: Rule = RULE,
     metric: Metric = Metric.LOGIT_DIFFERENCE,

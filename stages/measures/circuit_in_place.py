@@ -124,7 +124,7 @@ def faithfulness(
     random_circuits: int = 20,
     reference: str = "corrupt",
     seed: int = 0,
-    memory_mib: float = 1024.0,
+    memory_mib: float | int = 1024,
     processes: int = 1,
 ) -> InPlace:
     """How much of the model a circuit is: in place alone, beside the whole model, nothing, and random circuits.
@@ -151,7 +151,7 @@ def faithfulness(
     for node in nodes:
         check_name(node.position, pairs.spans)
     groups = _by_length(pairs, reference)
-    return in_place(walker, groups, nodes, reference, random_circuits, seed, memory_mib, processes)
+    return in_place(walker, groups, nodes, reference, random_circuits, seed, float(memory_mib), processes)
 
 
 def _by_length(pairs: Pairs, reference: str) -> list[tuple[AnsweredPrompts, Int[Tensor, "m _"]]]:
