@@ -66,7 +66,7 @@ def test_a_published_circuit_is_drawn_and_compared(tmp_path: Path, monkeypatch: 
     assert own["share"] == own["jaccard"] == own["corrected"] == 1
     generator = np.random.default_rng(0)
     random = [random_nodes(circuit.nodes, circuit.n_layers, circuit.n_heads, generator) for _ in range(200)]
-    shares = [overlap_at(chosen(circuit.nodes), chosen(nodes), strata, 26)["share"] for nodes in random]
+    shares = [overlap_at(chosen(circuit.nodes), chosen(nodes), strata, 26)["share"] or 0.0 for nodes in random]
     sizes = np.array([sum(node.position == position for node in circuit.nodes) for position in positions])
     expected = float((sizes**2).sum()) / (circuit.n_layers * circuit.n_heads) / 26
     print(f"overlap with random circuits of its shape: {np.mean(shares):.3f}, expected {expected:.3f}")

@@ -3,9 +3,9 @@
     from stages.circuits import Pairs, faithfulness, find_circuit, load, path_patcher, picture
 
 `load` a model, make `Pairs` of clean and corrupt prompts, ask a `path_patcher` for `Scores`, let it `find_circuit`,
-measure the `faithfulness` of that `Circuit`, and draw a `picture` of it. Each comes from the module that holds it, when it is first asked
-for: whoever imports one module of the engine loads no other, and the engine itself knows nothing of the rooms that
-measure and draw.
+measure the `faithfulness` of that `Circuit`, and draw a `picture` of it. Each comes from the module that holds it, when
+it is first asked for: whoever imports one module of the engine loads no other, and the engine itself knows nothing of
+the rooms that measure and draw.
 """
 
 from importlib import import_module

@@ -168,8 +168,8 @@ def _by_length(pairs: Pairs, reference: str) -> list[tuple[AnsweredPrompts, Int[
         partners = {len(pairs.corrupt[row]) for row in rows}
         if reference == "corrupt" and partners != {length}:
             raise Invalid(
-                f"reference = 'corrupt': prompts of {length} tokens have corrupt partners of {sorted(partners)}: means are "
-                "by position, so lengths must be equal; take 'clean'"
+                f"reference = 'corrupt': prompts of {length} tokens have corrupt partners of {sorted(partners)}: means "
+                "are by position, so lengths must be equal; take 'clean'"
             )
         most = max(len(pairs.others[row]) for row in rows)
         others = [[other[0] for other in pairs.others[row]] for row in rows]
