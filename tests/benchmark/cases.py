@@ -185,8 +185,8 @@ ON_TWO_CORES = ("base", "medium", "qwen", "smollm2")
 def build_model(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
     """The case's model: real, or with random weights, norms and biases."""
     if case.real:
-        model = load_model(packaged_model()).to(device, dtype)
-        return model.requires_grad_(False)
+        model: Any = load_model(packaged_model())
+        return model.to(device, dtype).requires_grad_(False)
     config_class: Any = Qwen2Config if case.kind == "qwen2" else LlamaConfig
     model_class: Any = Qwen2ForCausalLM if case.kind == "qwen2" else LlamaForCausalLM
     config = config_class(
