@@ -1,8 +1,9 @@
 """What every path patcher answers: over prompts of one length, of many lengths, or in several processes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +31,7 @@ class Progress:
     effect: float
 
 
-class Patcher(Protocol):
+class Patcher(ABC):
     """Path-patching effects of any senders on any receivers over some examples.
 
     Attributes:
@@ -50,11 +51,14 @@ class Patcher(Protocol):
     watch: Callable[[Progress], None] | None
 
     @property
+    @abstractmethod
     def correct(self) -> Bool[Tensor, "n"]: ...
 
     @property
+    @abstractmethod
     def positions(self) -> Mapping[str, Int[Tensor, "n ..."]]: ...
 
+    @abstractmethod
     def effects(
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
@@ -65,7 +69,6 @@ class Patcher(Protocol):
             Invalid: the examples have no such position, senders or receivers are outside the model, or an effect is
                 not a finite number.
         """
-        ...
 
     def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """Effect of every single head at `position` on each of the receivers, per example."""

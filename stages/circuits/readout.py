@@ -87,15 +87,20 @@ class LogitSum:
 
 @dataclass(frozen=True)
 class LogProbabilitySum:
-    """A weighted sum of log-probabilities; attributes as `LogitSum`, without its condition on the weights."""
+    """A weighted sum of log-probabilities, whatever the weights.
 
-    tokens_read: Int[Tensor, "n k"]
+    Attributes:
+        scored: which tokens, for each example; the logits of all are read.
+        weights, answer: as `LogitSum`.
+    """
+
+    scored: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]
     answer: Int[Tensor, "n"]
 
     def __call__(self, logits: Float[Tensor, "n e vocab"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
         weights = self.weights[index].to(logits)[:, None]
-        of_tokens = (_of_tokens(logits, self.tokens_read[index]) * weights).sum(-1)
+        of_tokens = (_of_tokens(logits, self.scored[index]) * weights).sum(-1)
         return of_tokens - weights.sum(-1) * logits.logsumexp(-1)
 
 

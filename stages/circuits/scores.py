@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.circuits.readout import Measure, TokenMeasure, WholeMeasure
 from stages.pipeline.stage import Invalid
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Metric(StrEnum):
@@ -41,6 +46,33 @@ class Scores:
     score: Float[Tensor, "*senders"]
     noise: Float[Tensor, "*senders"]
     strength: Float[Tensor, "*senders"]
+
+    def strongest(self, k: int) -> list[tuple[tuple[int, ...], float]]:
+        """The k senders with the largest scores, whatever their sign: ((layer, head), score), strongest first; ties in
+        the order of layers and heads."""
+        order = torch.argsort(self.score.abs().flatten(), descending=True, stable=True)[:k]
+        at = torch.unravel_index(order, self.score.shape)
+        return [(tuple(map(int, sender)), float(self.score[sender])) for sender in zip(*at, strict=True)]
+
+    def frame(self) -> "pd.DataFrame":
+        """One row a sender: layer, head, score, noise.
+
+        Raises:
+            Invalid: the senders are not single heads of all layers.
+        """
+        if self.score.ndim != 2:
+            raise Invalid(f"scores have shape {list(self.score.shape)}: must be layers by heads for a table of heads")
+        import pandas as pd  # here, since nothing else of the engine needs it
+
+        layers, heads = self.score.shape
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(np.arange(layers), heads),
+                "head": np.tile(np.arange(heads), layers),
+                "score": self.score.flatten().numpy(),
+                "noise": self.noise.flatten().numpy(),
+            }
+        )
 
     @staticmethod
     def of(metric: Metric, value: Float[Tensor, "*senders"], noise: Float[Tensor, "*senders"]) -> "Scores":

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.circuits.exchange import slices
-from stages.circuits.pairs import AlignedPairs
+from stages.circuits.pairs import AlignedPairs, Pairs
 from stages.circuits.patcher import Patcher, Progress
 from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
@@ -33,7 +33,9 @@ class SpreadPatcher(Patcher):
         RuntimeError: a process failed.
     """
 
-    def __init__(self, walker: Walker, pairs: AlignedPairs, make: Callable[[slice], Patcher], processes: int) -> None:
+    def __init__(
+        self, walker: Walker, pairs: AlignedPairs | Pairs, make: Callable[[slice], Patcher], processes: int
+    ) -> None:
         self.walker, self.pairs = walker, pairs
         self.watch: Callable[[Progress], None] | None = None  # each process may have a patcher that is watched
         n = len(pairs)
