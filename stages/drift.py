@@ -60,7 +60,7 @@ def main(cell: Cell) -> None:
     retraced, arrays = _retraced(walkers[1], settings, seed)
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
-    heads = per_head(base, tuned, base.config.num_attention_heads, base.config.num_key_value_heads)
+    heads = per_head(base, tuned)
     record = {
         "arm": arm,
         "seed": int(seed),

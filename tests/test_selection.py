@@ -127,7 +127,7 @@ class Imagined(PathPatcher):
         rows: how many sets of heads were patched.
     """
 
-    def __init__(self, broken: Callable[[Sequence[bool]], bool], n_heads: int = 12, n: int = 30) -> None:
+    def __init__(self, broken: Callable[[Sequence[bool]], float], n_heads: int = 12, n: int = 30) -> None:
         generator = torch.Generator().manual_seed(0)
         self.broken = broken
         self.little = 0.005 / n_heads**0.5 * torch.randn(n_heads, n, generator=generator)
@@ -237,11 +237,11 @@ def test_heads_for_and_against_the_answer_are_found_with_their_signs(name):
 
 
 def test_what_cannot_be_found_is_a_shortfall():
-    """What two heads do together is lost with any third one: no set of senders passes."""
-    patcher = Signed(lambda x: float(x[0] and x[1] and sum(x) == 2) - 0.8 * (sum(x) >= 11))
-    found = selection_of(patcher)
-    print(found)
-    assert found.shortfall == pytest.approx(max(abs(found.left), abs(found.missing)) - found.tolerance)
+    """Three hundred heads that each do less than the smallest effect of a head."""
+    found = selection_of(Signed(lambda x: 0.001 * sum(x), n_heads=300))
+    print(found.shortfall, found.left, found.tolerance)
+    assert found.senders == {1: (), -1: ()} and found.tolerance == pytest.approx(0.03, abs=1e-3)
+    assert found.shortfall == pytest.approx(0.27, abs=2e-3) == found.left - found.tolerance
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads"), [(1, 1), (1, 2), (2, 3), (6, 8), (30, 9)])

@@ -171,7 +171,7 @@ def test_counts_of_strong_edges_by_hand() -> None:
 
 def test_retracing_the_base_gives_its_own_scores() -> None:
     patcher = counting_patcher()
-    _, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None)
+    _, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None, "last")
     listed = [
         {"name": hop.name, "position": hop.position, "component": hop.component, "feeds": [list(f) for f in hop.feeds]}
         for hop in hops

@@ -150,6 +150,7 @@ def search(
     shown = _shown(positions, display or {}, root)
     hops = _ask(patcher, metric, rule, readout, [_Target(root, LOGITS, None, (), 1)], [], report)
     asked: dict[str, set[Head]] = {}  # group -> its heads whose inputs were searched
+    together: dict[str, list[set[Head]]] = {}  # position -> heads whose inputs were searched together
     frontier = hops
     for _ in range(1, rule.max_depth):
         found: list[Hop] = []
@@ -160,6 +161,10 @@ def search(
                 asked[part.group].update(heads)
                 if all(layer == 0 for layer, _ in heads):
                     continue  # no head writes into the first layer
+                # what feeds a head does so whichever of its own paths goes on: movers that feed their suppressor, too
+                if any(known.issuperset(heads) for known in together.setdefault(upper.position, [])):
+                    continue
+                together[upper.position].append(set(heads))
                 for position in _up_to(positions, upper.position):
                     targets = []
                     for component in list(Component) if position == upper.position else [Component.K, Component.V]:

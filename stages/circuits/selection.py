@@ -16,12 +16,13 @@ enough, in either direction. With 270 heads these are 12 tests of which one must
 with 4, chance passes one hop in 1,300 at normal errors, and one that it passes has no senders unless a side counts.
 
 *Two sides.* A head is surely for the answer (a set P), or surely against it (N), if its own effect is enough in that
-direction; others may do something only together. A side counts if it does enough in its direction, and more than the
-hop's tolerance, (1 - coverage) max(|E(A)|, |E(A - N)|, |E(A - P)|): what need not be accounted for. For the answer that
-is P or A - N, against it N or A - P, with the other heads clean. Where one side counts alone, weak heads of the other
-one may still be stand-ins in company: its senders are looked for in A, and the tolerance is (1 - coverage) |E(A)|.
-Where both count, what one side does would hide the other one: those for the answer are looked for in A - N, those
-against it in A - P with the sign of E turned, and a head that was found on one side is clean on the other one.
+direction; others may do something only together. The tolerance of a hop, what need not be accounted for, is
+(1 - coverage) times the largest |E| of A, A - N, A - P, P and N. A side counts if it does enough in its direction, and
+more than the tolerance: for the answer that is A - N, or P alone where a head of no effect of its own undoes it;
+against it, A - P or N alone. Its senders are looked for in the one of these that counts, with the other heads clean
+and, for those against the answer, with the sign of E turned; a head that was found on one side is clean on the other
+one. Where only one side counts, weak heads of the other one may be stand-ins in company: its senders are looked for in
+A, and the tolerance is (1 - coverage) |E(A)|, if A does enough in its direction.
 
 Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the tolerance for
 
@@ -199,13 +200,18 @@ def _sides(
         sure: sign -> the heads whose own effect is enough in its direction.
         first: the side that is looked for first.
     """
-    joint = scored(effect.of_each([everything, everything - sure[-1], everything - sure[1], sure[1], sure[-1]]))
-    tolerance = (1 - rule.coverage) * float(joint.strength[:3].abs().max())
-    enough = {sign: rule.counts(joint, sign) & (sign * joint.strength > tolerance) for sign in (1, -1)}
-    counting = [sign for sign in (first, -first) if enough[sign][[1, 3] if sign > 0 else [2, 4]].any()]
-    if len(counting) == 1 and rule.counts(joint, counting[0])[0]:
+    whole = {sign: everything - sure[-sign] for sign in (1, -1)}
+    sets = [everything, whole[1], whole[-1], sure[1], sure[-1]]
+    joint = scored(effect.of_each(sets))
+    tolerance = (1 - rule.coverage) * float(joint.strength.abs().max())
+    enough = {
+        sign: dict(zip(sets, (rule.counts(joint, sign) & (sign * joint.strength > tolerance)).tolist(), strict=True))
+        for sign in (1, -1)
+    }
+    counting = [sign for sign in (first, -first) if enough[sign][whole[sign]] or enough[sign][sure[sign]]]
+    if len(counting) == 1 and enough[counting[0]][everything]:
         return {counting[0]: everything}, (1 - rule.coverage) * abs(float(joint.strength[0]))
-    return {sign: everything - sure[-sign] for sign in counting}, tolerance
+    return {sign: whole[sign] if enough[sign][whole[sign]] else sure[sign] for sign in counting}, tolerance
 
 
 def _complete(

@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.circuits.circuit import LOGITS, Component
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import Receivers, TokenMeasure
-from stages.circuits.search import PAPER_HOPS
+from stages.tasks.hops import PAPER_HOPS
 
 BOXES = 7
 CLAUSE = 7  # tokens of a clause; the first label is at token 6, the query label is the third token from the end
