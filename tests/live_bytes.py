@@ -1,6 +1,5 @@
 """How much memory tensors take at once: every storage that an operation makes is followed until it is gone."""
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -114,7 +114,7 @@ def calls(of: Setting, circuits: int = 8) -> tuple[Mapping[str, Call], list[obje
         return model.full(), model.in_place(sets[:3]), model.without(sets[:1]), blinded
 
     def masks(mib: float) -> object:
-        pairs = {"one": of.pairs, "two": of.pairs.select(slice(6, None))}
+        pairs = {"one": of.pairs, "two": of.pairs.select(slice(len(ids) // 2, None))}
         settings = MaskSettings(**{**vars(MASKS), "memory_mib": mib})
         return component_masks(walker, pairs, pairs, pairs, of.groups, settings, np.random.default_rng(0))
 

@@ -116,7 +116,7 @@ def at_all_indices(
     weights: Bool[Tensor, "m e layers q h"], positions: Positions, names: Sequence[str]
 ) -> Bool[Tensor, "m e layers p h"]:
     """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`."""
-    indices = torch.tensor([positions[name][0].numel() for name in names], device=weights.device)
+    indices = torch.tensor([positions[name][0].numel() for name in names], dtype=torch.long, device=weights.device)
     return weights.repeat_interleave(indices, dim=3)
 
 
