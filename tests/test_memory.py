@@ -4,6 +4,7 @@ CMAP, knockout, reading and of the measures on them."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ class Setting:
             tie_word_embeddings=True,
             pad_token_id=None,
         )
-        walker = Walker(LlamaForCausalLM(config).eval().to(device))
+        model: Any = LlamaForCausalLM(config).eval()
+        walker = Walker(model.to(device))
         generator = torch.Generator().manual_seed(0)
 
         def draw(low: int, high: int, *shape: int) -> Tensor:

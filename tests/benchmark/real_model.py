@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.circuits import faithfulness, load, path_patcher, search
+from stages.circuits import faithfulness, find_circuit, load, path_patcher
 from stages.circuits.circuit import Component
 from stages.circuits.pairs import AlignedPairs, Pairs
 from stages.circuits.path_patching import Receivers
@@ -49,7 +49,8 @@ def real_model(
     torch.set_num_threads(threads)
     path = packaged_model() if folder is None else packaged_model(folder)
     walker, tokenizer = load(path)
-    prompts = ioi_prompts(tokenizer, pairs, 0, [WORDING]).prompts
+    drawn = ioi_prompts(tokenizer, pairs, 0, [WORDING])
+    prompts = drawn.prompts
     counted = TokenLayers(walker.model)
     walker.model(input_ids=torch.tensor([prompts[0].clean_ids]), use_cache=False)  # first calls are slower
     counted.take()
@@ -62,7 +63,7 @@ def real_model(
     one_pass, two_passes = one_pass / SENDERS, two_passes / SENDERS
     del naive
 
-    text = _pairs(prompts, tokenizer)
+    text = Pairs.from_text(tokenizer, **drawn.texts())
     patcher, our_runs = _timed(lambda: path_patcher(walker, text, memory_mib))
     counted.take()
     ours, our_hop = _timed(lambda: patcher.head_effects(END, [Receivers()])[0])
@@ -72,7 +73,7 @@ def real_model(
     naive_hop = one_pass * heads
 
     asked = _Asked(patcher)
-    circuit, our_search = _timed(lambda: search(patcher, readout=END))
+    circuit, our_search = _timed(lambda: find_circuit(patcher, readout=END))
     naive_search = asked.to_logits * one_pass + asked.to_inputs * two_passes
     return {
         "model": MODEL,
@@ -138,9 +139,9 @@ def memory_of_search(
     """Search and evaluation in this process: resident memory at its peak, in all and beyond the loaded model."""
     torch.set_num_threads(threads)
     walker, tokenizer = load(folder)
-    prompts = _pairs(ioi_prompts(tokenizer, pairs, 0, [WORDING]).prompts, tokenizer)
+    prompts = Pairs.from_text(tokenizer, **ioi_prompts(tokenizer, pairs, 0, [WORDING]).texts())
     loaded = reset_peak()
-    circuit, searched = _timed(lambda: search(path_patcher(walker, prompts, memory_mib), readout=END))
+    circuit, searched = _timed(lambda: find_circuit(path_patcher(walker, prompts, memory_mib), readout=END))
     found, evaluated = _timed(
         lambda: faithfulness(walker, circuit, prompts, random_circuits=random_circuits, memory_mib=memory_mib)
     )
@@ -158,22 +159,12 @@ def memory_of_search(
     }
 
 
-def _pairs(prompts: Sequence[IoiPrompt], tokenizer: Any) -> Pairs:
-    return Pairs.from_text(
-        tokenizer,
-        clean=[prompt.clean for prompt in prompts],
-        corrupt=[prompt.corrupt for prompt in prompts],
-        answer=[prompt.answer for prompt in prompts],
-        others=[prompt.other for prompt in prompts],
-        positions={name: [prompt.positions[name] for prompt in prompts] for name in prompts[0].positions},
-        bos=None,
-    )
-
-
 def _aligned(prompts: Sequence[IoiPrompt]) -> AlignedPairs:
     at = {name: torch.tensor([prompt.positions[name] for prompt in prompts]) for name in prompts[0].positions}
-    ids = (torch.tensor([getattr(prompt, which) for prompt in prompts]) for which in ("clean_ids", "corrupt_ids"))
-    return AlignedPairs(*ids, at, at)
+    clean, corrupt = (
+        torch.tensor([getattr(prompt, what) for prompt in prompts]) for what in ("clean_ids", "corrupt_ids")
+    )
+    return AlignedPairs(clean, corrupt, at, at)
 
 
 def _measure(prompts: Sequence[IoiPrompt]) -> Any:
