@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from torch import nn
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from stages.circuits.lora import merged
 from stages.circuits.walker import Walker
+from stages.pipeline.checkpoints import load_model
 from stages.pipeline.stage import Invalid
 
 
@@ -34,7 +31,7 @@ def load(
     Args:
         path_or_id: a folder, or a name on the hub such as "HuggingFaceTB/SmolLM2-135M-Instruct".
         adapter: folder or name of a LoRA adapter, which is merged into the weights.
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit of the model on the hub.
         device: where the model is put; None: on the processor.
         dtype: in bfloat16 effects are rounded, so the default is float32 whatever the files hold.
 
@@ -45,20 +42,13 @@ def load(
         Invalid: there is no such model, tokenizer or adapter, it has no safetensors weights, or its architecture is not
             supported.
     """
-    logging.disable_progress_bar()
     source = _local(path_or_id, revision, "model")
-    hub = {"revision": revision, "trust_remote_code": False}
+    model: Any = load_model(source, None if adapter is None else _local(adapter, None, "adapter"), revision)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", use_safetensors=True, **hub
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise Invalid(f"model '{path_or_id}' cannot be loaded: {_first_line(error)}") from error
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    placed: Any = model  # typed as if it could not be moved
-    return Walker(placed.to(device).eval().requires_grad_(False)), tokenizer
+        raise Invalid(f"model '{path_or_id}' has no tokenizer: {str(error).strip().splitlines()[0]}") from error
+    return Walker(model.to(device=device, dtype=dtype).requires_grad_(False)), tokenizer
 
 
 def _local(path_or_id: str | Path, revision: str | None, what: str) -> str:
@@ -70,19 +60,3 @@ def _local(path_or_id: str | Path, revision: str | None, what: str) -> str:
     except (LocalEntryNotFoundError, HFValidationError) as error:
         missing = f"{what} '{path_or_id}' is no folder, nor one that was downloaded from the hub before"
         raise Invalid(f"{missing}: to download it, set HF_HUB_OFFLINE=0") from error
-
-
-def _with_adapter(model: nn.Module, adapter: str | Path) -> nn.Module:
-    from peft import PeftModel  # takes seconds to import, and is needed here only
-
-    try:
-        adapted = PeftModel.from_pretrained(model, _local(adapter, None, "adapter"))  # type: ignore[arg-type]
-    except Invalid:
-        raise
-    except (OSError, ValueError) as error:
-        raise Invalid(f"adapter '{adapter}' cannot be loaded: {_first_line(error)}") from error
-    return merged(adapted)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
