@@ -20,7 +20,7 @@ from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
 from tests.oracles import VOCAB, random_model, random_pairs, walker_of
 
-PAIRS = random_pairs()
+PAIRS = random_pairs(length=11)
 N, LENGTH = PAIRS.clean_ids.shape
 
 

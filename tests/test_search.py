@@ -42,6 +42,7 @@ def counting_model() -> LlamaForCausalLM:
         num_key_value_heads=4,
         tie_word_embeddings=False,
         attn_implementation="eager",
+        eos_token_id=None,  # every token is a word
     )
     model: Any = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     part, eye = {"A": 0, "B": 8, "C": 16, "D": 24}, torch.eye(TOKENS)

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from stages.circuits import trace
-from stages.circuits.trace import HookTrace, HookTraceDict
+from stages.circuits.trace import HookTrace, HookTraceDict, untuple
+from stages.pipeline.stage import Invalid
+from tests.oracles import FAMILIES, blocks, random_model
 
 BACKENDS = [
     pytest.param(trace.Trace, trace.TraceDict, id="in use"),
@@ -134,3 +136,58 @@ def test_names_left_by_a_failed_trace_dict(model):
 def test_backend_says_what_is_in_use():
     assert trace.BACKEND in ("baukit", "stages.circuits.trace")
     assert (trace.Trace is HookTrace) == (trace.BACKEND == "stages.circuits.trace")
+
+
+def through_the_tuple(output):
+    output[0][:, 3] = 1.0
+    return output
+
+
+def through_a_loop(output):
+    hidden, *_ = output
+    return hidden
+
+
+def an_example(output):
+    output[0] = 1.0
+    return output
+
+
+def one_example(output):
+    output[0, :] = 1.0
+    return output
+
+
+def untupled(output):
+    untuple(output)[:, 3] = 1.0
+    return output
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_edits_written_for_tuples_of_layers_are_refused_and_untuple_edits_every_example(kind):
+    model = random_model(kind)
+    layer, ids = blocks(model)[1], torch.arange(12).view(2, 6)
+    for edit in (through_the_tuple, through_a_loop, an_example):
+        with pytest.raises(Invalid, match=r"output\[0\] of a layer that gives a tensor of shape \[2, 6, 32\]"):
+            with HookTrace(model, layer, edit_output=edit):
+                model(input_ids=ids)
+    plain = model(input_ids=ids).logits
+    with HookTrace(model, layer) as before:
+        model(input_ids=ids)
+    for edit in (untupled, lambda output: output.index_fill(1, torch.tensor([3]), 1.0)):
+        with HookTrace(model, layer, edit_output=edit) as traced:
+            edited = model(input_ids=ids).logits
+        assert type(traced.output) is torch.Tensor
+        assert (traced.output[:, 3] == 1.0).all()
+        assert torch.equal(traced.output[:, :3], before.output[:, :3])
+        assert ((edited - plain).abs().amax((1, 2)) > 1e-3).all(), "every example changes"
+    with HookTrace(model, layer, edit_output=one_example) as traced:
+        edited = model(input_ids=ids).logits
+    assert (traced.output[0] == 1.0).all() and torch.equal(traced.output[1], before.output[1])
+
+
+def test_untuple_is_the_hidden_states_of_either_version():
+    hidden = torch.zeros(2, 3, 4)
+    for output in (hidden, (hidden, "weights")):
+        assert untuple(output) is hidden

@@ -59,7 +59,8 @@ def padding_of(config: Any) -> Padding:
     return Padding(ends[0] if ends else None, begins, 2)
 
 
-def _ids(entry: int | Iterable[int | None] | None) -> tuple[int, ...]:
+def _ids(entry: int | Iterable[Any] | None) -> tuple[int, ...]:
+    """The ids in nested lists of them; some configs write -1 for none."""
     if entry is None or isinstance(entry, int):
         return () if entry is None or entry < 0 else (entry,)
     return tuple(one for several in entry for one in _ids(several))
@@ -68,16 +69,16 @@ def _ids(entry: int | Iterable[int | None] | None) -> tuple[int, ...]:
 def check_padding(
     ids: Int[Tensor, "n t"],
     pad: int | None,
-    begins: int | Iterable[int | Iterable[int] | None] | None,
+    begins: int | Iterable[Any] | None,
     what: str,
     run: int = 1,
 ) -> None:
     """No padding at either end of a prompt: positions would count it, and tokens attend to it.
 
     Args:
-        pad: id of the padding token, if there is one; being the end of a text too, as many tokenizers have it, makes it
-            no less of a padding.
-        begins: ids of tokens that texts begin with; where one is the padding token, one of them at the start is in order.
+        pad: id of the padding token, if there is one; that it is the end of a text too, as with many tokenizers, makes
+            it no less of a padding.
+        begins: ids of tokens that texts begin with; if one is the padding token, one of it at the start is in order.
         run: how many padding tokens in a row are padding.
 
     Raises:

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.checks import check_finite, check_heads, check_name, check_padding, check_tokens
+from stages.circuits.checks import check_finite, check_heads, check_name
 from stages.circuits.circuit import Component
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.walker import Edit, Prefix, Walker, Window
@@ -459,11 +459,8 @@ class PathPatcher:
         return True
 
     def _check_prompts(self) -> None:
-        config, longest = self.walker.model.config, self.walker.architecture.longest
         for what in ("clean_ids", "corrupt_ids"):
-            ids = getattr(self.pairs, what)
-            check_tokens(ids, self.walker.vocab_size, longest, what)
-            check_padding(ids, config.pad_token_id, (config.bos_token_id, config.eos_token_id), what)
+            self.walker.check_prompts(getattr(self.pairs, what), what)
         one = torch.zeros(1, 1, self.walker.vocab_size, dtype=self.walker.logits_dtype, device="cpu")
         last = torch.tensor([len(self.pairs.clean_ids) - 1], device="cpu")
         self.measure(one, last)  # a measure that cannot work fails here

@@ -11,7 +11,13 @@ with the same interface. `BACKEND` says which ("baukit" or "stages.circuits.trac
         model(ids)
     traced["model.layers.3.mlp"].output
 
-One difference on purpose: leaving a `TraceDict(..., stop=True)` whose last layer never ran is no error here.
+Two differences on purpose: leaving a `TraceDict(..., stop=True)` whose last layer never ran is no error here, and the
+layers of a decoder are guarded. Before transformers 5 they gave a tuple, hidden states first, and since then the hidden
+states themselves: `output[0][:] = x`, written for the tuple, would now edit the first example alone, without a word.
+Where a layer gives a tensor, an `edit_output` that takes `output[0]` is refused; `untuple(output)` is the hidden states
+in either version, and may be written to in place. (baukit's own classes do not guard.)
+
+The engine does not use these classes.
 """
 
 import inspect
@@ -20,7 +26,16 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from stages.pipeline.stage import Invalid
+
+
+def untuple(output: Any) -> Any:
+    """The hidden states in what a layer gives: its first entry if that is a tuple, else all of it."""
+    return output[0] if isinstance(output, tuple) else _unguarded(output)
 
 
 class StopForward(Exception):
@@ -70,7 +85,8 @@ class HookTrace:
             if retain_input:
                 self.input = _copy(inputs, clone, detach, False)
             if edit_output is not None:
-                output = _call_edit(edit_output, output, layer, inputs)
+                given = output.as_subclass(_HiddenStates) if guarded and type(output) is Tensor else output
+                output = _unguarded(_call_edit(edit_output, given, layer, inputs))
             if retain_output:
                 self.output = _copy(output, clone, detach, retain_grad)
                 if retain_grad:  # operations in place must not touch the tensor whose gradient is retained
@@ -79,7 +95,9 @@ class HookTrace:
                 raise StopForward
             return output
 
-        self._handle = _submodule(module, layer).register_forward_hook(hook, with_kwargs=True)
+        traced = _submodule(module, layer)
+        guarded = isinstance(traced, GradientCheckpointingLayer)
+        self._handle = traced.register_forward_hook(hook, with_kwargs=True)
 
     def __enter__(self) -> "HookTrace":
         return self
@@ -148,6 +166,38 @@ class HookTraceDict(OrderedDict):
         """Remove all hooks."""
         for trace in reversed(self.values()):
             trace.close()
+
+
+class _HiddenStates(Tensor):
+    """What a decoder's layer gives, while an edit looks at it: the same storage, but not to be taken for a tuple."""
+
+    # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    def __getitem__(self, index: Any) -> Any:
+        self._refuse(index)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._refuse(index)
+        super().__setitem__(index, value)
+
+    def __iter__(self) -> Any:
+        self._refuse(0)
+
+    def _refuse(self, index: Any) -> None:
+        if isinstance(index, int):
+            raise Invalid(
+                f"edit_output takes output[{index}] of a layer that gives a tensor of shape {list(self.shape)}, where "
+                f"this is example {index} and not the hidden states: write untuple(output), or output[{index}, :] for "
+                "the example"
+            )
+
+
+def _unguarded(output: Any) -> Any:
+    if isinstance(output, tuple | list):
+        return type(output)(_unguarded(entry) for entry in output) if type(output) in (tuple, list) else output
+    return output.as_subclass(Tensor) if isinstance(output, _HiddenStates) else output
 
 
 def _submodule(module: nn.Module, layer: str | None) -> nn.Module:

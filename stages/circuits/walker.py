@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stages.circuits.architecture import Rotary
 from stages.circuits.architectures import architecture_of
 from stages.circuits.attention import Window, attend
-from stages.circuits.checks import check_padding, check_tokens, padding_of
+from stages.circuits.checks import Padding, check_padding, check_tokens, padding_of
 from stages.circuits.load_check import check_reproduces
 from stages.pipeline.stage import Invalid
 
@@ -66,7 +66,7 @@ class Run:
         logits: at the last position.
     """
 
-    residual: Float[Tensor, "depths n t d"]
+    residual: Float[Tensor, "layers_and_one n t d"]
     z: Float[Tensor, "layers_z n t h a"]
     keys: Float[Tensor, "layers_k n g t a"]
     values: Float[Tensor, "layers_v n g t a"]
@@ -101,7 +101,7 @@ class Walker:
     def __init__(self, model: nn.Module, pad: int | Literal["config"] | None = "config") -> None:
         self.architecture = architecture_of(model)
         self.model: Any = model
-        self.pad = pad
+        self.pad: int | Literal["config"] | None = pad
         self.n_layers = self.architecture.n_layers
         self.n_heads = self.architecture.n_heads
         self.n_kv_heads = self.architecture.n_kv_heads
@@ -122,7 +122,9 @@ class Walker:
         """
         check_tokens(input_ids, self.vocab_size, self.architecture.longest, what)
         padding = padding_of(self.architecture.config)
-        check_padding(input_ids, padding.token if self.pad == "config" else self.pad, padding.begins, what, padding.run)
+        if self.pad != "config":
+            padding = Padding(self.pad, padding.begins, 1)
+        check_padding(input_ids, padding.token, padding.begins, what, padding.run)
 
     def kv_head(self, head: int) -> int:
         """The key-value head that a query head reads from (grouped-query attention)."""
