@@ -42,7 +42,8 @@ class Readout:
     @staticmethod
     def join(parts: Sequence[Float[Tensor, "_ e 4"]]) -> "Readout":
         """One readout of what `reading` gave for some examples after the other."""
-        correct, difference, p, best = torch.cat(list(parts)).unbind(-1)
+        # contiguous, as means of strided numbers add up in another order
+        correct, difference, p, best = (column.contiguous() for column in torch.cat(list(parts)).unbind(-1))
         return Readout(correct == 1, difference, p, best == 1)
 
     def means(self) -> list[dict[str, float]]:
