@@ -13,7 +13,7 @@ from stages.circuits.circuit import Circuit, Component, Group, Node
 from stages.circuits.exchange import Positions, random_nodes, random_weights
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
-from stages.measures.faithfulness import circuit_record, evaluate_circuits, faithfulness, outcomes
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, evaluate_groups, outcomes
 from stages.measures.prompts import AnsweredPrompts, in_tail_order, tail_order
 from stages.measures.readout import Readout, reading
 from stages.pipeline.stage import Invalid
@@ -206,15 +206,15 @@ def test_prompts_of_several_lengths_are_groups_with_their_own_means() -> None:
         groups.append((prompts, means))
         logits = naive_circuit(model, ids, means, at, circuit)[:, None]
         expected.append(Readout.of(logits, prompts.answer, prompts.others).logit_difference[:, 0])
-    found = faithfulness(walker, groups, circuit, MEMORY, random_circuits=3, seed=0)
-    ours = found.evaluation.in_place.logit_difference
-    assert ours.shape == (12, 4)
-    assert largest(ours[:, 0], torch.cat(expected), "both lengths") <= 1e-9
-    share, floor = found.of(lambda readout: readout.logit_difference.abs().mean(0).tolist())
-    whole = float(found.evaluation.full.logit_difference.abs().mean())
-    assert share == pytest.approx(float(torch.cat(expected).abs().mean()) / whole) and len(floor) == 3
-    again = faithfulness(walker, groups, circuit, MEMORY, random_circuits=3, seed=0)
-    assert torch.equal(again.evaluation.in_place.logit_difference, ours)
+    found = evaluate_groups(walker, groups, [circuit, []], [circuit], MEMORY)
+    small = evaluate_groups(walker, groups, [circuit, []], [circuit], 1e-6, processes=2)
+    assert found.full.correct.shape == (12, 1) and found.without.correct.shape == (12, 1)
+    assert largest(found.in_place.logit_difference[:, 0], torch.cat(expected), "both lengths") <= 1e-9
+    for kind in ("full", "in_place", "without"):
+        ours, others = (getattr(evaluation, kind).logit_difference for evaluation in (found, small))
+        assert largest(ours, others, f"{kind}, little memory and two processes") <= 1e-12
+    with pytest.raises(Invalid, match="groups of prompts"):
+        evaluate_groups(walker, [], [circuit], [], MEMORY)
 
 
 def test_evaluation_of_a_model() -> None:

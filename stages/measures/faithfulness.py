@@ -15,7 +15,6 @@ Means are by absolute position, so prompts of several lengths are groups of equa
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from stages.circuits.ablation import ablated_run, circuits_in_place, nodes_removed
 from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit, run_bytes
 from stages.circuits.circuit import Node
-from stages.circuits.exchange import random_nodes, slices
+from stages.circuits.exchange import slices
 from stages.circuits.walker import KEPT, Walker
 from stages.measures.prompts import Prompts
 from stages.measures.readout import Readout, reading
@@ -121,67 +120,6 @@ def runs_that_fit(walker: Walker, prompts: Prompts, memory_mib: float) -> int:
     """On how many of the prompts a model can run at once, the run being kept."""
     length = prompts.input_ids.shape[1]
     return rows_that_fit(walker, making_bytes(walker, length), memory_mib * MIB, pass_bytes(walker, length, length))
-
-
-@dataclass(frozen=True)
-class Faithfulness:
-    """A circuit beside its model and beside random circuits with as many nodes at each position.
-
-    Attributes:
-        evaluation: `in_place` has the circuit, then the random ones.
-    """
-
-    evaluation: Evaluation
-
-    def of(self, score: Callable[[Readout], Sequence[float]]) -> tuple[float | None, list[float | None]]:
-        """The circuit's share of the model's score, and those of the random circuits (the floor).
-
-        Args:
-            score: one number for each variant, such as `accuracy` or `logit_difference`.
-        """
-        whole = score(self.evaluation.full)[0]
-        circuit, *random = (ratio(value, whole) for value in score(self.evaluation.in_place))
-        return circuit, random
-
-
-def logit_difference(readout: Readout) -> list[float]:
-    """Its mean over the examples, for each variant."""
-    return readout.logit_difference.mean(0).tolist()
-
-
-def accuracy(readout: Readout) -> list[float]:
-    """Share of the examples whose likeliest token is the answer, for each variant."""
-    return readout.correct.double().mean(0).tolist()
-
-
-def faithfulness(
-    walker: Walker,
-    groups: Sequence[tuple[Prompts, Float[Tensor, "layers _ h a"]]],
-    circuit: Collection[Node],
-    memory_mib: float = 1024.0,
-    random_circuits: int = 20,
-    seed: int = 0,
-    processes: int = 1,
-) -> Faithfulness:
-    """What a circuit keeps of a model, with the floor of random circuits of its shape.
-
-    Args:
-        walker: the model.
-        groups: prompts of one length each, with the model's mean head outputs over prompts of that length.
-        circuit: its nodes.
-        memory_mib: how much memory each process may take beside the model.
-        random_circuits: how many.
-        seed: of their draws.
-        processes: how many to spread the examples over.
-
-    Raises:
-        Invalid: the circuit has no node.
-    """
-    if not circuit:
-        raise Invalid("the circuit has no node: must have at least one")
-    generator = np.random.default_rng(seed)
-    random = [random_nodes(circuit, walker.n_layers, walker.n_heads, generator) for _ in range(random_circuits)]
-    return Faithfulness(evaluate_groups(walker, groups, [circuit, *random], [], memory_mib, processes=processes))
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

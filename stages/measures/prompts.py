@@ -1,6 +1,6 @@
 """What measures of circuits need to know of prompts: ids, answers, and positions with names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.circuits.exchange import Positions, by_earliest, stack_positions
 from stages.pipeline.stage import Invalid
 
-Self = TypeVar("Self")
+Self = TypeVar("Self", bound="Prompts")
 
 
 @runtime_checkable
@@ -81,21 +81,19 @@ def placed(prompts: Prompts, positions: Positions) -> AnsweredPrompts:
     return AnsweredPrompts(prompts.input_ids, prompts.answer, prompts.others, positions)
 
 
-def tail_order(prompts: Prompts, names: Sequence[str] | set[str] | frozenset[str]) -> Int[Tensor, " n"]:
+def tail_order(prompts: Prompts, names: Collection[str]) -> Int[Tensor, " n"]:
     """Indices of the prompts in an order in which passes from the earliest named position on are shortest."""
     if not names:
         return torch.arange(len(prompts), device="cpu")
     return by_earliest(stack_positions(prompts.positions, sorted(names)))
 
 
-def in_tail_order(prompts: Self, names: Sequence[str] | set[str] | frozenset[str]) -> Self:
+def in_tail_order(prompts: Self, names: Collection[str]) -> Self:
     """The prompts in `tail_order`."""
-    assert isinstance(prompts, Prompts)
     return prompts.select(tail_order(prompts, names))
 
 
 def spread(prompts: Self, n: int) -> Self:
     """At most n of the prompts, evenly spread over their order."""
-    assert isinstance(prompts, Prompts)
     last, size = len(prompts) - 1, min(n, len(prompts))
     return prompts.select(torch.linspace(0, last, size, device="cpu").round().long())
