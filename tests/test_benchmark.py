@@ -147,20 +147,24 @@ def test_what_does_not_fit_is_not_made_again_for_every_question():
     model = build_model(case, torch.float32)
     walker, pairs, measure = Walker(model), build_pairs(case), build_measure(case)
     receivers = Receivers(Component.V, ((2, 0), (3, 1)))
-    counts = {}
-    for mib in (1.0, 64.0):
+    run, counts = case.examples * case.tokens * case.layers, {}
+    for mib in (0.9, 4.0, 64.0):
         counted = TokenLayers(model)
         ours = PathPatcher(walker, pairs, measure, mib)
-        assert (ours._runs is None) == (mib == 1.0) and len(ours._chains) == 3
-        counted.take()
+        assert counted.take() == 2 * run
+        assert (ours._runs is not None) == (mib == 64.0) and len(ours._chains) == 3
         ours.joint_effects("last", [Receivers()])
-        logits = counted.take()
-        ours.joint_effects("query_label", [receivers])
-        counts[mib] = logits, counted.take()
+        counts[mib] = [counted.take()]
+        for position in ("query_label", "query_label", "earlier_label", "earlier_label"):
+            ours.joint_effects(position, [receivers])
+            counts[mib].append(counted.take())
     print(counts)
-    assert counts[1.0][0] == counts[64.0][0] == case.examples * case.layers
-    # the tails of q, k and v need a clean run of the prompts, and nothing else
-    assert counts[1.0][1] == counts[64.0][1] + case.examples * case.tokens * case.layers
+    wide = counts[64.0]
+    assert wide[0] == case.examples * case.layers
+    # the tails of q, k and v need a clean run of the prompts, and nothing else: every time, or once where what they
+    # need from the position on fits
+    assert [count - other for count, other in zip(counts[0.9], wide, strict=True)] == [0, run, run, run, run]
+    assert [count - other for count, other in zip(counts[4.0], wide, strict=True)] == [0, run, 0, run, run]
 
 
 def test_no_tensor_is_made_on_the_default_device():

@@ -9,7 +9,7 @@ them; the logits are read at the last token of the prompt, so they receive what 
 
 Algorithm:
 
-1. one clean and one corrupt run of every prompt;
+1. one clean and one corrupt run of every prompt (`recording`);
 2. the sweep (`sweep`): one pass over the layers carries the k tokens of a position for all senders at once. A sender
    joins at its own layer with `clean attention output + W_O (z_corrupt - z_clean)`, goes through the rest of the block,
    and then from layer to layer with the clean attention outputs. The residual stream that enters each receiving layer
@@ -31,7 +31,7 @@ they are projected, before any norm on them and the rotary embedding. With group
 key-value head that the head reads from. LoRA adapters must be merged first.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,27 +45,11 @@ from stages.circuits.patcher import Progress as Progress
 from stages.circuits.patching_budget import PASS, TAILS, Budget, Sizes, at_least_one, pass_limit
 from stages.circuits.readout import FewTokens, Measure, correct
 from stages.circuits.readout import TokenMeasure as TokenMeasure
+from stages.circuits.recording import CleanRuns, record
 from stages.circuits.sweep import Chains, Read, Sweep, Tails, first_layer, parts, reached, read_heads, tail_logits
 from stages.circuits.sweep import Receivers as Receivers
-from stages.circuits.walker import Prefix, Walker
+from stages.circuits.walker import Run, Walker
 from stages.pipeline.stage import Invalid
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """What tails need of clean runs.
-
-    Attributes:
-        start: first position of the residual stream that is kept.
-        residual: entering each layer, and the final norm.
-        keys: after the rotary embedding, up to some position.
-        values: likewise.
-    """
-
-    start: int
-    residual: Float[Tensor, "depths n t d"]
-    keys: Float[Tensor, "layers n g b a"]
-    values: Float[Tensor, "layers n g b a"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class _Batch:
     index: Int[Tensor, "n"]
     at: Int[Tensor, "n k"]
     sweep: Sweep
-    runs: _Runs | None
+    runs: CleanRuns | None
 
     @property
     def start(self) -> int:
@@ -121,18 +105,18 @@ class PathPatcher(Patcher):
         self._sizes = Sizes(walker, self._length, max(self._length, pairs.corrupt_ids.shape[1]), of_tokens)
         self._sweeps: dict[str, list[_Batch]] = {}  # position -> sweeps of all single heads
         self._chains: dict[str, Chains] = {}  # position -> of all examples
-        self._runs: _Runs | None = None
+        self._runs: CleanRuns | None = None
+        self._asked: set[str] = set()  # positions whose tails were
         self._dtype = walker.logits_dtype  # of effects: small differences of logits
         self.clean = torch.empty(n, dtype=self._dtype, device="cpu")
         self.corrupt = torch.empty(n, dtype=self._dtype, device="cpu")
         self.predictions = torch.empty(n, dtype=torch.long, device="cpu")
         chain = self._sizes.chain()
         kept = [name for name, at in pairs.spans.items() if self._budget.keep("chains", at.numel() * chain)]
-        reach = max(int(at.amin(1).max()) for at in pairs.spans.values())
-        begin = min(int(at.min()) for at in pairs.spans.values())
-        fits = self._budget.keep("runs", n * self._sizes.runs(begin, reach))
+        ends = self._ends(pairs.positions)
+        fits = self._budget.keep("runs", n * self._sizes.runs(*ends))
         everything = torch.arange(n, device="cpu")
-        self._chains, self._runs = self._run(everything, kept, (begin, reach) if fits else None, measured=True)
+        self._chains, self._runs = self._record(everything, kept, ends if fits else None, measured=True)
         check_finite(self.clean, "the measure of the clean run")
         check_finite(self.corrupt, "the measure of the corrupt run")
 
@@ -154,6 +138,8 @@ class PathPatcher(Patcher):
         if not receivers:
             return results
         layers = self.walker.n_layers
+        if position in self._chains and any(receiver.component is not None for receiver in receivers):
+            self._ready_runs(position)
         needed = {layer for receiver in receivers for layer in receiver.layers(layers)}
         first = first_layer(senders)
         order = torch.argsort(first, stable=True)  # so that whatever has joined comes first
@@ -214,7 +200,7 @@ class PathPatcher(Patcher):
                     chains = chains.select(which)
                 else:
                     start = int(kind[0])
-                    made, runs = self._run(index, [position], (start, start))
+                    made, runs = self._record(index, [position], (start, start))
                     chains = made[position]
                 limit, each = self._pass_bytes(), self._sizes.in_mlp()
                 few = at_least_one(limit, each)
@@ -300,73 +286,45 @@ class PathPatcher(Patcher):
         elif self._runs is not None:
             runs, which = self._runs, index.to(self.walker.device)
         else:
-            runs, which = self._run(index, [], (start, start))[1], slice(None)
+            runs, which = self._record(index, [], (start, start))[1], slice(None)
         assert runs is not None
-        kept = runs
-        if len(index) == kept.residual.shape[1]:
+        if len(index) == runs.residual.shape[1]:
             which = slice(None)  # a slice where possible, so that nothing is copied
+        return runs.tails(which, start, batch.at[few])
 
-        def tail(layer: int) -> Tensor:
-            return kept.residual[layer, :, start - kept.start :][which]
-
-        prefix = Prefix(kept.keys[:, :, :, :start][:, which], kept.values[:, :, :, :start][:, which])
-        return Tails(batch.at[few] - start, self._length - start, tail, prefix)
-
-    @torch.no_grad()
-    def _run(
+    def _record(
         self, index: Int[Tensor, "n"], names: Sequence[str], ends: tuple[int, int] | None, measured: bool = False
-    ) -> tuple[dict[str, Chains], _Runs | None]:
-        """Step 1 for some examples, a few at a time, since a run holds more than what is kept of it.
+    ) -> tuple[dict[str, Chains], CleanRuns | None]:
+        """Step 1 for some examples."""
+        size = at_least_one(PASS * self._budget.limit, self._sizes.making())
+        return record(self.walker, self.pairs, index, names, ends, size, self._measure if measured else None)
 
-        Args:
-            names: positions whose chains are made; without any there are no corrupt runs.
-            ends: where the residual stream begins that tails need, and where their prefixes end; None: no tails.
-            measured: the measure is taken, too.
-        """
-        walker, pairs, n = self.walker, self.pairs, len(index)
-        layers, places = walker.n_layers, {"dtype": walker.dtype, "device": walker.device}
-        chains: dict[str, Chains] = {}
-        for name in names:
-            k = pairs.spans[name].shape[1]
-            entering, attention = (torch.empty(layers, n, k, walker.width, **places) for _ in range(2))
-            changes = torch.empty(layers, n, k, walker.n_heads, walker.head_dim, **places)
-            chains[name] = Chains(entering, attention, changes)
-        runs = None
-        if ends is not None:
-            residual = torch.empty(layers + 1, n, self._length - ends[0], walker.width, **places)
-            keys, values = (
-                torch.empty(layers, n, walker.n_kv_heads, ends[1], walker.head_dim, **places) for _ in range(2)
-            )
-            runs = _Runs(ends[0], residual, keys, values)
-        for part in parts(n, at_least_one(PASS * self._budget.limit, self._sizes.making())):
-            chosen = index[part]
-            rows = torch.arange(len(chosen), device=walker.device)[:, None]
-            keep = ["residual", *(["z"] if names else []), *(["keys", "values"] if runs is not None else [])]
-            clean = walker.run(pairs.clean_ids[chosen].to(walker.device), keep=keep)
-            if runs is not None:
-                runs.residual[:, part] = clean.residual[:, :, runs.start :]
-                runs.keys[:, part] = clean.keys[:, :, :, : runs.keys.shape[3]]
-                runs.values[:, part] = clean.values[:, :, :, : runs.keys.shape[3]]
-            for name, made in chains.items():
-                at = pairs.spans[name][chosen].to(walker.device)
-                z = clean.z[:, rows, at]
-                made.entering[:, part] = clean.residual[:-1, rows, at]
-                for layer in range(layers):
-                    made.attention[layer, part] = walker.attention_output(layer, z[layer])
-                made.changes[:, part] = z
-            if measured:
-                self.clean[chosen] = self._final(clean.residual[-1], chosen)
-                self.predictions[chosen] = clean.logits.argmax(-1).cpu()
-            del clean
-            if not (names or measured):
-                continue
-            corrupt = walker.run(pairs.corrupt_ids[chosen].to(walker.device), keep=["residual", "z"])
-            for name, made in chains.items():
-                at = pairs.corrupt_spans[name][chosen].to(walker.device)
-                made.changes[:, part] = corrupt.z[:, rows, at] - made.changes[:, part]
-            if measured:
-                self.corrupt[chosen] = self._final(corrupt.residual[-1], chosen)
-        return chains, runs
+    def _measure(self, corrupt: bool, index: Int[Tensor, "n"], run: Run) -> None:
+        """The measure of runs."""
+        logits = self.walker.logits(run.residual[-1][:, -1:], self._tokens(index))
+        (self.corrupt if corrupt else self.clean)[index] = self._measured(logits, index)[:, 0]
+        if not corrupt:
+            self.predictions[index] = run.logits.argmax(-1).cpu()
+
+    def _ends(self, names: Iterable[str]) -> tuple[int, int]:
+        """Where the first of some positions begins, and where the prefixes of their tails end."""
+        spans = [self.pairs.spans[name] for name in names]
+        return min(int(at.min()) for at in spans), max(int(at.amin(1).max()) for at in spans)
+
+    def _ready_runs(self, position: str) -> None:
+        """Have the clean runs that tails from a position on need, if they fit: with the ones for positions that were
+        asked for before, else alone."""
+        if self._runs is not None and self._runs.cover(*self._ends([position])):
+            return
+        n = len(self.clean)
+        if self._runs is not None:
+            self._budget.keep("runs", -n * self._sizes.runs(*self._runs.ends))
+            self._runs = None
+        for ends in (self._ends({position} | self._asked), self._ends([position])):
+            if self._budget.keep("runs", n * self._sizes.runs(*ends)):
+                self._runs = self._record(torch.arange(n, device="cpu"), [], ends)[1]
+                break
+        self._asked.add(position)
 
     def _tokens(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n k"] | None:
         if not isinstance(self.measure, FewTokens):
@@ -376,10 +334,6 @@ class PathPatcher(Patcher):
     def _measured(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
         logits, measure = logits.to(self._dtype), self.measure
         return (measure.read(logits, index) if isinstance(measure, FewTokens) else measure(logits, index)).cpu()
-
-    def _final(self, residual: Float[Tensor, "n t d"], index: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """The measure of a run, from what leaves the last layer."""
-        return self._measured(self.walker.logits(residual[:, -1:], self._tokens(index)), index)[:, 0]
 
     def _keeps(self, position: str, first: Int[Tensor, "e"]) -> bool:
         """Whether the sweep of all single heads at `position` is kept: it is already, or it fits."""
@@ -419,5 +373,5 @@ class PathPatcher(Patcher):
         spans = self.pairs.spans[position]
         size = spans.shape[1] * self._sizes.chain()
         if position not in self._chains:
-            size += self._sizes.runs(int(spans.min()), int(spans.amin(1).max()))
+            size += self._sizes.runs(*self._ends([position]))
         return size
