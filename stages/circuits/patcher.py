@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,7 @@ class Progress:
     effect: float
 
 
+@runtime_checkable
 class Patcher(Protocol):
     """Path-patching effects of any senders on any receivers over some examples.
 
