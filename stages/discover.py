@@ -24,7 +24,8 @@ from tqdm import tqdm
 from stages.circuits.circuit import Circuit
 from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.pairs import AlignedPairs
-from stages.circuits.path_patching import PathPatcher, Progress
+from stages.circuits.patcher import Patcher, Progress
+from stages.circuits.path_patching import PathPatcher
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Found, Hop, search
@@ -98,7 +99,7 @@ def _pairs(examples: Examples) -> AlignedPairs:
     return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
-def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
+def _find(patcher: Patcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
     """Run the chosen hops under a progress bar that names the last one and its strongest head."""
     rule = Rule(
         settings.minimum_effect,
@@ -182,8 +183,8 @@ def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
         if selection is None
         else {
             "tolerance": selection.tolerance,
-            "left": selection.left,
-            "missing": selection.missing,
+            "left": list(selection.left),
+            "missing": list(selection.missing),
             "shortfall": selection.shortfall,
         },
         "sign": hop.sign,

@@ -185,7 +185,8 @@ def knockout_paths(examples: Examples, readers: Collection[str]) -> dict[str, At
 
 
 def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
-    """Every node by the largest score that the base's head had in any hop from its position."""
+    """Every node by the largest score that the base's head had in any hop from its position; a head that works against
+    the answer in the circuit by how much it does."""
     record = read_json(folder / "record.json")
     sign = -1.0 if record["settings"]["score"] == Metric.RELATIVE_PROBABILITY else 1.0
     shape = (circuit.n_layers, circuit.n_heads)
@@ -195,6 +196,10 @@ def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
             name, position = f"{hop['name']}.score", hop["position"]
             if name in scores:  # a hop with nothing above the noise has no scores
                 strengths[position] = np.maximum(strengths[position], sign * scores[name])
+    for group in circuit.groups:
+        if group.sign < 0:
+            for head, score in zip(group.heads, group.scores, strict=True):
+                strengths[group.position][head] = max(strengths[group.position][head], abs(score))
     return ranked_nodes(strengths)
 
 

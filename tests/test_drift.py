@@ -82,7 +82,7 @@ def test_change_of_one_head_is_seen_at_that_head(kind: str, component: str) -> N
         chosen += 0.5
         assert int((weights[name] != before).sum()) == size
     norms = {(layer, head): norm for layer, head, norm, _ in per_head(base, tuned)}
-    group = getattr(base.config, "num_key_value_heads", 4) or 4
+    group = getattr(base.config.get_text_config(), "num_key_value_heads", 4) or 4
     heads = [2, 3] if shared and group == 2 else [2]  # the other head that reads the same keys or values
     expected = {(layer, head): 0.0 for layer in range(3) for head in range(4)}
     expected |= {(1, head): 0.5 * math.sqrt(size) for head in heads}

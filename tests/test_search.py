@@ -245,6 +245,7 @@ def test_paper_hops(metric):
     for message, given in wrong.items():
         with pytest.raises(Invalid, match=message):
             given_hops(patcher, metric, RULE, given, [1, 1, 1, 1], None, lambda hop: None)
+    assert isinstance(patcher.pairs.positions, dict)
     del patcher.pairs.positions["query_label"]
     with pytest.raises(Invalid, match="needs the position 'query_label': the prompts have earlier_label, last"):
         given_hops(patcher, metric, RULE, specs, None, None, lambda hop: None)

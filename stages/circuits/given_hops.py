@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.circuits.circuit import LOGITS, Circuit, Component
-from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric
 from stages.circuits.search import Found, Hop, Report, circuit_of, name_of, scored, with_scores
 from stages.circuits.selection import Head, Rule, select_heads
+from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
 
 
@@ -31,7 +32,7 @@ class HopSpec:
 
 
 def given_hops(
-    patcher: PathPatcher,
+    patcher: Patcher,
     metric: Metric,
     rule: Rule,
     specs: Sequence[HopSpec],
@@ -60,7 +61,7 @@ def given_hops(
         Invalid: the prompts lack a position, a receiver is not an earlier hop, a name is not unique, or there is not
             one number a hop.
     """
-    _check(specs, receivers, heads, list(patcher.pairs.positions))
+    _check(specs, receivers, heads, list(patcher.positions))
     hops: list[Hop] = []
     feeding: dict[str, tuple[Head, ...]] = {LOGITS: ()}
     for number, spec in enumerate(specs):

@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.circuits.circuit import LOGITS, Circuit, Component, Group
-from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric, Scores, half_scores, score, split_half
 from stages.circuits.selection import Head, Rule, Selection, gate_sets, select_heads, strongest
+from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
 
 AGAINST = "-against"
@@ -122,7 +123,7 @@ class _Target:
 
 
 def search(
-    patcher: PathPatcher,
+    patcher: Patcher,
     metric: Metric,
     rule: Rule,
     report: Report,
@@ -178,7 +179,7 @@ def search(
 
 
 def _ask(
-    patcher: PathPatcher,
+    patcher: Patcher,
     metric: Metric,
     rule: Rule,
     position: str,
@@ -210,7 +211,7 @@ def _ask(
     return hops
 
 
-def with_scores(patcher: PathPatcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
+def with_scores(patcher: Patcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
     """The hop with the scores of single heads."""
     hop = replace(hop, scores=scored(patcher, metric, alone))
     if len(patcher.clean) < 4:
@@ -219,7 +220,7 @@ def with_scores(patcher: PathPatcher, metric: Metric, hop: Hop, alone: Float[Ten
     return replace(hop, halves=halves, split_half=split_half(halves))
 
 
-def scored(patcher: PathPatcher, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
+def scored(patcher: Patcher, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
     """Scores of effects that a patcher gave."""
     return score(metric, effects, patcher.clean, patcher.corrupt)
 
@@ -229,7 +230,7 @@ def name_of(hop: Hop, sign: int) -> str:
     return hop.name if sign == hop.sign else hop.name + AGAINST
 
 
-def circuit_of(patcher: PathPatcher, hops: Sequence[Hop]) -> Circuit:
+def circuit_of(patcher: Patcher, hops: Sequence[Hop]) -> Circuit:
     """The groups that were formed, each with the heads that joined it."""
     groups = []
     for hop in hops:
@@ -267,9 +268,9 @@ def _group_of(
     return name
 
 
-def _positions(patcher: PathPatcher) -> Mapping[str, Tensor]:
+def _positions(patcher: Patcher) -> Mapping[str, Tensor]:
     """Semantic position -> its absolute position in every example; the last token of one that spans several."""
-    return {name: at if at.ndim == 1 else at.amax(-1) for name, at in patcher.pairs.positions.items()}
+    return {name: at if at.ndim == 1 else at.amax(-1) for name, at in patcher.positions.items()}
 
 
 def _up_to(positions: Mapping[str, Tensor], position: str) -> list[str]:

@@ -40,7 +40,8 @@ Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the
 
 Then the sides together: |E(A - C)| and |E(A) - E(C)| must be within the tolerance, with C the senders of both sides.
 For one that is not, steps 2 to 4 run again with K patched throughout and the heads outside of C as U, in the direction
-of what is left out. What is then still outside of the tolerance is kept with the result as its shortfall.
+of what is left out, if that is beyond noise. What is then still outside of the tolerance is kept with the result as its
+shortfall.
 
 E is remembered, so nothing is patched twice. With a heads of which s are senders, the cost is a joint patches for
 step 1 and about 2 log2 a + 3 s for the rest. Where senders do nothing alone step 1 puts them anywhere in the order, and
@@ -56,8 +57,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric, Scores, score
+from stages.circuits.sweep import Receivers
 
 Head = tuple[int, int]  # (layer, head)
 HeadSet = frozenset[Head]
@@ -117,16 +119,19 @@ class Selection:
             the order of their effect alone. +1: patching them moves the measure towards the corrupt run, so they raise
             it; -1: they lower it.
         tolerance: strength that need not be accounted for.
-        left: strength of all heads outside, E(A - C).
-        missing: strength that the senders lack, E(A) - E(C); below 0 where they do too much.
-        shortfall: by how much the worse of the two is outside of the tolerance beyond noise; 0 where both are inside.
+        left: strength of all heads outside, E(A - C), and its standard error.
+        missing: strength that the senders lack, E(A) - E(C), and its standard error; below 0 where they do too much.
     """
 
     senders: dict[int, tuple[Head, ...]]
     tolerance: float
-    left: float
-    missing: float
-    shortfall: float
+    left: tuple[float, float]
+    missing: tuple[float, float]
+
+    @property
+    def shortfall(self) -> float:
+        """By how much the worse of the two is outside of the tolerance; 0 where both are inside."""
+        return max(0.0, abs(self.left[0]) - self.tolerance, abs(self.missing[0]) - self.tolerance)
 
 
 def strongest(scores: Scores, sign: int = 1) -> list[Head]:
@@ -152,7 +157,7 @@ def gate_sets(n_layers: int, n_heads: int, receivers: Receivers) -> Bool[Tensor,
 
 
 def select_heads(
-    patcher: PathPatcher,
+    patcher: Patcher,
     metric: Metric,
     rule: Rule,
     position: str,
@@ -186,8 +191,8 @@ def select_heads(
         if side and searched.get(sign) != frozenset(side):
             searched[sign] = frozenset(side)
             found[sign] = _one_side(effect, scored, rule, tolerance, side, sign)
-    left, missing, shortfall = _complete(effect, scored, rule, tolerance, order, found)
-    return Selection({sign: tuple(heads) for sign, heads in found.items()}, tolerance, left, missing, shortfall)
+    left, missing = _complete(effect, scored, rule, tolerance, order, found)
+    return Selection({sign: tuple(heads) for sign, heads in found.items()}, tolerance, left, missing)
 
 
 def _sides(
@@ -221,7 +226,7 @@ def _complete(
     tolerance: float,
     order: dict[int, list[Head]],
     found: dict[int, list[Head]],
-) -> tuple[float, float, float]:
+) -> tuple[tuple[float, float], ...]:
     """Let join what the sides together leave out.
 
     Args:
@@ -229,7 +234,7 @@ def _complete(
         found: sign -> senders; those that join are added.
 
     Returns:
-        E(A - C), E(A) - E(C), and by how much the worse of them is outside of the tolerance.
+        E(A - C) and E(A) - E(C), each with its standard error.
     """
     everything = frozenset(order[1])
     for rounds in range(ROUNDS + 1):
@@ -246,8 +251,7 @@ def _complete(
                 found[sign] += more
         if not more:
             break
-    left, missing = gaps.strength.tolist()
-    return left, missing, float(torch.where(outside, gaps.strength.abs() - tolerance, 0.0).max())
+    return tuple(zip(gaps.strength.tolist(), gaps.noise.tolist(), strict=True))
 
 
 def _one_side(
@@ -264,6 +268,9 @@ def _one_side(
     if not rule.counts(whole, sign) or sign * float(whole.strength) <= tolerated:
         return []
     found = _needed(effect, scored, rule, tolerated, frozenset(), side, sign)
+    senders = frozenset(found)
+    parts = [part for sender in found for part in (frozenset({sender}), senders - {sender})]
+    effect.of_each([*parts, *(everything - (senders - part) for part in parts)])  # in one question, while none joins
     for sender in found:  # which grows
         for patched in ({sender}, set(found) - {sender}):
             gap = scored(effect.of(everything - (set(found) - patched)) - effect.of(patched))
@@ -291,7 +298,7 @@ class _JointEffects:
 
     known: dict[HeadSet, Tensor]
 
-    def __init__(self, patcher: PathPatcher, position: str, receivers: Receivers) -> None:
+    def __init__(self, patcher: Patcher, position: str, receivers: Receivers) -> None:
         self.known = {frozenset(): torch.zeros_like(patcher.clean)}
         self._patcher, self._position, self._receivers = patcher, position, receivers
 
@@ -299,6 +306,8 @@ class _JointEffects:
         return self.of_each([frozenset(heads)])[0]
 
     def of_each(self, sets: Sequence[HeadSet]) -> Float[Tensor, "e n"]:
+        if not sets:
+            return self.known[frozenset()][None][:0]
         new = [heads for heads in dict.fromkeys(sets) if heads not in self.known]
         if new:
             walker = self._patcher.walker
@@ -337,9 +346,13 @@ def _needed(
         return effect.of_each(list(sets)) - effect.of(patched)
 
     def pass_both(candidates: Sequence[Sequence[Head]]) -> list[bool]:
+        """Whether they pass the first two tests; the second one is asked only where the first one passes."""
         pairs = [pair(senders) for senders in candidates]
-        strength = sign * scored(change([heads for both in pairs for heads in both])).strength
-        return ((strength[::2] >= whole - tolerated) & (strength[1::2] <= tolerated)).tolist()
+        passes = sign * scored(change(senders for senders, _ in pairs)).strength >= whole - tolerated
+        enough = [number for number, passed in enumerate(passes.tolist()) if passed]
+        if enough:
+            passes[enough] = sign * scored(change(pairs[number][1] for number in enough)).strength <= tolerated
+        return passes.tolist()
 
     whole = sign * scored(change([pair(order)[0]])[0]).strength
     if float(whole) <= tolerated:
