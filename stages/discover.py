@@ -7,11 +7,11 @@ writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
          scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
                         "<hop>.half0" and "<hop>.half1", [layers, heads]
-         record.json    accuracy, settings (with the implementation of hooks that was used, see `circuits/trace.py`),
-                        and every hop that was tried: its effect, what its heads feed (receiver, component, and the
-                        receiving heads), the effects of the sets of heads that decide whether it counts (`gate`), what
-                        its heads leave out (`selection`), which sign they have and what they read (the semantic
-                        position they attend to most); the same of the heads with the other sign (`against`)
+         record.json    accuracy, settings, and every hop that was tried: its effect, what its heads feed (receiver,
+                        component, and the receiving heads), the effects of the sets of heads that decide whether it
+                        counts (`gate`), what its heads leave out (`selection`), which sign they have and what they read
+                        (the semantic position they attend to most); the same of the heads with the other sign
+                        (`against`)
 """
 
 from pathlib import Path
@@ -31,7 +31,6 @@ from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Found, Hop, search
 from stages.circuits.selection import Rule
 from stages.circuits.spread import SpreadPatcher
-from stages.circuits.trace import BACKEND
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
@@ -90,7 +89,7 @@ def main(cell: Cell) -> None:
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
                 "hops": [_record(hop, attention) for hop in hops],
-                "settings": settings.model_dump(mode="json") | {"hooks": BACKEND},
+                "settings": settings.model_dump(mode="json"),
             },
         )
 
