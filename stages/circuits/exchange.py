@@ -115,7 +115,13 @@ def stack_positions(positions: Positions, names: Sequence[str]) -> Int[Tensor, "
 def at_all_indices(
     weights: Bool[Tensor, "m e layers q h"], positions: Positions, names: Sequence[str]
 ) -> Bool[Tensor, "m e layers p h"]:
-    """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`."""
+    """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`.
+
+    Raises:
+        Invalid: the prompts have no such position.
+    """
+    for name in names:
+        check_name(name, positions)
     indices = torch.tensor([positions[name][0].numel() for name in names], dtype=torch.long, device=weights.device)
     return weights.repeat_interleave(indices, dim=3)
 
