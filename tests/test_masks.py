@@ -150,7 +150,7 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
         assert result.n_test == len(splits[2][name])
     again = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))
     assert again == found
-    little = replace(SETTINGS, memory_mib=0.05)
+    little = replace(SETTINGS, memory_mib=2.0)
     parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0))
     assert parts == found, "the memory limit changes no result"
 
