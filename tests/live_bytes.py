@@ -31,6 +31,13 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self._total)
         return result
 
+    def leave_out(self, *tensors: Tensor) -> None:
+        """These are not counted any more, such as results."""
+        for tensor in tensors:
+            at = tensor.untyped_storage().data_ptr()
+            self._known.add(at)
+            self._total -= self._live.pop(at, (None, 0))[1]
+
     def _follow(self, made: Tensor) -> None:
         storage = made.untyped_storage()
         at = storage.data_ptr()
