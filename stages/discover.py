@@ -7,9 +7,11 @@ writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
          scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
                         "<hop>.half0" and "<hop>.half1", [layers, heads]
-         record.json    accuracy, settings (with the implementation of hooks that was used, see `circuits/trace.py`),
-                        and every hop that was tried: its effect, what its heads feed (receiver, component, and the
-                        receiving heads), and what they read (the semantic position they attend to most)
+         record.json    accuracy, settings, and every hop that was tried: its effect, what its heads feed (receiver,
+                        component, and the receiving heads), the effects of the sets of heads that decide whether it
+                        counts (`gate`), what its heads leave out (`selection`), which sign they have and what they read
+                        (the semantic position they attend to most); the same of the heads with the other sign
+                        (`against`)
 """
 
 from pathlib import Path
@@ -20,19 +22,21 @@ import torch
 from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
+from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.pairs import AlignedPairs
-from stages.circuits.path_patching import PathPatcher, Progress
+from stages.circuits.patcher import Patcher, Progress
+from stages.circuits.path_patching import PathPatcher
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
-from stages.circuits.search import Hop, paper_hops, search
+from stages.circuits.search import Found, Hop, search
 from stages.circuits.selection import Rule
 from stages.circuits.spread import SpreadPatcher
-from stages.circuits.trace import BACKEND
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import Examples, read_examples
+from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
 
 
 def main(cell: Cell) -> None:
@@ -85,7 +89,7 @@ def main(cell: Cell) -> None:
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
                 "hops": [_record(hop, attention) for hop in hops],
-                "settings": settings.model_dump(mode="json") | {"hooks": BACKEND},
+                "settings": settings.model_dump(mode="json"),
             },
         )
 
@@ -94,7 +98,7 @@ def _pairs(examples: Examples) -> AlignedPairs:
     return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
-def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
+def _find(patcher: Patcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
     """Run the chosen hops under a progress bar that names the last one and its strongest head."""
     rule = Rule(
         settings.minimum_effect,
@@ -108,18 +112,23 @@ def _find(patcher: PathPatcher, metric: Metric, settings: Any, title: str) -> tu
 
         def report(hop: Hop) -> None:
             strongest = "nothing above the noise"
-            if hop.heads and hop.scores is not None:
-                layer, head = hop.heads[0]
-                value = float(hop.scores.score[layer, head])
-                strongest = f"{len(hop.heads)} heads, strongest {layer}.{head} ({value:.2f})"
+            if hop.found and hop.scores is not None:
+                parts = []
+                for part in hop.found:
+                    layer, head = part.heads[0]
+                    value = float(hop.scores.score[layer, head])
+                    what = "heads" if part.sign > 0 else "heads against the answer"
+                    parts.append(f"{len(part.heads)} {what}, strongest {layer}.{head} ({value:.2f})")
+                strongest = "; ".join(parts)
             bar.set_postfix_str(f"{hop.name}: {strongest}", refresh=False)
             bar.update()
 
         if settings.hops == "auto":
-            return search(patcher, metric, rule, report)
+            return search(patcher, metric, rule, report, READOUT, ROOT, DISPLAY)
         top = settings.paper_top
         receivers, heads = (None, None) if top is None else (top.receivers, top.heads)
-        return paper_hops(patcher, metric, rule, receivers, heads, report)
+        specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+        return given_hops(patcher, metric, rule, specs, receivers, heads, report)
 
 
 class _SenderBar:
@@ -158,10 +167,7 @@ def _nodes_per_position(circuit: Circuit) -> dict[str, int]:
 
 
 def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
-    reads = None
-    if hop.heads and attention is not None:
-        position, share = attention.most_read(hop.position, hop.heads)
-        reads = {"position": position, "share": share}
+    selection = hop.selection
     return {
         "name": hop.name,
         "position": hop.position,
@@ -170,11 +176,29 @@ def _record(hop: Hop, attention: Attention | None) -> dict[str, Any]:
         "feeds": [list(head) for head in hop.feeds],
         "joint": float(hop.joint.score),
         "joint_noise": float(hop.joint.noise),
-        "selected": len(hop.heads),
+        "gate": None if hop.gate is None else {"score": hop.gate.score.tolist(), "noise": hop.gate.noise.tolist()},
         "split_half": hop.split_half,
-        "group": hop.group,
-        "reads": reads,
+        "selection": None
+        if selection is None
+        else {
+            "tolerance": selection.tolerance,
+            "left": list(selection.left),
+            "missing": list(selection.missing),
+            "shortfall": selection.shortfall,
+        },
+        "sign": hop.sign,
+        **_senders(hop, hop.of(hop.sign), attention),
+        "against": None if hop.of(-hop.sign) is None else _senders(hop, hop.of(-hop.sign), attention),
     }
+
+
+def _senders(hop: Hop, found: Found | None, attention: Attention | None) -> dict[str, Any]:
+    reads = None
+    if found is not None and attention is not None:
+        position, share = attention.most_read(hop.position, found.heads)
+        reads = {"position": position, "share": share}
+    selected, group = (0, None) if found is None else (len(found.heads), found.group)
+    return {"selected": selected, "group": group, "reads": reads}
 
 
 if __name__ == "__main__":

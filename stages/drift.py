@@ -60,7 +60,7 @@ def main(cell: Cell) -> None:
     retraced, arrays = _retraced(walkers[1], settings, seed)
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
-    heads = per_head(base, tuned, base.config.num_attention_heads, base.config.num_key_value_heads)
+    heads = per_head(base, tuned)
     record = {
         "arm": arm,
         "seed": int(seed),
@@ -110,8 +110,8 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
     import numpy as np
 
     from stages.circuits.scores import Metric
-    from stages.measures.edges import changes
-    from stages.measures.effects import Effects
+    from stages.measures.edge_scores import EdgeScores
+    from stages.measures.edges import edge_changes
     from stages.measures.overlap import overlaps
     from stages.measures.retracing import retrace
     from stages.measures.similarity import similarity
@@ -121,7 +121,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
     discovered = read_json(folder / "record.json")
     found = discovered["settings"]
     with np.load(folder / "scores.npz") as arrays:
-        base = Effects.of(discovered["hops"], dict(arrays))
+        base = EdgeScores.of(discovered["hops"], dict(arrays))
     nothing = {"joint": None, "similarity": None, "overlap": None, "edges": None}
     if base is None:
         reason = "no circuit is identifiable in the base"
@@ -134,7 +134,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
         reason = f"old-task accuracy {accuracy:.3f} is below {found['identifiable_accuracy']:g}"
         return {"accuracy": accuracy, "identifiable": False, "reason": reason} | nothing, {}
     scores, joint = retrace(patcher, metric, discovered["hops"], base.hops)
-    tuned = Effects.of(discovered["hops"], scores)
+    tuned = EdgeScores.of(discovered["hops"], scores)
     assert tuned is not None  # the same hops are scored
     before = {hop["name"]: hop["joint"] for hop in discovered["hops"]}
     return {
@@ -144,7 +144,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
         "joint": {hop: {"base": before[hop], "tuned": value} for hop, value in joint.items()},
         "similarity": similarity(base, tuned, settings.permutations, [settings.seed, int(seed)]),
         "overlap": overlaps(base, tuned, discovered["size"]),
-        "edges": changes(base, tuned, settings.strong_edge),
+        "edges": edge_changes(base, tuned, settings.strong_edge),
     }, scores
 
 

@@ -8,6 +8,7 @@ for the whole model and for the base's circuit in it: which examples of the eval
 are answered right.
 """
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
-from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio, tail_order
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio
+from stages.measures.inspection import Path as AttentionPath
 from stages.measures.inspection import inspect
+from stages.measures.prompts import in_tail_order, placed, spread, tail_order
 from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.stage import Cell, run
-from stages.tasks.examples import Examples, Prompts, read_examples, read_prompts
+from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples, Prompts, read_examples, read_prompts
+
+QUERIED = "{} of the queried clause"  # a position where a node is kept in no other clause, as Prakash et al. do
+OTHER_CLAUSE = "another_clause"  # the control of knockout: all named positions of a clause that was not asked for
+FEWER = 4  # knockouts at positions before the last one, which cost more, take every so many-th example
 
 
 def evaluate(
@@ -60,18 +67,20 @@ def evaluate(
     own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
     order = tail_order(old, {node.position for node in nodes})
     old = old.select(order)
+    queried = {QUERIED.format(name): at for name, at in old.positions.items()}
+    prompts = placed(old, {**old.places(settings.clauses), **queried})
     generator = np.random.default_rng([seed, 0])
     shape = (walker.n_layers, walker.n_heads)
     random = [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
-    circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
+    nodes_in_queried_clause = [Node(node.layer, node.head, QUERIED.format(node.position)) for node in nodes]
+    circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random, nodes_in_queried_clause]
 
     with tqdm(total=len(old), desc="evaluate", unit="example") as bar:
         removed = [group.nodes for group in groups]
-        found = evaluate_circuits(
-            walker, means, old, circuits, removed, memory, settings.clauses, bar.update, processes, [nodes]
-        )
+        found = evaluate_circuits(walker, means, prompts, circuits, removed, memory, bar.update, processes)
 
-    full, kept, without = found.full.means()[0], found.in_place.means(), found.without.means()
+    full, without = found.full.means()[0], found.without.means()
+    *kept, in_queried_clause = found.in_place.means()
     return {
         "old_accuracy": full["accuracy"],
         "old_logit_difference": full["logit_difference"],
@@ -80,9 +89,7 @@ def evaluate(
         "n_old": len(old),
         "n_new": len(new),
         "circuit": circuit_record(len(nodes), kept[0], full) if nodes else None,
-        "circuit_in_queried_clause": circuit_record(len(nodes), found.in_queried_clause.means()[0], full)
-        if nodes
-        else None,
+        "circuit_in_queried_clause": circuit_record(len(nodes), in_queried_clause, full) if nodes else None,
         "own_circuit": circuit_record(len(own_nodes), kept[1], full) if own_nodes else None,
         "groups": {
             group.name: {
@@ -134,13 +141,52 @@ def closer_look(
     """
     circuit = Circuit.from_json(read_json(folder / "circuit.json"))
     examples = read_examples("data/old/pruning.parquet")
+    ranking = _ranking(folder, circuit, examples) if circuit.identifiable and circuit.groups else []
+    return inspect_circuit(walker, means, examples, circuit, ranking, settings, np.random.default_rng([seed, 1]))
+
+
+def inspect_circuit(
+    walker: Walker,
+    means: Float[Tensor, "layers t h a"],
+    examples: Examples,
+    circuit: Circuit,
+    ranking: Sequence[Node],
+    settings: Any,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    """`inspection.inspect` of a circuit of entity tracking, with knockouts between the task's positions."""
     groups = circuit.groups if circuit.identifiable else ()
-    ranking = _ranking(folder, circuit, examples) if groups else []
-    return inspect(walker, means, examples, groups, ranking, settings, np.random.default_rng([seed, 1]))
+    positions = {node.position for group in groups for node in group.nodes}
+    ordered = in_tail_order(examples, positions)
+    few = spread(examples, settings.greedy_examples)
+    paths = knockout_paths(ordered, positions)
+    prompts, few = (placed(some, some.places(settings.clauses)) for some in (ordered, few))
+    return inspect(walker, means, prompts, few, groups, ranking, paths, settings, generator)
+
+
+def knockout_paths(examples: Examples, readers: Collection[str]) -> dict[str, AttentionPath]:
+    """Paths "query>key" from each position to each that stands before it in every example, and the control: a clause
+    that is not asked for, which stands where the corrupt prompt, of the same form, has its own.
+
+    Args:
+        examples: the prompts.
+        readers: positions that are blinded, beside the last one: those of the circuit.
+    """
+    at = examples.positions
+    paths = {
+        f"{query}>{key}": AttentionPath(at[query], at[key][:, None], 1 if query == "last" else FEWER)
+        for query in POSITIONS
+        if query in {"last", *readers}
+        for key in POSITIONS
+        if bool((at[key] < at[query]).all())
+    }
+    other = torch.stack([examples.corrupt_positions[name] for name in CLAUSE_POSITIONS], dim=1)
+    return {**paths, f"last>{OTHER_CLAUSE}": AttentionPath(at["last"], other)}
 
 
 def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
-    """Every node by the largest score that the base's head had in any hop from its position."""
+    """Every node by the largest score that the base's head had in any hop from its position; a head that works against
+    the answer in the circuit by how much it does."""
     record = read_json(folder / "record.json")
     sign = -1.0 if record["settings"]["score"] == Metric.RELATIVE_PROBABILITY else 1.0
     shape = (circuit.n_layers, circuit.n_heads)
@@ -150,6 +196,10 @@ def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
             name, position = f"{hop['name']}.score", hop["position"]
             if name in scores:  # a hop with nothing above the noise has no scores
                 strengths[position] = np.maximum(strengths[position], sign * scores[name])
+    for group in circuit.groups:
+        if group.sign < 0:
+            for head, score in zip(group.heads, group.scores, strict=True):
+                strengths[group.position][head] = max(strengths[group.position][head], abs(score))
     return ranked_nodes(strengths)
 
 

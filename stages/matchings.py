@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
 from stages.measures.checkpoints import record, scores
-from stages.measures.faithfulness import in_tail_order
+from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.processes import in_processes
@@ -34,6 +34,7 @@ def main(cell: Cell) -> None:
     nodes = frozenset(circuit.nodes if circuit.identifiable else ())
     prompts = read_examples("data/old/means.parquet").input_ids
     old = in_tail_order(read_examples("data/old/evaluation.parquet"), {node.position for node in nodes})
+    old = placed(old, old.places(clauses))
     new = read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet")
 
     index = {arm: read_json(MATCHED / seed / arm / "index.json") for arm in arms}
@@ -41,7 +42,7 @@ def main(cell: Cell) -> None:
 
     def scored(file: Path) -> dict[str, object]:
         model.load_state_dict(load_file(file))
-        return scores(model, nodes, prompts, old, new, memory, clauses)
+        return scores(model, nodes, prompts, old, new.input_ids, new.valid, memory)
 
     done = in_processes(scored, files, cell.params("evaluate.processes"))
     found = dict(zip(files, tqdm(done, desc="matchings", unit="model", total=len(files)), strict=True))

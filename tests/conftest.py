@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, and one smoke run of the real pipeline that several tests look at."""
+"""Shared fixtures: one thread, a real language model, one smoke run of the real pipeline that several tests look at."""
 
 import os
 import subprocess
@@ -19,6 +19,18 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Q4_1) as a folder; made once for all runs of the tests, whichever process asks first."""
+    from stages.pipeline.packaged_model import FOLDER, packaged_model
+    from stages.pipeline.stage import Invalid
+
+    try:
+        return packaged_model(REPOSITORY / FOLDER)
+    except Invalid as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")

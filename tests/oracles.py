@@ -1,6 +1,6 @@
 """Slow and obvious versions of the causal engine, on random models: whole hooked forward passes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -121,18 +121,22 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 FAMILIES = tuple(MODELS)
 
 
-def random_model(kind: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel:
+def random_model(
+    kind: str, n_layers: int = 3, seed: int = 0, variant: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """A float64 model with random weights, biases and norms, whose norms compute in float64 as well.
 
     Args:
         kind: a key of MODELS.
+        variant: settings of the config beside those of MODELS, or instead of them.
     """
     model_class, config_class, settings = deepcopy(MODELS[kind])  # configs write into what they are given
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": n_layers}
     rest = {} if kind == "gpt2" else {"max_position_embeddings": 64}
+    settings = {**rest, **settings, **deepcopy(dict(variant or {}))}
     settings = {name: value[:n_layers] if name == "layer_types" else value for name, value in settings.items()}
     torch.manual_seed(seed)
-    model = model_class(config_class(**settings, **layers, **rest, attn_implementation="eager")).double().eval()
+    model = model_class(config_class(**settings, **layers, attn_implementation="eager")).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

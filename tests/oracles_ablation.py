@@ -1,6 +1,6 @@
 """Slow and obvious ablation, exchange of head outputs and attention knockout: one whole hooked pass per variant."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,19 +10,20 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
-from tests.oracles import head_outputs, hooked_logits, output_projections
+from tests.oracles import LENGTH, head_outputs, hooked_logits, output_projections, projection
 
 POSITIONS = ("earlier_label", "earlier_separator", "query_label", "last")
 
 
-def random_prompts(n: int = 6, length: int = 13, vocab: int = 40, seed: int = 0) -> Int[Tensor, "n t"]:
+def random_prompts(n: int = 6, length: int = LENGTH, vocab: int = 40, seed: int = 0) -> Int[Tensor, "n t"]:
     return torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_positions(n: int = 6, length: int = 13, seed: int = 0) -> dict[str, Int[Tensor, "n"]]:
-    """Positions that differ between examples; in the first two examples some of them coincide."""
+def random_positions(n: int = 6, length: int = LENGTH, seed: int = 0) -> dict[str, Int[Tensor, "n"]]:
+    """Positions that differ between examples; in the first two examples some of them coincide. None is further from the
+    last than two sliding windows of 8 tokens reach, and all have tokens before them that one of them does not."""
     generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(1, 6, (n,), generator=generator)
+    label = length - 13 + torch.randint(1, 6, (n,), generator=generator)
     separator = label + torch.randint(1, 4, (n,), generator=generator)
     query = torch.full((n,), length - 3)
     separator[0] = label[0]
@@ -130,6 +131,43 @@ def naive_knockout(
             handle.remove()
 
 
+def naive_inputs(
+    receiver: PreTrainedModel,
+    donor: PreTrainedModel,
+    ids: Int[Tensor, "n t"],
+    positions: Positions,
+    nodes: Collection[Node],
+    component: str,
+) -> Float[Tensor, "n vocab"]:
+    """Every node's q, k or v is what the donor's projection gives on the same prompts; all else is live."""
+    slots = {node: projection(receiver, component, node.layer, node.head) for node in nodes}
+    names = sorted({name for name, _ in slots.values()})
+    read: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def store(output: Tensor) -> Tensor:
+            read[name] = output.clone()
+            return output
+
+        return store
+
+    hooked_logits(donor, ids, None, {name: keep(name) for name in names})
+
+    def write(name: str) -> Callable[[Tensor], Tensor]:
+        def replace(output: Tensor) -> Tensor:
+            output = output.clone()
+            for node, (owner, columns) in slots.items():
+                if owner == name:
+                    for row in range(len(ids)):
+                        at = positions[node.position][row]
+                        output[row, at, columns] = read[name][row, at, columns]
+            return output
+
+        return replace
+
+    return hooked_logits(receiver, ids, None, {name: write(name) for name in names})
+
+
 def outputs_of(
     model: PreTrainedModel,
     ids: Int[Tensor, "n t"],
@@ -147,4 +185,4 @@ def outputs_of(
 
 
 def _heads(model: PreTrainedModel, z: Tensor) -> Tensor:
-    return z.unflatten(-1, (model.config.num_attention_heads, -1))
+    return z.unflatten(-1, (model.config.get_text_config().num_attention_heads, -1))

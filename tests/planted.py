@@ -47,12 +47,14 @@ class PlantedHead:
         copies: the space that it reads at the attended position, and the one that it writes.
         back: the distance of the attended token; None: by content.
         match: space of its query and space of the keys, for attention by content.
+        weight: with which it writes; below 0 for a head that works against what it copies.
     """
 
     at: tuple[int, int, str]
     copies: tuple[str, str]
     back: int | None = None
     match: tuple[str, str] | None = None
+    weight: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,19 @@ class Plan:
     def nodes(self) -> set[Node]:
         return {Node(*head.at) for head in self.heads}
 
+    def writers(self, sign: int) -> set[Node]:
+        """Heads that write the answer, or against it."""
+        return {Node(*head.at) for head in self.heads if head.copies[1] == "answer" and head.weight * sign > 0}
+
 
 FETCH_BY_SEPARATOR = PlantedHead((2, 3, "last"), ("bound_object", "answer"), match=("copied_label", "bound_label"))
 WRITE_OBJECT = PlantedHead((0, 2, "earlier_separator"), ("object", "bound_object"), back=2)
 WRITE_LABEL = PlantedHead((1, 1, "earlier_separator"), ("label", "bound_label"), back=1)
 COPY_QUESTION = PlantedHead((0, 0, "last"), ("asked", "copied_label"), back=1)
+
+ALL_THREE = (FETCH_BY_SEPARATOR, WRITE_OBJECT, WRITE_LABEL, COPY_QUESTION)
+MOVE: dict[str, Any] = {"copies": ("bound_object", "answer"), "match": ("copied_label", "bound_label")}
+STRONG = PlantedHead((2, 3, "last"), **MOVE, weight=1.6)  # so that the model does its task against a suppressor
 
 PLANS = {
     # "l o ; ... l": a previous-token head writes keys, the induction head matches its own token with them
@@ -113,19 +123,40 @@ PLANS = {
         "ol;",
         "q",
     ),
-    "all_three": Plan((FETCH_BY_SEPARATOR, WRITE_OBJECT, WRITE_LABEL, COPY_QUESTION)),
+    "all_three": Plan(ALL_THREE),
     # one of the two heads that copy the question is enough: the attention of the head that reads it is saturated
     "stand_in_for_q": Plan(
         (
-            *(FETCH_BY_SEPARATOR, WRITE_OBJECT, WRITE_LABEL, COPY_QUESTION),
+            *ALL_THREE,
             PlantedHead((0, 1, "last"), ("asked", "copied_label"), back=1),
         )
     ),
     "stand_in_for_k": Plan(
         (
-            *(FETCH_BY_SEPARATOR, WRITE_OBJECT, WRITE_LABEL, COPY_QUESTION),
+            *ALL_THREE,
             PlantedHead((0, 3, "earlier_separator"), ("label", "bound_label"), back=1),
         )
+    ),
+    # moves the object too, and takes it from the answer
+    "negative_mover": Plan((STRONG, *ALL_THREE[1:], PlantedHead((2, 1, "last"), **MOVE, weight=-0.88))),
+    # reads from its own position what the mover wrote, and takes most of it back
+    "suppressor_above": Plan(
+        (STRONG, *ALL_THREE[1:], PlantedHead((3, 0, "last"), ("answer", "answer"), back=0, weight=-0.4))
+    ),
+    # a second mover, and one in the same layer that undoes exactly what this one does
+    "suppressor_beside": Plan(
+        (*ALL_THREE, PlantedHead((2, 0, "last"), **MOVE), PlantedHead((2, 1, "last"), **MOVE, weight=-0.7))
+    ),
+    # of two heads that cancel each other in the query, one does nothing alone: without it the attention is but sharper
+    "cancelling_queries": Plan(
+        (
+            PlantedHead((0, 2, "earlier_label"), ("object", "bound_object"), back=1),
+            PlantedHead((2, 1, "last"), ("bound_object", "answer"), match=("asked", "label")),
+            PlantedHead((1, 0, "last"), ("asked", "asked"), back=0),
+            PlantedHead((1, 1, "last"), ("asked", "asked"), back=0, weight=-0.7),
+        ),
+        "ol;",
+        "q",
     ),
     # the four groups of Prakash et al. 2024
     "paper": Plan(
@@ -226,7 +257,7 @@ def _set_copy(model: Any, layer: int, head: int, source: str, target: str, weigh
 def _set_head(model: Any, planted: PlantedHead) -> None:
     layer, head, _ = planted.at
     _clear(model, layer, head)
-    _set_copy(model, layer, head, *planted.copies, 0.7)
+    _set_copy(model, layer, head, *planted.copies, planted.weight)
     attention = model.model.layers[layer].self_attn
     q, k = (getattr(attention, name).weight[_rows(head)] for name in ("q_proj", "k_proj"))
     if planted.match is not None:

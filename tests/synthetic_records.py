@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.measures.edges import changes
-from stages.measures.effects import Effects
+from stages.measures.edge_scores import EdgeScores
+from stages.measures.edges import edge_changes
 from stages.measures.overlap import overlaps
 from stages.measures.similarity import similarity
 from stages.pipeline.files import write_csv, write_json, write_npz
@@ -272,7 +272,7 @@ def _effects(seed: int, kept: float) -> dict[str, np.ndarray]:
 
 
 def _retraced(experiment: Experiment, seed: int, kept: float) -> dict[str, Any]:
-    base, tuned = Effects.of(HOPS, _effects(seed, 1.0)), Effects.of(HOPS, _effects(seed, kept))
+    base, tuned = EdgeScores.of(HOPS, _effects(seed, 1.0)), EdgeScores.of(HOPS, _effects(seed, kept))
     if seed in experiment.hidden or base is None or tuned is None:
         hidden = {"identifiable": False, "reason": "no circuit", "accuracy": None, "joint": None}
         return hidden | {"similarity": None, "overlap": None, "edges": None}
@@ -283,7 +283,7 @@ def _retraced(experiment: Experiment, seed: int, kept: float) -> dict[str, Any]:
         "joint": {hop["name"]: {"base": 1.0, "tuned": kept} for hop in HOPS},
         "similarity": similarity(base, tuned, 20, [seed]),
         "overlap": overlaps(base, tuned, 18),
-        "edges": changes(base, tuned, 0.5),
+        "edges": edge_changes(base, tuned, 0.5),
     }
 
 

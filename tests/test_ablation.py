@@ -13,9 +13,12 @@ from stages.circuits.circuit import Circuit, Component, Group, Node
 from stages.circuits.exchange import Positions, random_nodes, random_weights
 from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
-from stages.measures.faithfulness import Readout, circuit_record, evaluate_circuits, in_tail_order, outcomes, tail_order
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, evaluate_groups, outcomes
+from stages.measures.prompts import AnsweredPrompts, in_tail_order, tail_order
+from stages.measures.readout import Readout, reading
+from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Examples, Prompts
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, random_model, walker_of
 from tests.oracles_ablation import (
     POSITIONS,
     every_node,
@@ -43,7 +46,7 @@ def means_of(walker: Walker) -> Tensor:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_circuits_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)
@@ -65,7 +68,7 @@ def test_circuits_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_removed_nodes_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     model = random_model(kind)
     walker = walker_of(model)
@@ -146,6 +149,72 @@ def test_readouts_by_hand() -> None:
     record = circuit_record(3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0})
     assert record["faithfulness"] == 0.5
     assert record["faithfulness_ld"] is None
+
+
+def test_candidates_may_be_fewer_in_some_prompts() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 1.0, 5.0]], [[3.0, 1.0, 2.0, 0.0]]])
+    answer, others = torch.tensor([1, 0]), torch.tensor([[2, -1], [1, 2]])
+    readout = Readout.of(logits, answer, others)
+    assert readout.logit_difference[:, 0].tolist() == [1.0, 1.5]
+    assert readout.correct[:, 0].tolist() == [False, True], "over the whole vocabulary another token is the likeliest"
+    assert readout.best_candidate[:, 0].tolist() == [True, True]
+    assert readout.candidate_accuracy() == [1.0]
+    tie = Readout.of(torch.zeros(1, 1, 4), torch.tensor([1]), torch.tensor([[2, 3]]))
+    assert tie.candidate_accuracy() == [0.0], "an answer that ties with another candidate is not the likeliest"
+    with pytest.raises(Invalid, match="no candidate"):
+        AnsweredPrompts(IDS[:2], answer, torch.tensor([[-1, -1], [1, 2]]), {})
+
+
+def test_logits_are_read_alike_whole_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0))
+    answer, others = torch.arange(5), torch.tensor([[5, 6]] * 5)
+    whole = Readout.of(logits, answer, others)
+    monkeypatch.setattr("stages.measures.readout.EXACT", 8)
+    parts = [reading(answer, others)(logits[rows], rows) for rows in (slice(0, 2), slice(2, 5))]
+    for a, b in zip(vars(whole).values(), vars(Readout.join(parts)).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "gemma2"])
+def test_the_position_that_is_read_out_needs_no_name(kind: str) -> None:
+    """Circuits at positions none of which is the last one, and under any name for the last."""
+    model = random_model(kind)
+    walker = walker_of(model)
+    means = means_of(walker)
+    background = ablated_run(walker, IDS, means)
+    at = {"somewhere": AT["earlier_label"], "elsewhere": AT["earlier_separator"]}
+    circuits = [[Node(0, 1, "somewhere"), Node(1, 2, "elsewhere")], []]
+    ours = circuits_in_place(walker, background, means, at, circuits, MEMORY)
+    for index, circuit in enumerate(circuits):
+        assert largest(ours[:, index], naive_circuit(model, IDS, means, at, circuit), "no name") <= 1e-9
+    named = {**at, "end": AT["last"]}
+    circuits = [[*circuits[0], Node(2, 0, "end")], circuits[0]]
+    ours = circuits_in_place(walker, background, means, named, circuits, MEMORY)
+    for index, circuit in enumerate(circuits):
+        assert largest(ours[:, index], naive_circuit(model, IDS, means, named, circuit), "a name") <= 1e-9
+
+
+def test_prompts_of_several_lengths_are_groups_with_their_own_means() -> None:
+    model = random_model("llama_gqa")
+    walker = walker_of(model)
+    circuit = random_circuit(3, 4, 0.4, 0)
+    groups, expected = [], []
+    for length in (20, 24):
+        ids, at = random_prompts(length=length), random_positions(length=length)
+        means = mean_outputs(walker, random_prompts(20, length, seed=1), MEMORY)
+        prompts = AnsweredPrompts(ids, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), at)
+        groups.append((prompts, means))
+        logits = naive_circuit(model, ids, means, at, circuit)[:, None]
+        expected.append(Readout.of(logits, prompts.answer, prompts.others).logit_difference[:, 0])
+    found = evaluate_groups(walker, groups, [circuit, []], [circuit], MEMORY)
+    small = evaluate_groups(walker, groups, [circuit, []], [circuit], 1e-6, processes=2)
+    assert found.full.correct.shape == (12, 1) and found.without.correct.shape == (12, 1)
+    assert largest(found.in_place.logit_difference[:, 0], torch.cat(expected), "both lengths") <= 1e-9
+    for kind in ("full", "in_place", "without"):
+        ours, others = (getattr(evaluation, kind).logit_difference for evaluation in (found, small))
+        assert largest(ours, others, f"{kind}, little memory and two processes") <= 1e-12
+    with pytest.raises(Invalid, match="groups of prompts"):
+        evaluate_groups(walker, [], [circuit], [], MEMORY)
 
 
 def test_evaluation_of_a_model() -> None:

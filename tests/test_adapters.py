@@ -67,3 +67,12 @@ def test_the_seed_decides_the_adapters_and_a_missing_module_is_named() -> None:
     wrong: Any = SimpleNamespace(rank=2, alpha=4, modules=("q_proj", "c_attn"))
     with pytest.raises(Invalid, match="'c_attn' must be one of down_proj"):
         adapters.with_adapters(tiny_model(), wrong, seed=0)
+
+
+def test_a_head_that_is_the_embedding_gets_no_adapter() -> None:
+    model: Any = tiny_model()
+    head: Any = SimpleNamespace(rank=2, alpha=4, modules=("q_proj", "lm_head"))
+    adapters.with_adapters(tiny_model(), head, seed=0)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(Invalid, match="'lm_head' shares its matrix with the embeddings of this base"):
+        adapters.with_adapters(model, head, seed=0)

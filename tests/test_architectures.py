@@ -77,6 +77,76 @@ def test_models_that_cannot_be_walked_are_refused() -> None:
         walker_of(gpt2.eval()).run(torch.zeros(1, 33, dtype=torch.long))
 
 
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **settings}}
+
+
+NEAR, FULL = "sliding_attention", "full_attention"
+LONG = {"long_factor": [1.0, 2.0, 3.0, 5.0], "short_factor": [1.0, 1.5, 2.0, 2.5]}
+# settings that change how a family computes, each on a model where it matters on 24 tokens
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "biases, Qwen 3": ("qwen3", dict(attention_bias=True)),
+    "biases, Gemma 2": ("gemma2", dict(attention_bias=True)),
+    "no biases, NeoX": ("gpt_neox", dict(attention_bias=False)),
+    "wide heads": ("llama", dict(head_dim=12)),
+    "one key-value head": ("llama_gqa", dict(num_key_value_heads=1)),
+    "one key-value head, Gemma 2": ("gemma2", dict(num_key_value_heads=1)),
+    "one key-value head, Gemma 3": ("gemma3_multimodal", dict(num_key_value_heads=1)),
+    "as many key-value heads as heads": ("qwen2", dict(num_key_value_heads=4)),
+    "tied": ("llama", dict(tie_word_embeddings=True)),
+    "tied, NeoX": ("gpt_neox", dict(tie_word_embeddings=True)),
+    "untied, Gemma 2": ("gemma2", dict(tie_word_embeddings=False)),
+    "untied, GPT-2": ("gpt2", dict(tie_word_embeddings=False)),
+    "linear": ("llama", rope("linear", factor=3.0)),
+    "dynamic": ("llama", rope("dynamic", factor=3.0) | dict(max_position_embeddings=16)),
+    "YaRN": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "Llama 3": (
+        "llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    ),
+    "LongRoPE, long": ("llama", rope("longrope", factor=4.0, original_max_position_embeddings=16, **LONG)),
+    "LongRoPE, short": ("llama", rope("longrope", factor=4.0, original_max_position_embeddings=32, **LONG)),
+    "YaRN, Qwen 3": ("qwen3", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "windows, Qwen 2": ("qwen2", dict(use_sliding_window=True, sliding_window=9, layer_types=[FULL, NEAR, NEAR])),
+    "windows, Qwen 3": ("qwen3", dict(use_sliding_window=True, sliding_window=9, layer_types=[NEAR, FULL, NEAR])),
+    "no window": ("mistral", dict(sliding_window=None)),
+    "a window that is longer": ("mistral", dict(sliding_window=25)),
+    "a window as long as the prompt": ("mistral", dict(sliding_window=24)),
+    "another order of windows": ("gemma3", dict(layer_types=[FULL, NEAR, NEAR], sliding_window=9)),
+    "full rotary": ("gpt_neox", rope("default", partial_rotary_factor=1.0)),
+    "a quarter of rotary": ("gpt_neox_in_series", rope("default", partial_rotary_factor=0.25)),
+    "unscaled attention": ("gpt2", dict(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=False)),
+    "no soft caps": ("gemma2", dict(attn_logit_softcapping=None, final_logit_softcapping=None)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_variants_of_families_equal_hugging_face_and_the_naive_version(variant: str) -> None:
+    kind, settings = VARIANTS[variant]
+    model, pairs = random_model(kind, variant=settings), random_pairs(n=3)
+    patcher = PathPatcher(walker_of(model), pairs, lambda logits, index: logits[..., 3], 64.0)
+    run = patcher.walker.run(pairs.clean_ids)
+    outputs = head_outputs(model, pairs.clean_ids), head_outputs(model, pairs.corrupt_ids)
+    errors = [
+        float((run.logits - hooked_logits(model, pairs.clean_ids)).abs().max()),
+        float((run.z.flatten(-2) - torch.stack(outputs[0])).abs().max()),
+    ]
+    plain = hooked_logits(random_model(kind), pairs.clean_ids)
+    changed, largest = float((run.logits - plain).abs().max()), 0.0
+    for component in (None, *Component):
+        receivers = Receivers() if component is None else Receivers(component, ((1, 0), (2, 3)))
+        effects = patcher.head_effects("last", [receivers])[0]
+        for layer, head in ((0, 1), (1, 2)):
+            naive = naive_path_patching(model, pairs, "last", [(layer, head)], receivers, *outputs)
+            expected = naive[:, 3] - patcher.clean
+            errors.append(float((effects[layer, head] - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+    print(f"{variant}: max error {max(errors):.1e}, max effect {largest:.1e}, changes logits by {changed:.1e}")
+    assert max(errors) <= 1e-11 and largest > 1e-2 and changed > 1e-3
+
+
 @torch.no_grad()
 def test_lora_is_refused_unmerged_and_exact_merged() -> None:
     for kind, targets in (

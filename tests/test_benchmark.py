@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.circuits.circuit import Component
 from stages.circuits.path_patching import PathPatcher, Receivers
@@ -15,6 +13,7 @@ from tests.benchmark.__main__ import END, START, inserted, main
 from tests.benchmark.cases import CASES, build_measure, build_model, build_pairs, hops
 from tests.benchmark.measuring import RUNS, TokenLayers, memory
 from tests.benchmark.naive import NaivePathPatcher
+from tests.live_bytes import LiveBytes
 from tests.oracles import float64_softmax, head_outputs, naive_path_patching, random_model, random_pairs
 
 MIDDLE = replace(CASES["medium"], layers=6, width=128, kv_heads=4, mlp=320, vocabulary=500, examples=5)
@@ -74,30 +73,6 @@ def test_token_layers_are_those_of_the_formulas():
         expected = swept[position] - already + tail
         print(name, "tail", tail, "sweep", swept[position] - already)
         assert counted.take() == expected > 0
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows every tensor that is made, and how much of them is alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, torch.Tensor) and made.device.type == "cpu":
-                storage = made.untyped_storage()
-                if storage.data_ptr() not in self._known:
-                    self._live[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {at: held for at, held in self._live.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return result
-
-    def leave_out(self, *tensors: torch.Tensor) -> None:
-        self._known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 @pytest.mark.parametrize("mib", [4.5, 10.0])

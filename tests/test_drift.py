@@ -9,11 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from stages.learning.probes import last_logits
+from stages.measures.alignment import last_streams, layer_cka
 from stages.measures.divergence import divergences, kl, total_variation
 from stages.measures.weights import per_head, per_matrix, whole
 from stages.pipeline.stage import Cell, Invalid
+from tests.oracles import (
+    FAMILIES,
+    head_width,
+    output_projections,
+    projection,
+    random_model,
+    random_pairs,
+    walker_of,
+)
 
 
 def tiny_model(key_value_heads: int, seed: int) -> LlamaForCausalLM:
@@ -44,27 +55,41 @@ def test_divergences_vanish_only_between_equal_models_and_obey_pinsker() -> None
     assert (total_variation(a, b) <= (kl(a, b) / 2).sqrt()).all()
 
 
-@pytest.mark.parametrize("key_value_heads", [4, 2, 1])
-def test_change_of_one_head_is_seen_at_that_head(key_value_heads: int) -> None:
-    base, tuned = tiny_model(key_value_heads, 0), tiny_model(key_value_heads, 0)
-    weights = dict(tuned.named_parameters())
-    with torch.no_grad():  # 6 query rows of head 2, 6 output columns of head 3, of 16 entries each
-        weights["model.layers.1.self_attn.q_proj.weight"][12:18] += 0.5
-        weights["model.layers.1.self_attn.o_proj.weight"][:, 18:24] += 0.25
-    norms = {(layer, head): norm for layer, head, norm, _ in per_head(base, tuned, 4, key_value_heads)}
-    expected = {(layer, head): 0.0 for layer in range(2) for head in range(4)}
-    expected |= {(1, 2): 0.5 * math.sqrt(96), (1, 3): 0.25 * math.sqrt(96)}
-    print("maximum error", max(abs(norms[key] - expected[key]) for key in expected))
-    assert norms == pytest.approx(expected, abs=1e-5)
+BIASED = [kind for kind in FAMILIES if kind.startswith(("qwen2", "gpt"))]
 
 
-def test_a_shared_key_counts_for_all_heads_of_its_group() -> None:
-    base, tuned = tiny_model(2, 0), tiny_model(2, 0)
-    key = dict(tuned.named_parameters())["model.layers.0.self_attn.k_proj.weight"]
-    with torch.no_grad():
-        key[6:12] += 1.0  # key-value head 1 serves query heads 2 and 3
-    moved = {(layer, head) for layer, head, norm, relative in per_head(base, tuned, 4, 2) if norm > 0 < relative}
-    assert moved == {(0, 2), (0, 3)}
+@pytest.mark.parametrize(
+    ("kind", "component"),
+    [
+        *((kind, component) for kind in FAMILIES for component in "qkvo"),
+        *((kind, f"bias of {component}") for kind in BIASED for component in "qkv"),
+    ],
+)
+def test_change_of_one_head_is_seen_at_that_head(kind: str, component: str) -> None:
+    """The change is made by the name and place that the oracles know, in layer 1 at head 2."""
+    base, tuned = random_model(kind), random_model(kind)
+    weights, part = dict(tuned.named_parameters()), component[-1]
+    if part == "o":
+        width, shared = head_width(tuned), False
+        name, place = f"{output_projections(tuned)[1]}.weight", slice(2 * width, 3 * width)
+    else:
+        module, place = projection(tuned, part, 1, 2)
+        name, shared = f"{module}.{'bias' if 'bias' in component else 'weight'}", part in "kv"
+    with torch.no_grad():  # of Hugging Face's own matrices, GPT-2's have outputs in columns; heads are inputs of o
+        columns = weights[name].ndim == 2 and (kind == "gpt2") != (part == "o")
+        chosen = weights[name][:, place] if columns else weights[name][place]
+        size, before = chosen.numel(), weights[name].clone()
+        chosen += 0.5
+        assert int((weights[name] != before).sum()) == size
+    norms = {(layer, head): norm for layer, head, norm, _ in per_head(base, tuned)}
+    group = getattr(base.config.get_text_config(), "num_key_value_heads", 4) or 4
+    heads = [2, 3] if shared and group == 2 else [2]  # the other head that reads the same keys or values
+    expected = {(layer, head): 0.0 for layer in range(3) for head in range(4)}
+    expected |= {(1, head): 0.5 * math.sqrt(size) for head in heads}
+    print(kind, component, "maximum error", max(abs(norms[key] - expected[key]) for key in expected))
+    assert norms == pytest.approx(expected, abs=1e-10)
+    relative = [row[3] for row in per_head(base, tuned) if row[:2] == (1, 2)][0]
+    assert 0 < relative < 20
 
 
 def test_heads_matrices_and_the_whole_add_up() -> None:
@@ -73,7 +98,7 @@ def test_heads_matrices_and_the_whole_add_up() -> None:
     norm, norm_relative = whole(base, tuned)
     assert math.sqrt(sum(value**2 for value in absolute.values())) == pytest.approx(norm)
     attention = sum(value**2 for name, value in absolute.items() if "self_attn" in name)
-    heads = sum(row[2] ** 2 for row in per_head(base, tuned, 4, 4))
+    heads = sum(row[2] ** 2 for row in per_head(base, tuned))
     print(f"maximum error {abs(heads - attention):.1e}")
     assert heads == pytest.approx(attention)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -83,10 +108,40 @@ def test_heads_matrices_and_the_whole_add_up() -> None:
     assert norm_relative == pytest.approx(norm / size)
 
 
-def test_other_architectures_are_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(Invalid, match="GPT2LMHeadModel"):
-        per_head(model, model, 2, 2)
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2"])
+def test_heads_of_families_with_biases_add_up(kind: str) -> None:
+    """All of attention but the output's bias belongs to some head; each key-value head of Qwen2 to two."""
+    base, tuned = random_model(kind), random_model(kind, seed=1)
+    absolute, _ = per_matrix(base, tuned)
+    inside = {
+        name: norm for name, norm in absolute.items() if ".attn." in name or "attention." in name or "_attn" in name
+    }
+    output_bias = tuple(f"{name}.bias" for name in output_projections(base))
+    expected = sum(
+        norm**2 * (2 if ".k_proj" in name or ".v_proj" in name else 1)
+        for name, norm in inside.items()
+        if name not in output_bias and "layernorm" not in name
+    )
+    heads = sum(row[2] ** 2 for row in per_head(base, tuned))
+    print(f"maximum error {abs(heads - expected):.1e}")
+    assert heads == pytest.approx(expected, rel=1e-12)
+
+
+def test_models_of_other_sizes_or_families_are_refused() -> None:
+    with pytest.raises(Invalid, match=r"\(2, 4, 2, 6, 16\) and \(2, 4, 4, 6, 16\): must be the same"):
+        per_head(tiny_model(2, 0), tiny_model(4, 0))
+    with pytest.raises(Invalid, match="model type 'None' is not supported"):
+        per_head(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_stage_drift_measures_of_weights_and_streams_is_there_for_every_family(kind: str) -> None:
+    base, tuned = random_model(kind), random_model(kind, seed=1)
+    ids = random_pairs().clean_ids
+    cka: Any = layer_cka(*(last_streams(walker_of(model), ids) for model in (base, tuned)))
+    assert len(per_head(base, tuned)) == 12 and len(cka["layers"]) == 3
+    assert whole(base, base) == (0.0, 0.0) and whole(base, tuned)[0] > 0
+    assert divergences(last_logits(base, ids), last_logits(base, ids))["kl"] == pytest.approx(0, abs=1e-12)
 
 
 def _prepare(folder: Path, identifiable_accuracy: float) -> None:

@@ -17,11 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.circuit import Circuit
+from stages.circuits.circuit import Circuit, Component
+from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores, score
-from stages.circuits.search import PAPER_HOPS, Hop, paper_hops
+from stages.circuits.search import Hop
 from stages.circuits.selection import Rule, strongest
+from stages.tasks.hops import PAPER_HOPS
 from tests.conftest import REPOSITORY
 
 FOLDER = Path(os.environ.get("REFERENCE_DATA", REPOSITORY.parent / "shared" / "reference_data"))
@@ -49,7 +51,8 @@ def published_circuit() -> dict[str, set[tuple[int, int]]]:
 def published_hop(number: int) -> Hop:
     name, position, receiver, component = PAPER_HOPS[number]
     scores = Scores.of(METRIC, published_scores(name), torch.zeros(LAYERS, HEADS, dtype=torch.float64))
-    return Hop(name, position, receiver, component, scores, scores)
+    into = None if component is None else Component(component)
+    return Hop(name, position, receiver, into, scores, scores=scores)
 
 
 class Published(PathPatcher):
@@ -91,7 +94,8 @@ def test_receivers_explain_the_exact_zeros(number, upper, lowest_zero, zeros):
 
 def test_paper_hops_on_the_published_scores_give_the_published_pools():
     patcher = Published()
-    circuit, hops = paper_hops(patcher, METRIC, RULE, RECEIVERS, POOLS, lambda hop: None)
+    specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+    circuit, hops = given_hops(patcher, METRIC, RULE, specs, RECEIVERS, POOLS, lambda hop: None)
     assert [len(hop.heads) for hop in hops] == [50, 10, 25, 5]
     assert [group.name for group in circuit.groups] == list(GROUPS) and len(circuit.nodes) == 90
     for hop in hops:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.circuits.knockout import knocked_out, layer_windows
 from stages.pipeline.stage import Invalid
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, random_model, walker_of
 from tests.oracles_ablation import naive_knockout, random_positions, random_prompts
 
 IDS, AT = random_prompts(), random_positions()
@@ -20,7 +20,7 @@ def keys_before(query: Tensor) -> Tensor:
     return torch.stack([(draw * query).long(), query - 1], dim=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["last", "query_label", "earlier_separator"])
 def test_knockout_equals_whole_hooked_passes(kind: str, name: str) -> None:
     model = random_model(kind)

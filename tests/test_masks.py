@@ -5,19 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from stages.circuits.circuit import Group, Node
-from stages.circuits.exchange import Sites, exchange, exchange_in_parts, outputs_at
-from stages.circuits.masks import (
-    MaskSettings,
-    PairTable,
-    component_masks,
-    nested_order,
-    select_heads,
-    train_masks,
-)
+from stages.circuits.desiderata_pairs import PairTable
+from stages.circuits.exchange import Sites, Start, at_positions, layers_with, swap
+from stages.circuits.mask_training import MaskSettings, Tails, mask_orders, nested_order, train_masks
+from stages.circuits.masks import component_masks, fewest_enough
+from stages.circuits.walker import Walker
 from stages.tasks.examples import DesiderataPairs
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, LENGTH, random_model, walker_of
 from tests.oracles_ablation import naive_exchange, outputs_of, random_positions, random_prompts
 
 SETTINGS = MaskSettings(
@@ -45,7 +42,20 @@ def pairs(n: int, seed: int, target: torch.Tensor | None = None) -> DesiderataPa
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def swapped(walker: Walker, data: DesiderataPairs, position: str, weights: Tensor) -> Tensor:
+    """Logits with the source's outputs at one position; weights [layers h] are shares of it."""
+    run = walker.run(data.base_ids)
+    z = walker.run(data.source_ids).z
+    at = data.source_positions[position][:, None]
+    given = [at_positions(layer, at) for layer in z]
+    sites = Sites.tail(data.base_positions[position][:, None], LENGTH, torch.float64)
+    weights = weights[None, None, :, None]
+    layers = layers_with(weights.detach())
+    start = Start.of(run, sites, min(layers, default=walker.n_layers))
+    return swap(walker, start, sites, given.__getitem__, weights, layers)[:, 0]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("position", ["earlier_separator", "last"])
 def test_partial_exchange_equals_whole_hooked_passes(kind: str, position: str) -> None:
     model = random_model(kind)
@@ -54,43 +64,28 @@ def test_partial_exchange_equals_whole_hooked_passes(kind: str, position: str) -
     shares = {Node(*head, position): share for head, share in zip(HEADS, (0.3, 1.0, 0.8, 0.0), strict=True)}
     given = outputs_of(model, data.source_ids, data.source_positions, list(shares))
     naive = naive_exchange(model, data.base_ids, given, data.base_positions, shares)
-    run = walker.run(data.base_ids)
-    at = data.base_positions[position][:, None]
-    z = outputs_at(walker.run(data.source_ids).z, data.source_positions[position][:, None])
-    weights = torch.zeros(1, 1, 3, 1, 4, dtype=torch.float64)
+    weights = torch.zeros(3, 4, dtype=torch.float64)
     for node, share in shares.items():
-        weights[0, 0, node.layer, 0, node.head] = share
-    ours = exchange(walker, run, Sites.tail(at, 13, torch.float64), z, weights)[:, 0]
-    error, effect = (
-        float((ours - naive).detach().abs().max()),
-        float((run.logits - naive).detach().abs().max()),
-    )
+        weights[node.layer, node.head] = share
+    with torch.no_grad():
+        ours, clean = swapped(walker, data, position, weights), walker.run(data.base_ids).logits
+        assert torch.equal(swapped(walker, data, position, torch.zeros_like(weights)), clean)
+    error, effect = float((ours - naive).abs().max()), float((clean - naive).abs().max())
     print(f"{kind}, {position}: max error {error:.1e}, effect {effect:.1e}")
     assert error <= 1e-9
     assert effect > 1e-2
-    none = exchange(walker, run, Sites.tail(at, 13, torch.float64), z, torch.zeros_like(weights))
-    assert torch.equal(none[:, 0], run.logits)
 
 
-def test_gradient_of_the_mask_equals_finite_differences() -> None:
-    model = random_model("llama_gqa").requires_grad_(False)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_gradient_of_the_mask_equals_finite_differences(kind: str) -> None:
+    model = random_model(kind).requires_grad_(False)
     walker = walker_of(model)
     data = pairs(6, 0)
-    nodes = [Node(*head, "earlier_label") for head in HEADS]
+    nodes = [Node(*head, "earlier_separator") for head in HEADS]
     given = outputs_of(model, data.source_ids, data.source_positions, nodes)
-    at = data.base_positions["earlier_label"][:, None]
-    z = outputs_at(walker.run(data.source_ids).z, data.source_positions["earlier_label"][:, None])
     share = torch.tensor([0.2, 0.5, 0.7, 0.4], dtype=torch.float64, requires_grad=True)
     weights = torch.zeros(3, 4, dtype=torch.float64).index_put(tuple(torch.tensor(HEADS).T), share)
-    logits = exchange(
-        walker,
-        walker.run(data.base_ids),
-        Sites.tail(at, 13, torch.float64),
-        z,
-        weights[None, None, :, None],
-        [0, 1, 2],
-    )
-    logits[:, 0, 5].mean().backward()
+    swapped(walker, data, "earlier_separator", weights)[:, 5].mean().backward()
     assert share.grad is not None
     for index in range(len(nodes)):
         values = []
@@ -100,9 +95,9 @@ def test_gradient_of_the_mask_equals_finite_differences() -> None:
             shares = dict(zip(nodes, moved.tolist(), strict=True))
             values.append(naive_exchange(model, data.base_ids, given, data.base_positions, shares)[:, 5].mean())
         slope = float(values[0] - values[1]) / 2e-5
-        print(f"head {HEADS[index]}: {float(share.grad[index]):.6f} and {slope:.6f}")
+        print(f"{kind}, head {HEADS[index]}: {float(share.grad[index]):.6f} and {slope:.6f}")
         assert abs(float(share.grad[index]) - slope) <= 1e-6
-        assert abs(slope) > 1e-4 or HEADS[index][0] == 2, "only the last layer may have no effect at this position"
+        assert abs(slope) > 1e-5 or HEADS[index][0] == 2, "only the last layer may have no effect at this position"
 
 
 def test_sources_of_unequal_lengths_give_what_each_gives_alone() -> None:
@@ -111,10 +106,10 @@ def test_sources_of_unequal_lengths_give_what_each_gives_alone() -> None:
     short, long = pairs(5, 0), pairs(4, 1)
     short = replace(short, source_ids=short.source_ids[:, :9], source_positions={"last": torch.full((5,), 8)})
     table = PairTable.of([short, long], ["last"])
-    both = table.run(walker, slice(None))
+    both = table.source_outputs(walker, slice(None))["last"]
     for number, entry in enumerate((short, long)):
-        alone = PairTable.of([entry], ["last"]).run(walker, slice(None))
-        error = float((both.source["last"][:, both.desideratum == number] - alone.source["last"]).abs().max())
+        alone = PairTable.of([entry], ["last"]).source_outputs(walker, slice(None))["last"]
+        error = float((both[:, table.desideratum == number] - alone).abs().max())
         print(f"max error {error:.1e}")
         assert error <= 1e-12
 
@@ -123,16 +118,14 @@ def known(position: str, carriers: list[tuple[int, int]], n: int, seed: int) -> 
     """AlignedPairs whose target is what a model answers when exactly `carriers` are swapped."""
     walker = walker_of(random_model("llama"))
     data = pairs(n, seed)
+    weights = torch.zeros(3, 4, dtype=torch.float64)
+    weights[tuple(torch.tensor(carriers).T)] = 1
     with torch.no_grad():
-        run = walker.run(data.base_ids)
-        at = data.base_positions[position][:, None]
-        z = outputs_at(walker.run(data.source_ids).z, data.source_positions[position][:, None])
-        weights = torch.zeros(1, 1, 3, 1, 4)
-        for layer, head in carriers:
-            weights[0, 0, layer, 0, head] = 1
-        logits = exchange_in_parts(walker, run, Sites.tail(at, 13, torch.float64), z, weights, 64.0)[:, 0]
-    data = replace(data, target=logits.argmax(-1))
-    return data.select(logits.argmax(-1) != run.logits.argmax(-1))
+        answers, clean = (
+            swapped(walker, data, position, weights).argmax(-1),
+            walker.run(data.base_ids).logits.argmax(-1),
+        )
+    return replace(data, target=answers).select(answers != clean)
 
 
 def test_masks_find_the_heads_that_carry_the_target() -> None:
@@ -144,9 +137,9 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
         for n, seed in ((100, 1), (60, 2), (80, 3))
     ]
     group = Group("g", "last", "logits", None, heads)
-    found = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))["g"]
+    found = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))
     for name, carriers in wanted.items():
-        result = found[name]
+        result = found["g", name]
         print(name, result)
         assert sorted(result.selected) == carriers
         assert result.accuracy == 1.0
@@ -155,10 +148,10 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
         assert result.random_accuracy < 0.7
         assert result.size == 6
         assert result.n_test == len(splits[2][name])
-    again = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))["g"]
+    again = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))
     assert again == found
-    little = replace(SETTINGS, memory_mib=0.05)
-    parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0))["g"]
+    little = replace(SETTINGS, memory_mib=2.0)
+    parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0))
     assert parts == found, "the memory limit changes no result"
 
 
@@ -176,40 +169,62 @@ def test_nothing_is_selected_where_nothing_is_carried() -> None:
     ]
     found = component_masks(walker, splits[0], splits[1], splits[2], groups, SETTINGS, np.random.default_rng(0))
     for name in ("low", "high"):
-        result = found[name]["unchanged"]
+        result = found[name, "unchanged"]
         assert result.selected == ()
         assert result.accuracy == result.floor == 1.0
         assert result.all_heads_accuracy < 1.0
+
+
+def tails_of(walker: Walker, data: list[DesiderataPairs], group: Group, memory_mib: float = 64.0) -> Tails:
+    table = PairTable.of(data, [group.position])
+    return Tails(walker, table, [group], [torch.arange(len(table))], memory_mib)
 
 
 def test_desiderata_of_one_batch_do_not_mix() -> None:
     walker = walker_of(random_model("llama").requires_grad_(False))
     group = Group("g", "last", "logits", None, HEADS)
     data = [known("last", [(2, 3)], 30, 1), known("last", [(1, 0)], 30, 2)]
-    both = PairTable.of(data, ["last"])
-    together, _ = train_masks(walker, [both.run(walker, slice(0, len(both.target)))], group, 2, SETTINGS)
+    together, _ = train_masks(tails_of(walker, data, group), group, SETTINGS)
     for index, one in enumerate(data):
-        alone = PairTable.of([one], ["last"])
-        mask, _ = train_masks(walker, [alone.run(walker, slice(0, len(one)))], group, 1, SETTINGS)
+        mask, _ = train_masks(tails_of(walker, [one], group), group, SETTINGS)
         assert torch.allclose(mask[0], together[index], atol=1e-9)
+
+
+def test_tails_that_are_made_again_give_the_same_masks() -> None:
+    walker = walker_of(random_model("llama").requires_grad_(False))
+    group = Group("g", "earlier_label", "logits", None, HEADS)
+    much, little = (tails_of(walker, [pairs(20, 1)], group, memory) for memory in (64.0, 0.01))
+    assert len(much._kept) == 2 and len(little._kept) == 0
+    settings = replace(SETTINGS, steps=5)
+    error = float((train_masks(much, group, settings)[0] - train_masks(little, group, settings)[0]).abs().max())
+    print(f"max error {error:.1e}")
+    assert error <= 1e-9
+
+
+def test_training_leaves_the_model_as_it_was() -> None:
+    model = random_model("llama")
+    frozen = next(model.parameters()).requires_grad_(False)
+    group = Group("g", "last", "logits", None, HEADS)
+    mask_orders(walker_of(model), {"one": pairs(6, 0)}, [group], replace(SETTINGS, steps=1))
+    assert [parameter.requires_grad for parameter in model.parameters()].count(False) == 1
+    assert not frozen.requires_grad and all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_raw_logit_is_the_objective_of_the_paper() -> None:
     walker = walker_of(random_model("llama").requires_grad_(False))
     group = Group("g", "last", "logits", None, HEADS)
-    table = PairTable.of([known("last", [(2, 3)], 40, 1)], ["last"])
-    batch = [table.run(walker, slice(0, len(table.target)))]
+    tails = tails_of(walker, [known("last", [(2, 3)], 40, 1)], group)
     settings = replace(SETTINGS, objective="logit", steps=1, start=1.0)
-    mask, _ = train_masks(walker, batch, group, 1, settings)
-    logit, _ = train_masks(walker, batch, group, 1, replace(settings, sparsity=1e6))
+    mask, _ = train_masks(tails, group, settings)
+    logit, _ = train_masks(tails, group, replace(settings, sparsity=1e6))
     assert float(mask.min()) < 1, "some head raises the target's logit"
     assert torch.equal(logit, torch.ones(1, 4, dtype=torch.float64)), "a high price swaps nothing"
 
 
 def test_ties_go_to_fewer_heads() -> None:
-    assert select_heads([0.1, 0.8, 0.9, 0.9, 0.9], 0.0) == 2
-    assert select_heads([0.1, 0.8, 0.9, 0.9, 0.91], 0.02) == 2
-    assert select_heads([0.1, 0.1, 0.1], 0.0) == 0
+    assert fewest_enough([0.1, 0.8, 0.9, 0.9, 0.9], 0.0) == 2
+    assert fewest_enough([0.1, 0.8, 0.9, 0.9, 0.91], 0.02) == 2
+    assert fewest_enough([0.1, 0.1, 0.1], 0.0) == 0
 
 
 def test_order_is_by_mask_and_then_by_how_early_it_closed() -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from stages.circuits.ablation import mean_outputs
-from stages.circuits.circuit import Component, Group, Node
+from stages.circuits.circuit import Circuit, Component, Group, Node
+from stages.evaluate import inspect_circuit
 from stages.measures.completeness import completeness, greedy_worst, random_subsets
-from stages.measures.faithfulness import Readout
-from stages.measures.inspection import inspect
 from stages.measures.minimality import ScoreOf, Trial, by_elimination, by_pairs, relative_loss
 from stages.measures.prepared import Prepared
+from stages.measures.readout import Readout
 from stages.measures.size_curve import areas, enough, ranked_nodes, share_of_model, sizes
 from stages.tasks.examples import Examples
 from tests.oracles import random_model, walker_of
@@ -140,7 +140,7 @@ def test_on_a_model_every_search_stays_below_the_best_and_finds_the_missed(seed:
     nodes = sorted(random_circuit(3, 4, 0.3, seed))[:6]
     answer, others = walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6)
     examples = Examples(IDS, answer, others, AT, {}, IDS, AT)
-    prepared = Prepared.of(walker, means, examples, MEMORY)
+    prepared = Prepared(walker, means, examples, MEMORY)
     calls = []
 
     def ours(circuits: Sequence[frozenset[Node]]) -> list[float]:
@@ -177,7 +177,7 @@ def test_completeness_equals_whole_hooked_passes() -> None:
     circuit = random_circuit(3, 4, 0.4, 0)
     gone = frozenset(sorted(circuit)[::3])
     answer, others = walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6)
-    prepared = Prepared.of(walker, means, Examples(IDS, answer, others, AT, {}, IDS, AT), MEMORY)
+    prepared = Prepared(walker, means, Examples(IDS, answer, others, AT, {}, IDS, AT), MEMORY)
     found = completeness(prepared, circuit, {"some": gone, "all": circuit})
     at_mean = {node: means[node.layer, AT[node.position], node.head] for node in gone}
     naive = {
@@ -193,7 +193,7 @@ def test_completeness_equals_whole_hooked_passes() -> None:
         assert error <= 1e-9 and found[name][f"{which}_accuracy"] == expected["accuracy"]
     assert found["nothing"]["model_accuracy"] == 1.0 and found["some"]["size"] == len(gone)
     assert found["nothing"]["faithfulness"] == found["nothing"]["circuit_accuracy"]
-    little = completeness(Prepared.of(walker, means, prepared.parts[0].examples, 1e-6), circuit, {"some": gone})
+    little = completeness(Prepared(walker, means, prepared.prompts, 1e-6), circuit, {"some": gone})
     assert little["some"]["gap"] == found["some"]["gap"]
 
 
@@ -253,7 +253,10 @@ def test_record_of_a_model() -> None:
     )
 
     def record(some: Sequence[Group]) -> dict:
-        return inspect(walker, means, examples, some, every_node(3, 4), settings, np.random.default_rng(0))
+        generator = np.random.default_rng(0)
+        return inspect_circuit(
+            walker, means, examples, Circuit(tuple(some), 3, 4), every_node(3, 4), settings, generator
+        )
 
     found = record(groups)
     assert found == record(groups)

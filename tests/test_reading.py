@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from stages.circuits.reading import mean_attention
-from tests.oracles import KINDS, float64_softmax, random_model, random_pairs, walker_of
+from tests.oracles import FAMILIES, float64_softmax, random_model, random_pairs, walker_of
 from tests.planted import PLANS, planted_patcher
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_attention_is_that_of_the_model(kind):
     model, pairs = random_model(kind), random_pairs()
     found = mean_attention(walker_of(model), pairs.clean_ids, pairs.positions, 0.01)
@@ -22,6 +22,19 @@ def test_attention_is_that_of_the_model(kind):
                 worst = max(worst, float((found.shares[i, layer, :, j] - expected).abs().max()))
     print(f"{kind}: largest error {worst:.1e}")
     assert worst < 1e-12 and found.names == tuple(sorted(pairs.positions))
+
+
+def test_of_several_tokens_attention_from_them_is_a_mean_and_to_them_a_sum():
+    model, pairs = random_model("llama_gqa"), random_pairs()
+    at = {"end": pairs.positions["last"], "name": pairs.positions["earlier"][:, None] + torch.arange(3)}
+    single = {"end": at["end"], **{f"name{i}": at["name"][:, i] for i in range(3)}}
+    walker = walker_of(model)
+    found = mean_attention(walker, pairs.clean_ids, at, 64.0).shares
+    alone = mean_attention(walker, pairs.clean_ids, single, 64.0).shares
+    expected = torch.stack([alone[0], alone[1:].mean(0)])
+    expected = torch.stack([expected[..., 0], expected[..., 1:].sum(-1)], -1)
+    print(f"largest error {float((found - expected).abs().max()):.1e}")
+    assert torch.allclose(found, expected, atol=1e-12) and float(found[0, ..., 1].max()) > 0.05
 
 
 def test_more_positions_than_dimensions_of_a_head():

@@ -11,14 +11,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import discover
-from stages.circuits.circuit import Circuit, Component, Group, Node
+from stages.circuits.circuit import Circuit, Component, Node
+from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import PathPatcher
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
-from stages.circuits.search import Hop, _group_of, paper_hops, search
+from stages.circuits.search import Found, Hop, _group_of, search
 from stages.circuits.selection import Rule
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
+from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
 from tests.oracles import walker_of
 
 TOKENS, LENGTH = 8, 12
@@ -42,6 +44,7 @@ def counting_model() -> LlamaForCausalLM:
         num_key_value_heads=4,
         tie_word_embeddings=False,
         attn_implementation="eager",
+        eos_token_id=None,  # every token is a word
     )
     model: Any = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     part, eye = {"A": 0, "B": 8, "C": 16, "D": 24}, torch.eye(TOKENS)
@@ -83,9 +86,14 @@ def counting_examples(n: int = 40) -> Examples:
     )
 
 
-def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE) -> PathPatcher:
+def counting_patcher(metric: Metric = Metric.LOGIT_DIFFERENCE, also: dict[str, str] | None = None) -> PathPatcher:
+    """The model on its prompts; `also` names positions once more: new name -> known one."""
     examples = counting_examples()
-    pairs = AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+    positions, corrupt = (
+        at | {new: at[known] for new, known in (also or {}).items()}
+        for at in (examples.positions, examples.corrupt_positions)
+    )
+    pairs = AlignedPairs(examples.input_ids, examples.corrupt_ids, positions, corrupt)
     return PathPatcher(walker_of(counting_model()), pairs, measure_of(metric, examples.answer, examples.others), 64.0)
 
 
@@ -135,7 +143,7 @@ def test_split_half_correlation():
 def test_search_finds_the_circuit_that_was_put_there():
     patcher = counting_patcher()
     told = []
-    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append)
+    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append, READOUT, ROOT, DISPLAY)
     assert told == hops
     shape = [(group.name, group.position, group.receiver, group.component, group.heads) for group in circuit.groups]
     assert shape == [
@@ -156,13 +164,13 @@ def test_search_finds_the_circuit_that_was_put_there():
 def test_the_rule_asks_for_size_and_for_certainty():
     patcher = counting_patcher()
     for rule in (replace(RULE, minimum_effect=1.5), replace(RULE, noise_z=1e6)):
-        circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None)
+        circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None, READOUT)
         assert circuit.groups == () and len(hops) == 1
-    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None)
+    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None, READOUT, ROOT)
     assert [group.name for group in shallow.groups] == ["fetch_answer"]
     # head 0.2 does 1 % of what head 0.0 does and head 0.3 turns only norms, so that more than 99 % needs them, too
     all_of_it = replace(RULE, coverage=0.995, minimum_head_effect=2e-4, noise_z=2.0)
-    thorough, _ = search(patcher, Metric.LOGIT_DIFFERENCE, all_of_it, lambda hop: None)
+    thorough, _ = search(patcher, Metric.LOGIT_DIFFERENCE, all_of_it, lambda hop: None, READOUT)
     assert {node for node in thorough.nodes if node.layer == 0 and node.position == "query_label"} == {
         Node(0, head, "query_label") for head in (0, 2, 3)
     }
@@ -170,25 +178,52 @@ def test_the_rule_asks_for_size_and_for_certainty():
 
 def test_hops_with_much_the_same_heads_share_a_group():
     none = score(Metric.LOGIT_DIFFERENCE, torch.zeros(4), -torch.ones(4), torch.ones(4))
-    first = Hop("a", "last", "logits", None, none, heads=((0, 0), (0, 1), (0, 2)), group="a")
-    hop = Hop("b", "last", "a", Component.V, none, heads=((0, 0), (0, 1), (1, 0)))
-    assert _group_of(hop, [first], 0.5) == "a" and _group_of(hop, [first], 0.51) == "b"
-    assert _group_of(hop, [replace(first, position="query_label")], 0.5) == "b"
-    assert _group_of(hop, [replace(first, group="c")], 0.5) == "b"  # joined another group itself
-    assert _group_of(replace(hop, heads=()), [first], 0.0) is None
+
+    def hop(position: str, **changes: Any) -> Hop:
+        part = Found("a", 1, ((0, 0), (0, 1), (0, 2)), "a")
+        return Hop("a", position, "logits", None, none, found=(replace(part, **changes),))
+
+    heads = ((0, 0), (0, 1), (1, 0))
+    assert _group_of("b", "last", 1, heads, [hop("last")], 0.5) == "a"
+    assert _group_of("b", "last", 1, heads, [hop("last")], 0.51) == "b"
+    assert _group_of("b", "last", -1, heads, [hop("last")], 0.5) == "b"  # a group has one sign
+    assert _group_of("b", "last", 1, heads, [hop("query_label")], 0.5) == "b"
+    assert _group_of("b", "last", 1, heads, [hop("last", group="c")], 0.5) == "b"  # joined another group itself
+
+
+def test_names_of_hops_are_the_callers_and_cannot_collide():
+    patcher = counting_patcher(also={"label": "earlier_label"})
+
+    def names(**arguments: Any) -> list[str]:
+        found = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=2), lambda hop: None, **arguments)
+        return [hop.name for hop in found[1]]
+
+    kept = names(readout="last")
+    assert kept[:4] == ["answer", "q_last", "k_last", "v_last"]
+    assert {"v_label", "v_earlier_label"} <= set(kept) and len(set(kept)) == len(kept)
+    with pytest.raises(Invalid, match="'(earlier_)?label' and '(earlier_)?label' are both called 'label'"):
+        names(readout="last", display=DISPLAY)
+    with pytest.raises(Invalid, match="readout = 'end': must be a position of the prompts: earlier_label, label, last"):
+        names(readout="end")
+    with pytest.raises(Invalid, match="root = 'q_last': must not be the name of a hop"):
+        names(readout="last", root="q_last")
+    for wrong in ("a>b", "x-against", ""):
+        with pytest.raises(Invalid, match=f"name '{wrong}': must not be empty, hold '>' or end in '-against'"):
+            names(readout="last", root=wrong)
 
 
 @pytest.mark.parametrize("metric", Metric)
 def test_paper_hops(metric):
     patcher = counting_patcher(metric)
-    circuit, hops = paper_hops(patcher, metric, RULE, None, None, lambda hop: None)
+    specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+    circuit, hops = given_hops(patcher, metric, RULE, specs, None, None, lambda hop: None)
     assert [group.name for group in circuit.groups] == ["value_fetcher"] and circuit.nodes[0].layer == 1
     # no head feeds its queries, and so the later hops have no receivers
     assert [hop.name for hop in hops] == ["value_fetcher", "pos_transmitter", "pos_detector", "struct_reader"]
     assert [hop.scores is None for hop in hops] == [False, False, True, True]
     assert all(float(hop.joint.score) == 0 and hop.heads == () for hop in hops[2:])
     told = []
-    circuit, hops = paper_hops(patcher, metric, RULE, [1, 1, 1, 1], [2, 3, 4, 1], told.append)
+    circuit, hops = given_hops(patcher, metric, RULE, specs, [1, 1, 1, 1], [2, 3, 4, 1], told.append)
     assert [len(hop.heads) for hop in told] == [2, 3, 4, 1]
     assert set(hops[0].heads) == set(told[0].heads) - set(hops[1].heads)  # a head is in one group at a position
     assert hops[1:] == told[1:]
@@ -198,17 +233,22 @@ def test_paper_hops(metric):
         ("query_label", "pos_transmitter", Component.V),
         ("earlier_label", "pos_detector", Component.V),
     ]
+    wrong = {
+        "hop 'pos_detector' feeds v of 'struct_reader': must be an input q, k or v of an earlier": [
+            *specs[:2],
+            replace(specs[2], receiver="struct_reader"),
+        ],
+        "hop 'value_fetcher' feeds q of 'logits'": [replace(specs[0], component="q")],
+        "two hops are called 'value_fetcher'": [specs[0], specs[0]],
+        "receivers has 4 numbers: must be one for each of the 1 hops": specs[:1],
+    }
+    for message, given in wrong.items():
+        with pytest.raises(Invalid, match=message):
+            given_hops(patcher, metric, RULE, given, [1, 1, 1, 1], None, lambda hop: None)
+    assert isinstance(patcher.pairs.positions, dict)
     del patcher.pairs.positions["query_label"]
-    with pytest.raises(Invalid, match="need the position 'query_label': the prompts have earlier_label, last"):
-        paper_hops(patcher, metric, RULE, None, None, lambda hop: None)
-
-
-def test_nodes_of_a_circuit_are_unique_and_sorted():
-    groups = (
-        Group("b", "last", "a", Component.Q, ((1, 2), (0, 1))),
-        Group("a", "last", "logits", None, ((1, 2),), (0.5,)),
-    )
-    assert [(node.layer, node.head) for node in Circuit(groups, 2, 4).nodes] == [(0, 1), (1, 2)]
+    with pytest.raises(Invalid, match="needs the position 'query_label': the prompts have earlier_label, last"):
+        given_hops(patcher, metric, RULE, specs, None, None, lambda hop: None)
 
 
 def stage_cell(**changes: object) -> Cell:

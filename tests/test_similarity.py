@@ -15,8 +15,8 @@ from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import search
 from stages.circuits.walker import Walker
 from stages.measures.alignment import hsic, last_streams, linear_cka
-from stages.measures.edges import changes
-from stages.measures.effects import Effects
+from stages.measures.edge_scores import EdgeScores
+from stages.measures.edges import edge_changes
 from stages.measures.overlap import overlap_at, overlaps, strengths
 from stages.measures.relearning import accuracy, relearn
 from stages.measures.retracing import retrace
@@ -32,14 +32,14 @@ HOPS = (
 )
 
 
-def effects(true: np.ndarray, noise: float, seed: int) -> Effects:
-    """Effects [hops layers h] with independent noise on each half; 0 where nothing is live."""
+def effects(true: np.ndarray, noise: float, seed: int) -> EdgeScores:
+    """Scores [hops layers h] with independent noise on each half; 0 where nothing is live."""
     halves = true + noise * np.random.default_rng(seed).normal(size=(2, *true.shape))
     live = np.ones(true.shape, dtype=bool)
     live[1, 2:], live[2, 1:] = False, False
     halves = halves * live
     arrays = {f"{hop['name']}.half{half}": halves[half, i] for half in (0, 1) for i, hop in enumerate(HOPS)}
-    found = Effects.of(HOPS, arrays)
+    found = EdgeScores.of(HOPS, arrays)
     assert found is not None and np.array_equal(found.live, live)
     return found
 
@@ -51,7 +51,7 @@ def truth(seed: int) -> np.ndarray:
 def test_edges_are_those_of_heads_below_the_highest_receiver() -> None:
     assert effects(truth(0), 0.1, 1).edges().shape == (2, 12 + 8 + 4)
     assert effects(truth(0), 0.1, 1).edges("v_label").shape == (2, 4)
-    assert Effects.of(HOPS, {}) is None
+    assert EdgeScores.of(HOPS, {}) is None
 
 
 def test_similarity_reaches_its_ceiling_for_equal_circuits_and_the_null_for_renamed_heads() -> None:
@@ -67,7 +67,7 @@ def test_similarity_reaches_its_ceiling_for_equal_circuits_and_the_null_for_rena
     same = similarity(base, base, 2000, [0])["together"]
     for entry in same.values():
         assert entry["value"] == pytest.approx(entry["ceiling"]) and entry["null_high"] < entry["value"]
-    renamed = Effects(base.hops, base.positions, base.halves[..., [2, 0, 3, 1]], base.live)
+    renamed = EdgeScores(base.hops, base.positions, base.halves[..., [2, 0, 3, 1]], base.live)
     for kind, entry in similarity(base, renamed, 2000, [0])["together"].items():
         assert entry["value"] < same[kind]["value"] and entry["ceiling"] == pytest.approx(same[kind]["ceiling"])
         assert entry["null_mean"] == pytest.approx(same[kind]["null_mean"], abs=0.05)
@@ -83,7 +83,7 @@ def test_null_is_the_similarity_of_renamed_heads(kind: str) -> None:
     values = []
     for permutation in order:
         halves = np.stack([tuned.halves[:, :, layer, permutation[layer]] for layer in range(LAYERS)], axis=2)
-        renamed = Effects(tuned.hops, tuned.positions, halves, tuned.live)
+        renamed = EdgeScores(tuned.hops, tuned.positions, halves, tuned.live)
         values.append(crossed(KINDS[kind][0], base.edges(), renamed.edges()))
     found = similarity(base, tuned, 40, [3])["together"][kind]
     error = max(abs(found["null_mean"] - np.mean(values)), abs(found["null_high"] - np.quantile(values, 0.95)))
@@ -93,25 +93,25 @@ def test_null_is_the_similarity_of_renamed_heads(kind: str) -> None:
 
 def test_floor_takes_the_hops_that_two_bases_share() -> None:
     base, other = effects(truth(0), 0.0, 1), effects(truth(1), 0.0, 2)
-    fewer = Effects(other.hops[1:], other.positions[1:], other.halves[:, 1:], other.live[1:])
+    fewer = EdgeScores(other.hops[1:], other.positions[1:], other.halves[:, 1:], other.live[1:])
     expected = np.corrcoef(base.halves[0, 1:][base.live[1:]], fewer.halves[1][fewer.live])[0, 1]
     found = floor(base, fewer)
     assert found is not None and found["pearson"] == pytest.approx(expected)
-    assert floor(base, Effects(("x",), ("last",), other.halves[:, :1], other.live[:1])) is None
+    assert floor(base, EdgeScores(("x",), ("last",), other.halves[:, :1], other.live[:1])) is None
 
 
 def test_undefined_similarities_are_none() -> None:
     base = effects(truth(0), 0.1, 1)
-    nothing = Effects(base.hops, base.positions, 0 * base.halves, base.live)
+    nothing = EdgeScores(base.hops, base.positions, 0 * base.halves, base.live)
     for entry in similarity(base, nothing, 5, [0])["together"].values():
         assert entry["value"] is None and entry["ceiling"] is None and entry["null_mean"] is None
-    assert changes(nothing, base, 0.5)["together"]["change"] is None
+    assert edge_changes(nothing, base, 0.5)["together"]["change"] is None
 
 
 def test_overlap_and_its_chance_by_enumeration() -> None:
     """All pairs of sets of 3 of 6 nodes in two layers; and those with the same number in each layer."""
     strata, k = np.array([0, 0, 0, 0, 1, 1]), 3
-    one, other = np.array([9.0, 8, 1, 2, 7, 0]), np.array([9.0, 1, 8, 2, 0, 7])
+    one, other = np.array([9.0, 8, 1, 2, 7, 0.5]), np.array([9.0, 1, 8, 2, 0.5, 7])
     found = overlap_at(one, other, strata, k)
     sets = [set(chosen) for chosen in combinations(range(6), k)]
     layered = [nodes for nodes in sets if len(nodes & {4, 5}) == 1]
@@ -128,6 +128,27 @@ def test_overlap_and_its_chance_by_enumeration() -> None:
     same = overlap_at(one, one, strata, k)
     assert same["share"] == same["jaccard"] == same["corrected"] == 1.0
     assert overlap_at(one, other, strata, 6)["corrected"] is None
+
+
+def test_nodes_without_effect_are_not_among_the_strongest() -> None:
+    """One node of each model does anything, and it is another one: ties of zeros must not look like agreement."""
+    strata, one, other, nothing = np.array([0, 0, 0, 1, 1]), np.zeros(5), np.zeros(5), np.zeros(5)
+    one[1], other[4] = 1.0, 1.0
+    for k in (1, 2, 4):
+        found = overlap_at(one, other, strata, k)
+        assert found["share"] == found["jaccard"] == 0.0 and found["chance"] == pytest.approx(1 / 5)
+        assert found["layered"] == 0.0 == found["corrected"]
+        assert overlap_at(one, one, strata, k)["share"] == 1.0
+        assert set(overlap_at(nothing, nothing, strata, k).values()) == {None}
+        assert overlap_at(one, nothing, strata, k)["share"] == 0.0
+    one[0] = other[0] = 0.5  # two each, one in common; random sets of 2 of 5 share 2 * 2 / 5 of 2
+    found = overlap_at(one, other, strata, 4)
+    pools = [[set(nodes) for nodes in combinations(range(5), 2)]] * 2
+    expected = float(np.mean([len(a & b) / 2 for a in pools[0] for b in pools[1]]))
+    print(f"maximum error {abs((found['chance'] or 0) - expected):.1e}")
+    assert found["share"] == 1 / 2 and found["jaccard"] == 1 / 3 and found["chance"] == pytest.approx(expected)
+    fewer = overlap_at(np.array([3.0, 2, 1, 0, 0]), np.array([3.0, 0, 0, 0, 0]), strata, 3)
+    assert fewer["share"] == 1 / 3 and fewer["chance"] == pytest.approx(3 * 1 / 5 / 3)
 
 
 def test_overlap_curve_of_equal_and_of_unrelated_circuits() -> None:
@@ -150,10 +171,10 @@ def test_change_of_edges_leaves_noise_out() -> None:
     raw, clean, still = [], [], []
     for draw in range(60):
         base, tuned = effects(true, 0.6, 1000 + draw), effects(after, 0.6, 2000 + draw)
-        entry = changes(base, tuned, 0.5)["together"]
+        entry = edge_changes(base, tuned, 0.5)["together"]
         raw.append(entry["change_raw"])
         clean.append(entry["change"])
-        still.append(changes(base, effects(true, 0.6, 3000 + draw), 0.5)["together"]["change"])
+        still.append(edge_changes(base, effects(true, 0.6, 3000 + draw), 0.5)["together"]["change"])
     print(f"true 0.5: {np.mean(clean):.3f} without noise, {np.mean(raw):.3f} with; true 0: {np.mean(still):.3f}")
     assert abs(np.mean(clean) - 0.5) < 0.02 < np.mean(raw) - 0.5 and np.mean(still) < 0.1
 
@@ -162,7 +183,7 @@ def test_counts_of_strong_edges_by_hand() -> None:
     true, after = np.zeros((len(HOPS), LAYERS, HEADS)), np.zeros((len(HOPS), LAYERS, HEADS))
     true[0, 0], after[0, 0] = [1.0, 1.0, -1.0, 1.0], [1.0, 0.4, 1.0, 1.2]
     after[0, 1, 0] = 2.0
-    entry = changes(effects(true, 0, 0), effects(after, 0, 0), 0.5)["together"]
+    entry = edge_changes(effects(true, 0, 0), effects(after, 0, 0), 0.5)["together"]
     assert entry["strong"] == 4 and entry["flipped"] == 0.25 and entry["weakened"] == 0.25
     assert entry["new"] == pytest.approx(2 / 4)  # the flipped one, and the one that did nothing
     assert entry["flipped_noise"] == entry["weakened_noise"] == entry["new_noise"] == 0
@@ -171,7 +192,7 @@ def test_counts_of_strong_edges_by_hand() -> None:
 
 def test_retracing_the_base_gives_its_own_scores() -> None:
     patcher = counting_patcher()
-    _, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None)
+    _, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None, "last")
     listed = [
         {"name": hop.name, "position": hop.position, "component": hop.component, "feeds": [list(f) for f in hop.feeds]}
         for hop in hops

@@ -9,12 +9,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
-from stages.circuits.transplant import random_like, transplant
+from stages.circuits.transplant import random_like, transplant, transplant_inputs
 from stages.cmap import patch_both_ways
+from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Examples
-from tests.oracles import KINDS, random_model, walker_of
+from tests.oracles import FAMILIES, random_model, walker_of
 from tests.oracles_ablation import (
     naive_exchange,
+    naive_inputs,
     outputs_of,
     random_circuit,
     random_positions,
@@ -36,7 +38,7 @@ def tuned_from(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_transplants_equal_whole_hooked_passes(kind: str, at: Positions) -> None:
     base = random_model(kind)
     tuned = tuned_from(base)
@@ -53,6 +55,41 @@ def test_transplants_equal_whole_hooked_passes(kind: str, at: Positions) -> None
             print(f"{kind}, {len(nodes)} nodes: max error {error:.1e}, effect {effect:.1e}")
             assert error <= 1e-9
             assert effect > 1e-3
+
+
+@pytest.mark.parametrize("component", ["q", "k", "v"])
+@pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transplanted_inputs_equal_whole_hooked_passes(kind: str, at: Positions, component: str) -> None:
+    base = random_model(kind)
+    tuned = tuned_from(base)
+    ours, theirs = walker_of(base), walker_of(tuned)
+    clean, given = ours.run(IDS), theirs.run(IDS)
+    high = frozenset({Node(1, 3, "last"), Node(2, 0, "last"), Node(2, 1, "earlier_separator")})
+    for nodes in (random_circuit(3, 4, 0.2, 0), high):
+        naive = naive_inputs(base, tuned, IDS, at, nodes, component)
+        for memory in (MEMORY, 1e-6):
+            patched = transplant_inputs(ours, clean, theirs, given, at, nodes, component, memory)[:, 0]
+            error, effect = float((patched - naive).abs().max()), float((clean.logits - naive).abs().max())
+            print(f"{kind}, {component} of {len(nodes)} nodes: max error {error:.1e}, effect {effect:.1e}")
+            assert error <= 1e-9 and effect > 1e-4
+
+
+@pytest.mark.parametrize("component", ["q", "v"])
+def test_random_controls_of_inputs_are_those_of_the_nodes_drawn(component: str) -> None:
+    base = random_model("llama_gqa")
+    ours, theirs = walker_of(base), walker_of(tuned_from(base))
+    clean, given = ours.run(IDS), theirs.run(IDS)
+    nodes = random_circuit(3, 4, 0.3, 0)
+    names = sorted({node.position for node in nodes})
+    random = random_like(nodes, len(IDS), 2, 3, 4, np.random.default_rng(0))
+    found = transplant_inputs(ours, clean, theirs, given, AT, nodes, component, MEMORY, random)
+    for row in range(len(IDS)):
+        drawn = [Node(layer, head, names[site]) for layer, site, head in random[row, 1].nonzero().tolist()]
+        alone = transplant_inputs(ours, clean, theirs, given, AT, drawn, component, MEMORY)[row, 0]
+        assert float((found[row, 2] - alone).abs().max()) <= 1e-12
+    with pytest.raises(Invalid, match="component 'z'"):
+        transplant_inputs(ours, clean, theirs, given, AT, nodes, "z", MEMORY)
 
 
 @pytest.mark.parametrize("at", [AT, several_positions()], ids=["one_index", "several"])

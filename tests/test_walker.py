@@ -7,6 +7,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from stages.circuits.trace import TraceDict
 from stages.circuits.walker import KEPT, Walker, Window
 from stages.pipeline.stage import Invalid
+from tests.live_bytes import LiveBytes
 from tests.oracles import (
     FAMILIES,
     LENGTH,
@@ -18,7 +19,6 @@ from tests.oracles import (
     random_pairs,
     walker_of,
 )
-from tests.test_benchmark import LiveBytes
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

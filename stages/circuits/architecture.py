@@ -149,6 +149,10 @@ class Architecture(ABC):
         cap = self.final_softcap()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    @abstractmethod
+    def head_weights(self, layer: int, head: int) -> list[Tensor]:
+        """Views of a query head's parts of q, of the k and v it reads, of the output matrix, and of q, k, v biases."""
+
 
 def rotate(x: Float[Tensor, "n e s heads a"], cos: Tensor, sin: Tensor) -> Float[Tensor, "n e s heads a"]:
     """Rotary embedding of the first r of a dimensions, halves paired as Hugging Face pairs them."""

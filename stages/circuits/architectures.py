@@ -55,6 +55,14 @@ class Llama(Architecture):
     def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return self.backbone.norm(residual)
 
+    def head_weights(self, layer: int, head: int) -> list[Tensor]:
+        attention = self.layers[layer].self_attn
+        group = head // (self.n_heads // self.n_kv_heads)
+        own = [(attention.q_proj, head), (attention.k_proj, group), (attention.v_proj, group)]
+        parts = [(part, i) for kind in ("weight", "bias") for m, i in own if (part := getattr(m, kind)) is not None]
+        q, k, v, *biases = (part.unflatten(0, (-1, self.head_dim))[index] for part, index in parts)
+        return [q, k, v, attention.o_proj.weight.unflatten(1, (self.n_heads, -1))[:, head], *biases]
+
 
 class Mistral(Llama):
     """Llama with one sliding window for all layers."""
@@ -150,6 +158,12 @@ class GptNeoX(Architecture):
     def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return self.backbone.final_layer_norm(residual)
 
+    def head_weights(self, layer: int, head: int) -> list[Tensor]:
+        attention = self.layers[layer].attention
+        parts = [part.unflatten(0, (self.n_heads, 3, -1))[head] for part in attention.query_key_value.parameters()]
+        q, k, v, *biases = (part[index] for part in parts for index in range(3))
+        return [q, k, v, attention.dense.weight.unflatten(1, (self.n_heads, -1))[:, head], *biases]
+
 
 class Gpt2(Architecture):
     """GPT-2: embedded positions, all q, then all k, then all v in one transposed matrix."""
@@ -203,6 +217,12 @@ class Gpt2(Architecture):
 
     def final_norm(self, residual: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return self.backbone.ln_f(residual)
+
+    def head_weights(self, layer: int, head: int) -> list[Tensor]:
+        attention = self.layers[layer].attn
+        parts = [part.unflatten(-1, (3, self.n_heads, -1)) for part in (attention.c_attn.weight, attention.c_attn.bias)]
+        q, k, v, *biases = (part[..., index, head, :] for part in parts for index in range(3))
+        return [q, k, v, attention.c_proj.weight.unflatten(0, (self.n_heads, -1))[head], *biases]
 
 
 # config.model_type -> adapter

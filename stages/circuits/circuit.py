@@ -1,8 +1,15 @@
 """Heads, groups and circuits as frozen values."""
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from stages.pipeline.files import read_json, write_json
+from stages.pipeline.stage import Invalid
 
 LOGITS = "logits"  # the receiver name of the last step of a circuit: the output logits at the last token
 LAST = "last"  # the position that is read out: the last token of every prompt
@@ -38,18 +45,20 @@ class Group:
     Attributes:
         name: unique in its circuit.
         position: semantic position of all its nodes.
-        receiver: name of the group that reads from it, or "logits".
-        component: which input of the receiver it writes to; None for the logits.
+        receiver: name of the group that reads from it, or "logits"; None where unknown.
+        component: which input of the receiver it writes to; None for the logits, or where unknown.
         heads: (layer, head) pairs, strongest first.
         scores: path-patching score of each head, same order; empty where unknown.
+        sign: +1: its heads raise the measure of the answer, -1: they lower it (negative movers, copy suppression).
     """
 
     name: str
     position: str
-    receiver: str
+    receiver: str | None
     component: Component | None
     heads: tuple[tuple[int, int], ...]
     scores: tuple[float, ...] = ()
+    sign: int = 1
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -84,6 +93,7 @@ class Circuit:
                     "position": group.position,
                     "receiver": group.receiver,
                     "component": None if group.component is None else str(group.component),
+                    "sign": group.sign,
                     "heads": [list(head) for head in group.heads],
                     "scores": list(group.scores),
                 }
@@ -93,6 +103,7 @@ class Circuit:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Circuit":
+        """What `to_json` gave; a group without a sign raises the measure."""
         groups = tuple(
             Group(
                 name=entry["name"],
@@ -101,7 +112,82 @@ class Circuit:
                 component=None if entry["component"] is None else Component(entry["component"]),
                 heads=tuple((layer, head) for layer, head in entry["heads"]),
                 scores=tuple(entry["scores"]),
+                sign=entry.get("sign", 1),
             )
             for entry in data["groups"]
         )
         return Circuit(groups, data["n_layers"], data["n_heads"], data["identifiable"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit as JSON."""
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> "Circuit":
+        """The circuit in a file that `save` wrote.
+
+        Raises:
+            Invalid: the file holds no circuit.
+        """
+        try:
+            return Circuit.from_json(read_json(path))
+        except (KeyError, TypeError, ValueError) as error:
+            wrong = f"{type(error).__name__}: {error}"
+            raise Invalid(f"{path} holds no circuit ({wrong}): must be as Circuit.save wrote it") from error
+
+    @staticmethod
+    def from_heads(
+        classes: Mapping[str, Sequence[tuple[int, int] | str]],
+        position: str | Mapping[str, str],
+        n_layers: int,
+        n_heads: int,
+        sign: int | Mapping[str, int] = 1,
+        feeds: Mapping[str, tuple[str, str | None]] | None = None,
+    ) -> "Circuit":
+        """A circuit from a published list of heads.
+
+        Args:
+            classes: name of a class -> its heads, each as (layer, head) or as text with the two numbers in this order:
+                "10.7", "L10H7", "a10.h7".
+            position: of all heads, or of each class.
+            n_layers: of the model.
+            n_heads: of one of its layers.
+            sign: of all classes, or of those that are named; the others raise the measure.
+            feeds: class -> (the class that reads from it, or "logits"; its input "q", "k" or "v"). The receiver of a
+                class that is not named is unknown.
+
+        Raises:
+            Invalid: a head is not in the model or is twice in its class, a class has no position, a sign is not +1
+                or -1, or a class that is named by an argument is not there.
+        """
+        positions = dict.fromkeys(classes, position) if isinstance(position, str) else position
+        signs = dict.fromkeys(classes, sign) if isinstance(sign, int) else sign
+        for argument, named in (("position", positions), ("sign", signs), ("feeds", feeds or {})):
+            if unknown := sorted(set(named) - set(classes)):
+                raise Invalid(f"{argument} names the class '{unknown[0]}': must be one of {', '.join(classes)}")
+        groups = []
+        for name, heads in classes.items():
+            if name not in positions:
+                raise Invalid(f"class '{name}' has no position: `position` must be one name, or one for every class")
+            if signs.get(name, 1) not in (1, -1):
+                raise Invalid(f"sign of class '{name}' = {signs[name]}: must be 1 or -1")
+            receiver, component = (feeds or {}).get(name, (None, None))
+            if receiver is not None and receiver != LOGITS and receiver not in classes:
+                raise Invalid(f"class '{name}' feeds '{receiver}': must be '{LOGITS}' or one of {', '.join(classes)}")
+            into = None if component is None else Component(component)
+            pairs = tuple(_head(head, f"class '{name}'", n_layers, n_heads) for head in heads)
+            twice = [head for head, times in Counter(pairs).items() if times > 1]
+            if twice:
+                raise Invalid(f"class '{name}' has head {twice[0][0]}.{twice[0][1]} twice: must have every head once")
+            groups.append(Group(name, positions[name], receiver, into, pairs, (), signs.get(name, 1)))
+        return Circuit(tuple(groups), n_layers, n_heads)
+
+
+def _head(head: tuple[int, int] | str, what: str, n_layers: int, n_heads: int) -> tuple[int, int]:
+    """(layer, head) of a head that is written down in one of the usual ways."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", head)) if isinstance(head, str) else tuple(head)
+    if len(numbers) != 2:
+        raise Invalid(f"{what}: head {head!r} must be a layer and a head, as (10, 7), '10.7', 'L10H7' or 'a10.h7'")
+    if not (0 <= numbers[0] < n_layers and 0 <= numbers[1] < n_heads):
+        raise Invalid(f"{what}: head {head!r} must be below {n_layers} layers of {n_heads} heads")
+    return numbers[0], numbers[1]

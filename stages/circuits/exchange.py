@@ -1,32 +1,47 @@
 """Runs in which chosen head outputs z are exchanged for others: the operation behind ablation, DCM and CMAP.
 
-1. Some semantic positions of every example, such as the last token and the queried clause's separator, are
-   the *sites*.
-2. Each head at each site gets a weight w, and its output becomes (1 - w) z + w z', where z is what the head
-   computes in this very run (so it feels exchanges below it) and z' is given: a mean, or the output in
-   another prompt or model.
+1. Some semantic positions of every example are the *sites*.
+2. `swap`: each head at each site has a weight w, and its output becomes (1 - w) z + w z', where z is what the head
+   computes in this very pass (so it feels exchanges below it) and z' is given: a mean, or the output in another prompt
+   or model. `keep`: every head at every site gives z' except that it keeps the share w of its own z.
 3. Only the positions that can change are computed (see `walker`): either the sites alone, when every other
    position is known not to depend on the weights, or everything from the earliest site on.
+4. What is wanted of the logits is read out part by part, of as many variants and examples as fit the memory, so that
+   logits of all of them never exist at once.
 
-Shapes as in `walker`, with p sites; m is n, or 1 where all examples share their weights.
+Shapes as in `walker`, with p sites; m is n, or 1 where all examples share their weights. Positions and what is read out
+are on the CPU, everything else is on the device of the model.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.circuits.budget import pass_bytes, rows_that_fit
 from stages.circuits.checks import check_heads, check_name, check_sites
 from stages.circuits.circuit import Node
-from stages.circuits.walker import Run, Walker, Window
+from stages.circuits.walker import Prefix, Run, Walker, Window
 from stages.pipeline.stage import Invalid
 
 # Semantic position -> its index in each prompt, or its indices. A node at a position with several of them is the head
-# at all of them: a head at a clause's label cannot know which clause will be asked for, and does what it does in each.
+# at all of them: at every token of a name of several tokens, or at the same token of every clause.
 Positions = Mapping[str, Int[Tensor, "n ..."]]
+
+# reduce(logits, rows): what is wanted of the logits [n e vocab] of some examples, which are `rows` of those that the
+# caller has, in some variants. Returns [n e ...], on any device.
+Reduce = Callable[[Float[Tensor, "n e vocab"], slice], Tensor]
+
+# given(layer): head outputs z' at the sites in that layer.
+Given = Callable[[int], Float[Tensor, "n p h a"]]
+
+
+def whole_logits(logits: Float[Tensor, "n e vocab"], rows: slice) -> Float[Tensor, "n e vocab"]:
+    """A `Reduce` that keeps everything; only for few variants of few examples."""
+    return logits
 
 
 @dataclass(frozen=True)
@@ -68,13 +83,22 @@ class Sites:
             Invalid: a position is outside the prompt.
         """
         check_sites(positions, length)
-        start = int(positions.min())
-        return Sites._of(Window.tail(len(positions), start, length, dtype), positions, dtype)
+        window = Window.tail(len(positions), int(positions.min()), length, dtype, positions.device)
+        return Sites._of(window, positions, dtype)
 
     @staticmethod
     def _of(window: Window, positions: Int[Tensor, "n p"], dtype: torch.dtype) -> "Sites":
         holds = window.positions[:, :, None] == positions[:, None, :]
         return Sites(positions, window, holds.to(dtype), holds.int().argmax(-1))
+
+    def shares(self, weights: Float[Tensor, "m e p heads"], first: int = 0) -> Float[Tensor, "#n e s heads 1"]:
+        """Weights at the sites as weights in the window slots from `first` on; where sites coincide, their sum."""
+        return (self.holds[:, None, first:] @ weights).clamp(max=1)[..., None]
+
+    def at_slots(self, given: Float[Tensor, "n p *rest"], first: int = 0) -> Float[Tensor, "n 1 s *rest"]:
+        """What is given at the sites, in the window slots from `first` on (anything in slots that hold none)."""
+        rows = torch.arange(len(self.site), device=self.site.device)[:, None]
+        return given[rows, self.site[:, first:]][:, None]
 
 
 def stack_positions(positions: Positions, names: Sequence[str]) -> Int[Tensor, "n p"]:
@@ -91,8 +115,14 @@ def stack_positions(positions: Positions, names: Sequence[str]) -> Int[Tensor, "
 def at_all_indices(
     weights: Bool[Tensor, "m e layers q h"], positions: Positions, names: Sequence[str]
 ) -> Bool[Tensor, "m e layers p h"]:
-    """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`."""
-    indices = torch.tensor([positions[name][0].numel() for name in names])
+    """Weights of the q named positions as weights of their p indices, in the order of `stack_positions`.
+
+    Raises:
+        Invalid: the prompts have no such position.
+    """
+    for name in names:
+        check_name(name, positions)
+    indices = torch.tensor([positions[name][0].numel() for name in names], dtype=torch.long, device=weights.device)
     return weights.repeat_interleave(indices, dim=3)
 
 
@@ -105,7 +135,7 @@ def node_weights(
     Raises:
         Invalid: a node is outside the model, or at none of the named positions.
     """
-    weights = torch.zeros(1, len(node_sets), n_layers, len(names), n_heads, dtype=torch.bool)
+    weights = torch.zeros(1, len(node_sets), n_layers, len(names), n_heads, dtype=torch.bool, device="cpu")
     for variant, nodes in enumerate(node_sets):
         for node in nodes:
             check_name(node.position, names)
@@ -130,101 +160,215 @@ def random_weights(
     n: int, counts: Sequence[int], n_layers: int, n_heads: int, generator: np.random.Generator
 ) -> Bool[Tensor, "n 1 layers p h"]:
     """A random node set for each of n examples: `counts` nodes at the p sites, without replacement."""
-    weights = torch.zeros(n, len(counts), n_layers * n_heads, dtype=torch.bool)
+    weights = torch.zeros(n, len(counts), n_layers * n_heads, dtype=torch.bool, device="cpu")
     for site, count in enumerate(counts):
         drawn = generator.random((n, n_layers * n_heads)).argsort(axis=1)[:, :count]
         weights[:, site].scatter_(1, torch.from_numpy(drawn), True)
     return weights.unflatten(-1, (n_layers, n_heads)).transpose(1, 2)[:, None]
 
 
-def outputs_at(z: Float[Tensor, "layers n t h a"], positions: Int[Tensor, "n p"]) -> Float[Tensor, "layers n p h a"]:
-    """Head outputs at chosen positions of each example."""
-    return z[:, torch.arange(len(positions))[:, None], positions]
+def at_positions(x: Float[Tensor, "n t *rest"], positions: Int[Tensor, "n p"]) -> Float[Tensor, "n p *rest"]:
+    """A stream, or head outputs, at chosen positions of each example."""
+    return x[torch.arange(len(positions), device=x.device)[:, None], positions.to(x.device)]
 
 
-def exchange(
+@dataclass(frozen=True)
+class Start:
+    """What a pass from the earliest site on takes over from a run; less than the run, so it can be kept for many.
+
+    Attributes:
+        layer: the lowest one with an exchange, or the number of layers; nothing changes below it.
+        entering: the residual stream that enters it at the sites; None where no layer has an exchange.
+        z: its head outputs at the sites, likewise.
+        leaving: the stream that leaves it in the window slots (that enters the final norm if there is no exchange).
+        background: has the keys and values that the window sees.
+    """
+
+    layer: int
+    entering: Float[Tensor, "n p d"] | None
+    z: Float[Tensor, "n p h a"] | None
+    leaving: Float[Tensor, "n s d"]
+    background: Prefix | Run
+
+    @staticmethod
+    def of(run: Run, sites: Sites, layer: int) -> "Start":
+        """What is needed of a run on the same examples."""
+        window = sites.window.positions
+        if layer == len(run.z):
+            return Start(layer, None, None, at_positions(run.residual[layer], window), run)
+        entering, z = (at_positions(x[layer], sites.positions) for x in (run.residual, run.z))
+        return Start(layer, entering, z, at_positions(run.residual[layer + 1], window), run)
+
+    def compact(self, sites: Sites) -> "Start":
+        """The same without a hold on the run: keys and values are copied as far as the window sees them."""
+        seen = sites.window.sees_background.shape[-1]
+        keys, values = (x[..., :seen, :].clone() for x in (self.background.keys, self.background.values))
+        return replace(self, background=Prefix(keys, values))
+
+
+def layers_with(weights: Tensor) -> list[int]:
+    """Layers in which some weight [m e layers p h] is not 0."""
+    return (weights != 0).transpose(0, 2).flatten(1).any(1).nonzero()[:, 0].tolist()
+
+
+def swap(
     walker: Walker,
-    run: Run,
+    start: Start,
     sites: Sites,
-    given: Float[Tensor, "layers n p h a"],
-    weights: Float[Tensor, "m e layers p h"] | Bool[Tensor, "m e layers p h"],
-    layers: Collection[int] | None = None,
-    ablated: bool = False,
+    given: Given,
+    weights: Float[Tensor, "m e layers p h"],
+    layers: Collection[int],
 ) -> Float[Tensor, "n e vocab"]:
-    """Logits at the last position when head outputs at the sites are exchanged for given ones.
+    """Logits at the last position when heads at the sites get other outputs, all else being live.
 
     Args:
         walker: the model.
-        run: the run that the other positions, and the layers below the exchange, are taken from.
-        sites: where heads are exchanged.
+        start: of a run on the examples, at the lowest of the layers.
+        sites: where heads are exchanged, with everything after them (`Sites.tail`).
         given: the outputs z' to write.
         weights: how much of z' each head gets at each site; where sites coincide, the sum, at most 1.
-        layers: layers that the weights may touch; if None, those with a weight that is not 0.
-        ablated: `run` itself has z' everywhere, and the weights say how much of its own z a head keeps.
+        layers: layers that the weights may touch.
     """
-    if layers is None:
-        layers = (weights != 0).transpose(0, 2).flatten(1).any(1).nonzero()[:, 0].tolist()
-    lowest = min(layers, default=walker.n_layers)
-    rows = torch.arange(len(sites.site))[:, None]
-    weights = weights.to(walker.dtype)
 
     def edit(layer: int, name: str, x: Tensor, first: int) -> Tensor:
-        if name != "z" or not (ablated or layer in layers):
+        if name != "z" or layer not in layers:
             return x
-        other = given[layer][rows, sites.site[:, first:]][:, None]  # n 1 s h a
-        holds = sites.holds[:, None, first:]  # n 1 s p
-        share = (holds @ weights[:, :, layer]).clamp(max=1)[..., None]  # n e s h 1
-        return torch.lerp(other, x, share) if ablated else torch.lerp(x, other, share)
+        return torch.lerp(x, sites.at_slots(given(layer), first), sites.shares(weights[:, :, layer], first))
 
+    entering = start.leaving[:, None].expand(-1, weights.shape[1], -1, -1)
+    if start.entering is None or start.z is None:
+        return walker.continue_from(start.background, sites.window, entering, start.layer, edit)
     # in the lowest layer nothing but the sites themselves can change
-    start = lowest if ablated or not layers else lowest + 1
-    entering = run.residual[start][rows, sites.window.positions]
-    entering = entering[:, None].expand(-1, weights.shape[1], -1, -1)
-    if start > lowest:
-        changed = _after_exchange(walker, run, sites, given[lowest], weights[:, :, lowest], lowest)
-        slots = sites.positions - sites.window.positions[:, :1]  # the window is a tail
-        entering = entering.scatter(2, slots[:, None, :, None].expand_as(changed), changed)
-    return walker.continue_from(run, sites.window, entering, start, edit)
-
-
-def _after_exchange(
-    walker: Walker,
-    run: Run,
-    sites: Sites,
-    given: Float[Tensor, "n p h a"],
-    weights: Float[Tensor, "m e p h"],
-    layer: int,
-) -> Float[Tensor, "n e p d"]:
-    """The residual stream at the sites after the first layer with an exchange."""
-    at, rows = sites.positions, torch.arange(len(sites.positions))[:, None]
+    at = sites.positions
     together = (at[:, :, None] == at[:, None, :]).to(walker.dtype)[:, None]  # n 1 p p
-    share = (together @ weights).clamp(max=1)[..., None]  # n e p h 1
-    z = torch.lerp(run.z[layer][rows, at][:, None], given[:, None], share)
-    return walker.after_attention(layer, run.residual[layer][rows, at][:, None], walker.attention_output(layer, z))
+    share = (together @ weights[:, :, start.layer]).clamp(max=1)[..., None]  # n e p h 1
+    z = torch.lerp(start.z[:, None], given(start.layer)[:, None], share)
+    attention = walker.attention_output(start.layer, z)
+    changed = walker.after_attention(start.layer, start.entering[:, None], attention)
+    slots = at - sites.window.positions[:, :1]  # the window is a tail
+    entering = entering.scatter(2, slots[:, None, :, None].expand_as(changed), changed)
+    return walker.continue_from(start.background, sites.window, entering, start.layer + 1, edit)
 
 
-def exchange_in_parts(
+def keep(
+    walker: Walker,
+    background: Run,
+    sites: Sites,
+    given: Given,
+    weights: Float[Tensor, "m e layers p h"],
+) -> Float[Tensor, "n e vocab"]:
+    """Logits at the last position when heads keep their own outputs, all others at the sites giving z'.
+
+    Args:
+        walker: the model.
+        background: a run in which every head gives z' everywhere.
+        sites: the only positions that are computed (`Sites.alone`).
+        given: the outputs z'.
+        weights: how much of its own output each head keeps at each site; where sites coincide, the sum, at most 1.
+    """
+    lowest = min(layers_with(weights), default=walker.n_layers)
+
+    def edit(layer: int, name: str, x: Tensor, first: int) -> Tensor:
+        if name != "z":
+            return x
+        return torch.lerp(sites.at_slots(given(layer), first), x, sites.shares(weights[:, :, layer], first))
+
+    entering = at_positions(background.residual[lowest], sites.window.positions)
+    entering = entering[:, None].expand(-1, weights.shape[1], -1, -1)
+    return walker.continue_from(background, sites.window, entering, lowest, edit)
+
+
+def swap_in_parts(
     walker: Walker,
     run: Run,
-    sites: Sites,
-    given: Float[Tensor, "layers n p h a"],
-    weights: Float[Tensor, "m e layers p h"] | Bool[Tensor, "m e layers p h"],
-    memory_mib: float,
-    ablated: bool = False,
-) -> Float[Tensor, "n e vocab"]:
-    """`exchange`, with as many variants at once as fit the memory."""
-    n, s = sites.site.shape
-    fit = rows_that_fit(walker, s, run.keys.shape[-2], memory_mib) // n
-    parts = weights.split(max(1, fit), dim=1)
-    return torch.cat([exchange(walker, run, sites, given, part, None, ablated) for part in parts], dim=1)
+    positions: Int[Tensor, "n p"],
+    given: Callable[[slice], Given],
+    weights: Bool[Tensor, "m e layers p h"],
+    memory: float,
+    reduce: Reduce,
+) -> Tensor:
+    """`swap` for as many variants and examples at once as fit.
+
+    Examples that stand in the order of their earliest site (`by_earliest`) take the least time.
+
+    Args:
+        walker: the model.
+        run: its run on the examples.
+        positions: of the sites.
+        given: the outputs z' of some of the examples.
+        weights: heads that get them.
+        memory: bytes that passes may take; the run and the results are not counted.
+        reduce: see `Reduce`.
+
+    Returns:
+        what `reduce` gives, for all examples and variants, [n e ...], on the CPU.
+    """
+    length = run.residual.shape[2]
+
+    def logits(rows: slice, some: Tensor) -> Tensor:
+        sites = Sites.tail(positions[rows].to(walker.device), length, walker.dtype)
+        layers = layers_with(some)
+        start = Start.of(run.select(rows), sites, min(layers, default=walker.n_layers))
+        return swap(walker, start, sites, given(rows), some.to(walker.dtype), layers)
+
+    def slots(rows: slice) -> int:
+        return length - int(positions[rows].min())
+
+    return in_parts(walker, weights, len(positions), slots, length, memory, logits, reduce)
 
 
-def rows_that_fit(walker: Walker, slots: int, length: int, memory_mib: float) -> int:
-    """How many prompts a pass may hold at once: a rough count of its working set, at least 1."""
-    heads = walker.n_heads * walker.head_dim
-    slot = 4 * walker.width + 3 * walker.mlp_width + 4 * heads + 3 * walker.n_heads * length
-    needed = slots * slot * walker.dtype.itemsize + walker.vocab_size * walker.logits_dtype.itemsize
-    return max(1, int(memory_mib * 2**20) // needed)
+def keep_in_parts(
+    walker: Walker,
+    background: Run,
+    positions: Int[Tensor, "n p"],
+    given: Callable[[slice], Given],
+    weights: Bool[Tensor, "m e layers p h"],
+    memory: float,
+    reduce: Reduce,
+) -> Tensor:
+    """`keep` for as many variants and examples at once as fit; arguments and result as of `swap_in_parts`."""
+    length = background.residual.shape[2]
+
+    def logits(rows: slice, some: Tensor) -> Tensor:
+        sites = Sites.alone(positions[rows].to(walker.device), length, walker.dtype)
+        part = background.select(rows)
+        return keep(walker, part, sites, given(rows), some.to(walker.dtype))
+
+    slots = positions.shape[1]
+    return in_parts(walker, weights, len(positions), lambda rows: slots, length, memory, logits, reduce)
+
+
+def in_parts(
+    walker: Walker,
+    weights: Tensor,
+    n: int,
+    slots: Callable[[slice], int],
+    length: int,
+    memory: float,
+    logits: Callable[[slice, Tensor], Float[Tensor, "n e vocab"]],
+    reduce: Reduce,
+) -> Tensor:
+    """What is read out of passes of n examples in e variants, part by part.
+
+    Args:
+        walker: the model.
+        weights: of the variants, [m e ...] with m = n or 1.
+        n: number of examples.
+        slots: how many window slots a pass over some of the examples has.
+        length: of the prompts.
+        memory: bytes that a pass may take.
+        logits: of some examples with some variants, whose weights are on the device of the model.
+        reduce: see `Reduce`.
+    """
+    everything = slice(0, n)
+    at_once = rows_that_fit(walker, pass_bytes(walker, slots(everything), length), memory)
+    found = []
+    for rows in slices(n, at_once):
+        fit = rows_that_fit(walker, pass_bytes(walker, slots(rows), length), memory) // (rows.stop - rows.start)
+        of_rows = weights if len(weights) == 1 else weights[rows]
+        some = [reduce(logits(rows, part.to(walker.device)), rows).cpu() for part in of_rows.split(max(1, fit), dim=1)]
+        found.append(torch.cat(some, dim=1))
+    return torch.cat(found)
 
 
 def by_earliest(positions: Int[Tensor, "n p"]) -> Int[Tensor, " n"]:

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.exchange import rows_that_fit, slices
+from stages.circuits.budget import MIB
+from stages.circuits.exchange import Reduce, at_positions, in_parts, whole_logits
 from stages.circuits.walker import Run, Walker, Window
 from stages.pipeline.stage import Invalid
 
@@ -44,8 +45,9 @@ def knocked_out(
     keys: Int[Tensor, "n k"],
     windows: Sequence[Collection[int]],
     memory_mib: float,
-) -> Float[Tensor, "n e vocab"]:
-    """Logits at the last position when `query` cannot attend to `keys` in the layers of each window.
+    reduce: Reduce = whole_logits,
+) -> Tensor:
+    """What is read out at the last position when `query` cannot attend to `keys` in the layers of each window.
 
     Examples that stand in the order of their query position take the least time.
 
@@ -55,7 +57,11 @@ def knocked_out(
         query: the position that is blinded, in each example.
         keys: the positions that it cannot see; a position may be named twice.
         windows: the layers in which it is blinded, one set for each variant.
-        memory_mib: how much memory a pass may take, roughly.
+        memory_mib: how much memory passes may take, beside the run and what is read out.
+        reduce: what is read out of the logits, see `exchange.Reduce`; by default all of them.
+
+    Returns:
+        [n e ...] on the CPU.
 
     Raises:
         Invalid: a key is not before its query (an attention head needs something left to see), or a window names a
@@ -70,16 +76,29 @@ def knocked_out(
     beyond = sorted({layer for window in windows for layer in window} - set(range(walker.n_layers)))
     if beyond:
         raise Invalid(f"knockout of layer {beyond[0]}: the model has layers 0 to {walker.n_layers - 1}")
-    blocked = torch.tensor([[layer in window for layer in range(walker.n_layers)] for window in windows])
-    logits = clean.logits.new_empty(len(query), len(windows), clean.logits.shape[-1])
-    # a pass holds one slot for each position from the earliest query on, the twin, and perhaps a copy
-    fit = rows_that_fit(walker, length - int(query.min()) + 2, length, memory_mib)
-    for rows in slices(len(query), fit):
-        part, n = clean.select(rows), rows.stop - rows.start
-        for last in (False, True):
-            for some in (blocked[:, -1] == last).nonzero()[:, 0].split(max(1, fit // n)):
-                logits[rows, some] = _pass(walker, part, query[rows], keys[rows], blocked[some], last)
-    return logits
+    found: dict[int, Tensor] = {}
+    for last in (False, True):
+        some = [number for number, window in enumerate(windows) if (walker.n_layers - 1 in window) == last]
+        blocked = torch.tensor(
+            [[layer in windows[number] for layer in range(walker.n_layers)] for number in some],
+            dtype=torch.bool,
+            device="cpu",
+        ).view(1, len(some), walker.n_layers)
+
+        def logits(rows: slice, part: Bool[Tensor, "1 e layers"], last: bool = last) -> Float[Tensor, "n e vocab"]:
+            at = query[rows].to(walker.device), keys[rows].to(walker.device)
+            return _pass(walker, clean.select(rows), *at, part[0], last)
+
+        def slots(rows: slice) -> int:
+            """One for each position from the earliest query on, the twin, and perhaps a copy of the last."""
+            return length - int(query[rows].min()) + 2
+
+        if some:
+            read = in_parts(walker, blocked, len(query), slots, length, memory_mib * MIB, logits, reduce)
+            found |= dict(zip(some, read.unbind(1), strict=True))
+    if not windows:
+        return reduce(clean.logits[:, None][:, :0], slice(0, len(query))).cpu()
+    return torch.stack([found[number] for number in range(len(windows))], dim=1)
 
 
 def _pass(
@@ -94,7 +113,6 @@ def _pass(
     length = clean.residual.shape[2]
     lowest = int(blocked.any(0).int().argmax()) if bool(blocked.any()) else walker.n_layers - 1
     window, twin = _window(query, keys, length, last_layer, walker.dtype)
-    rows = torch.arange(len(query))[:, None]
 
     def edit(layer: int, site: str, x: Tensor, first: int) -> Tensor:
         if site != "z" or first > 0:  # in the last layer the one slot that is left sees what it should
@@ -109,7 +127,7 @@ def _pass(
             x[:, :, -1] = x[:, :, -2]  # the copy of the last position
         return x
 
-    entering = clean.residual[lowest][rows, window.positions][:, None].expand(-1, len(blocked), -1, -1)
+    entering = at_positions(clean.residual[lowest], window.positions)[:, None].expand(-1, len(blocked), -1, -1)
     return walker.continue_from(clean, window, entering, lowest, edit)
 
 
@@ -121,22 +139,23 @@ def _window(
     Returns:
         the window, and the slot of the query itself in each example.
     """
-    start, n = int(query.min()), len(query)
-    tail = torch.arange(start, length).expand(n, -1)
+    start, n, device = int(query.min()), len(query), query.device
+    tail = torch.arange(start, length, device=device).expand(n, -1)
     copies = [tail[:, -1:]] if copy_of_last else []
     positions = torch.cat([query[:, None], tail, *copies], dim=1)
     slots = positions.shape[1]
-    everywhere = torch.arange(length)
+    everywhere = torch.arange(length, device=device)
     sees = everywhere <= positions[:, :, None]  # n s t
     is_key = (everywhere[None, None] == keys[:, :, None]).any(1)  # n t
     sees[:, 0] &= ~is_key
     if copy_of_last:
         sees[:, -1] &= ~(is_key & (query == length - 1)[:, None])
     to_tail = sees[:, :, start:]
-    own = torch.zeros(n, slots, slots, dtype=torch.bool)
+    own = torch.zeros(n, slots, slots, dtype=torch.bool, device=device)
     own[:, :, 1 : 1 + tail.shape[1]] = to_tail
     # nothing sees the twin or the copy, not even they themselves: they see the slot that has their residual stream
     masks = (
-        torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")) for seen in (sees[..., :start], own)
+        torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+        for seen in (sees[..., :start], own)
     )
     return Window(positions, *masks), 1 + query - start

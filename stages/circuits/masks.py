@@ -18,84 +18,25 @@ answer the target.
    fewest heads whose accuracy is within a tolerance of the best are selected.
 4. On further pairs the accuracy of that set is reported, next to no heads (the floor), all heads of the
    group, and, as a control, as many random heads at the same position, drawn anew for every pair.
-
-Only positions from the earliest site on and layers from the group's lowest on are computed; the rest comes
-from the clean base run, and gradients run through that tail only. All desiderata of a group are trained in
-one batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.checks import check_name, check_positions, check_tokens
+from stages.circuits.budget import MIB, making_bytes, outputs_bytes, pass_bytes, rows_that_fit, run_bytes
+from stages.circuits.checks import check_tokens
 from stages.circuits.circuit import Group, Node
-from stages.circuits.exchange import (
-    Sites,
-    exchange,
-    exchange_in_parts,
-    node_weights,
-    outputs_at,
-    random_weights,
-    rows_that_fit,
-    slices,
-)
-from stages.circuits.walker import Run, Walker
+from stages.circuits.desiderata_pairs import Desideratum, PairTable
+from stages.circuits.exchange import Given, node_weights, random_weights, slices, swap_in_parts
+from stages.circuits.mask_training import MaskSettings, RankedHeads, mask_orders
+from stages.circuits.walker import Walker
 from stages.pipeline.processes import in_processes
-
-# Rows of a pass while masks are trained: fewer waste time between the operations, more make tails longer than needed.
-TAIL_ROWS = 16
-
-# set of heads, or "random" ones -> share of the pairs answered with the target
-Accuracies = dict[frozenset[tuple[int, int]] | str, float]
-
-Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
-
-
-@runtime_checkable
-class Desideratum(Protocol):
-    """AlignedPairs of base and source prompts; `target` is the answer that the desideratum asks for."""
-
-    @property
-    def base_ids(self) -> Int[Tensor, "n t"]: ...
-    @property
-    def source_ids(self) -> Int[Tensor, "n s"]: ...
-    @property
-    def target(self) -> Int[Tensor, " n"]: ...
-    @property
-    def base_positions(self) -> Mapping[str, Int[Tensor, " n"]]: ...
-    @property
-    def source_positions(self) -> Mapping[str, Int[Tensor, " n"]]: ...
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """How masks are trained and selected.
-
-    Attributes:
-        steps: steps of Adam.
-        batch: pairs of each desideratum per step.
-        learning_rate: of Adam.
-        start: mask value that training starts from, the same for all heads.
-        sparsity: price of swapping one head, in the unit of the objective.
-        objective: "log_probability" of the target, or its raw "logit".
-        tolerance: how much accuracy on the selection pairs a smaller set of heads may give away.
-        memory_mib: how much memory a pass may take, roughly.
-    """
-
-    steps: int
-    batch: int
-    learning_rate: float
-    start: float
-    sparsity: float
-    objective: str
-    tolerance: float
-    memory_mib: float
+from stages.pipeline.stage import Invalid
 
 
 @dataclass(frozen=True)
@@ -113,8 +54,8 @@ class Carried:
         n_test: number of test pairs.
     """
 
-    selected: Heads
-    order: Heads
+    selected: RankedHeads
+    order: RankedHeads
     size: int
     accuracy: float
     floor: float
@@ -124,86 +65,16 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class PairRuns:
-    """Clean base runs and source outputs of n pairs of several desiderata.
+class Swapped:
+    """Heads of a group that are swapped in the pairs of a desideratum.
 
     Attributes:
-        base: clean runs of the base prompts.
-        positions: positions of the sites in the base prompts.
-        source: head outputs of the source prompts at their own sites, up to the highest layer that is swapped.
-        target: token that the desideratum asks for.
-        desideratum: index of the desideratum of each pair.
+        heads: (layer, head) pairs; None: as many random ones as the group has, others for each pair.
     """
 
-    base: Run
-    positions: Mapping[str, Int[Tensor, " n"]]
-    source: Mapping[str, Float[Tensor, "layers n h a"]]
-    target: Int[Tensor, " n"]
-    desideratum: Int[Tensor, " n"]
-
-    def at(self, position: str, part: slice) -> tuple[Run, Sites, Float[Tensor, "layers n 1 h a"]]:
-        """What an exchange at one site needs for some pairs: base run, sites, outputs of the source."""
-        base = self.base.select(part)
-        sites = Sites.tail(self.positions[position][part, None], base.keys.shape[-2], base.keys.dtype)
-        return base, sites, self.source[position][:, part, None]
-
-
-@dataclass(frozen=True)
-class PairTable:
-    """The pairs of several desiderata in the order of their earliest site, so that tails are short."""
-
-    base_ids: Int[Tensor, "n t"]
-    source_ids: Int[Tensor, "n s"]
-    target: Int[Tensor, " n"]
-    base_positions: Mapping[str, Int[Tensor, " n"]]
-    source_positions: Mapping[str, Int[Tensor, " n"]]
-    desideratum: Int[Tensor, " n"]
-
-    @staticmethod
-    def of(pairs: Sequence[Desideratum], sites: Sequence[str]) -> "PairTable":
-        """The table of all pairs.
-
-        Raises:
-            Invalid: pairs lack one of the sites, or have it outside a prompt.
-        """
-        for entry in pairs:
-            for what in ("base", "source"):
-                ids, at = getattr(entry, f"{what}_ids"), getattr(entry, f"{what}_positions")
-                for name in sites:
-                    check_name(name, at)
-                check_positions({name: at[name] for name in sites}, len(ids), ids.shape[1], f"{what}_positions")
-        earliest = torch.cat([torch.stack([entry.base_positions[name] for name in sites]).amin(0) for entry in pairs])
-        order = earliest.argsort(stable=True)
-        longest = max(entry.source_ids.shape[1] for entry in pairs)
-        index = torch.cat([torch.full_like(entry.target, number) for number, entry in enumerate(pairs)])
-        return PairTable(
-            torch.cat([entry.base_ids for entry in pairs])[order],
-            torch.cat([_lengthened(entry.source_ids, longest) for entry in pairs])[order],
-            torch.cat([entry.target for entry in pairs])[order],
-            {name: torch.cat([entry.base_positions[name] for entry in pairs])[order] for name in sites},
-            {name: torch.cat([entry.source_positions[name] for entry in pairs])[order] for name in sites},
-            index[order],
-        )
-
-    @torch.no_grad()
-    def run(self, walker: Walker, rows: slice | Tensor, layers: int | None = None) -> PairRuns:
-        """Run base and source prompts of some of the pairs, the source through so many layers only (None: all)."""
-        source = walker.head_outputs(self.source_ids[rows], walker.n_layers if layers is None else layers)
-        return PairRuns(
-            walker.run(self.base_ids[rows]),
-            {name: position[rows] for name, position in self.base_positions.items()},
-            {
-                name: outputs_at(source, position[rows, None])[:, :, 0]
-                for name, position in self.source_positions.items()
-            },
-            self.target[rows],
-            self.desideratum[rows],
-        )
-
-
-def _lengthened(ids: Int[Tensor, "n t"], length: int) -> Int[Tensor, "n length"]:
-    """Prompts with more tokens behind them, which no earlier position can see: only outputs before are used."""
-    return torch.nn.functional.pad(ids, (0, length - ids.shape[1]))
+    group: str
+    desideratum: str
+    heads: frozenset[tuple[int, int]] | None
 
 
 def component_masks(
@@ -216,11 +87,11 @@ def component_masks(
     generator: np.random.Generator,
     advance: Callable[[str], None] = lambda what: None,
     processes: int = 1,
-) -> dict[str, dict[str, Carried]]:
-    """What each group carries, for each desideratum: group name -> desideratum -> result.
+) -> dict[tuple[str, str], Carried]:
+    """What each group carries, for each desideratum: (group, desideratum) -> result.
 
     Args:
-        walker: the model; its parameters get no gradient.
+        walker: the model.
         train: pairs of each desideratum, for the masks.
         selection: other pairs of the same desiderata, for the number of heads.
         test: further pairs, for the accuracies.
@@ -236,189 +107,155 @@ def component_masks(
     for pairs in (train, selection, test):
         for name, entry in pairs.items():
             check_tokens(entry.target[:, None], walker.vocab_size, None, f"the target of '{name}'")
-    names = list(train)
-    orders = mask_orders(walker, [train[name] for name in names], groups, settings, advance, processes)
+    orders = mask_orders(walker, train, groups, settings, advance, processes)
     nested = [
-        [_nested(group, order[d]) for group, order in zip(groups, orders, strict=True)] for d in range(len(names))
+        Swapped(group, name, frozenset(order[:count]))
+        for (group, name), order in orders.items()
+        for count in range(len(order) + 1)
     ]
-    pairs = [selection[name] for name in names]
-    found = swap_accuracies(walker, pairs, groups, nested, settings.memory_mib, None, processes)
+    memory = settings.memory_mib
+    found = swap_accuracies(walker, selection, groups, nested, memory, None, processes)
     advance("heads selected")
-    chosen = [
-        [
-            sets[select_heads([accuracy[frozenset(heads)] for heads in sets], settings.tolerance)]
-            for sets, accuracy in zip(*each, strict=True)
-        ]
-        for each in zip(nested, found, strict=True)
+    chosen: dict[tuple[str, str], RankedHeads] = {}
+    for (group, name), order in orders.items():
+        accuracies = [found[Swapped(group, name, frozenset(order[:count]))] for count in range(len(order) + 1)]
+        chosen[group, name] = order[: fewest_enough(accuracies, settings.tolerance)]
+    final = [
+        Swapped(group, name, heads)
+        for (group, name), order in orders.items()
+        for heads in (frozenset(), frozenset(chosen[group, name]), frozenset(order), None)
     ]
-    final = [[[heads, group.heads] for heads, group in zip(each, groups, strict=True)] for each in chosen]
-    pairs = [test[name] for name in names]
-    found = swap_accuracies(walker, pairs, groups, final, settings.memory_mib, generator, processes)
+    found = swap_accuracies(walker, test, groups, final, memory, generator, processes)
     advance("accuracies")
     return {
-        group.name: {
-            name: Carried(
-                selected=chosen[d][g],
-                order=nested[d][g][-1],
-                size=len(group.heads),
-                accuracy=found[d][g][frozenset(chosen[d][g])],
-                floor=found[d][g][frozenset()],
-                all_heads_accuracy=found[d][g][frozenset(group.heads)],
-                random_accuracy=found[d][g]["random"],
-                n_test=len(test[name].target),
-            )
-            for d, name in enumerate(names)
-        }
-        for g, group in enumerate(groups)
+        (group, name): Carried(
+            selected=chosen[group, name],
+            order=order,
+            size=len(order),
+            accuracy=found[Swapped(group, name, frozenset(chosen[group, name]))],
+            floor=found[Swapped(group, name, frozenset())],
+            all_heads_accuracy=found[Swapped(group, name, frozenset(order))],
+            random_accuracy=found[Swapped(group, name, None)],
+            n_test=len(test[name].target),
+        )
+        for (group, name), order in orders.items()
     }
-
-
-def mask_orders(
-    walker: Walker,
-    pairs: Sequence[Desideratum],
-    groups: Sequence[Group],
-    settings: MaskSettings,
-    advance: Callable[[str], None] = lambda what: None,
-    processes: int = 1,
-) -> list[Int[Tensor, "desiderata heads"]]:
-    """For each group, the order of its heads by the masks that are trained on the pairs of each desideratum."""
-    walker.model.requires_grad_(False)
-    table = PairTable.of(pairs, sorted({group.position for group in groups}))
-    stride = max(1, len(table.target) // (settings.batch * len(pairs)))  # so every batch has early and late sites
-    batches = [
-        table.run(walker, torch.arange(first, len(table.target), stride), _layers(groups))
-        for first in range(min(stride, settings.steps))
-    ]
-
-    def train_group(group: Group) -> Int[Tensor, "desiderata heads"]:
-        return nested_order(*train_masks(walker, batches, group, len(pairs), settings))
-
-    orders = []
-    for group, order in zip(groups, in_processes(train_group, groups, processes), strict=True):
-        orders.append(order)
-        advance(f"masks of {group.name}")
-    return orders
-
-
-def train_masks(
-    walker: Walker, batches: Sequence[PairRuns], group: Group, n_desiderata: int, settings: MaskSettings
-) -> tuple[Float[Tensor, "desiderata heads"], Float[Tensor, "desiderata heads"]]:
-    """Masks w of one group after training, and their means over the steps (who went first, and stayed)."""
-    layers, heads = _indices(group)
-    prepared = []
-    for batch in batches:
-        fit = rows_that_fit(walker, *_tail_shape(batch, group.position), settings.memory_mib)
-        parts = []
-        for part in slices(len(batch.target), min(fit, TAIL_ROWS)):  # in order of their sites
-            parts.append((*batch.at(group.position, part), batch.target[part], batch.desideratum[part]))
-        counts = torch.bincount(batch.desideratum, minlength=n_desiderata)
-        prepared.append((parts, counts.clamp(min=1).to(walker.dtype)))
-    mask = torch.full((n_desiderata, len(heads)), settings.start, dtype=walker.dtype, requires_grad=True)
-    mean = torch.zeros_like(mask)
-    optimizer = torch.optim.Adam([mask], lr=settings.learning_rate)
-    for step in range(settings.steps):
-        parts, counts = prepared[step % len(prepared)]
-        optimizer.zero_grad()
-        for run, sites, source, target, desideratum in parts:
-            share = torch.zeros(n_desiderata, walker.n_layers, walker.n_heads, dtype=walker.dtype)
-            share = share.index_put((torch.arange(n_desiderata)[:, None], layers, heads), 1 - mask)
-            weights = share[desideratum][:, None, :, None]
-            logits = exchange(walker, run, sites, source, weights, set(layers.tolist()))[:, 0]
-            if settings.objective == "log_probability":
-                logits = logits.log_softmax(-1)
-            gain = logits.gather(1, target[:, None])[:, 0]
-            (-(gain / counts[desideratum]).sum()).backward()
-        (settings.sparsity * (1 - mask).sum()).backward()
-        optimizer.step()
-        with torch.no_grad():
-            mask.clamp_(0, 1)
-            mean += mask / settings.steps
-    return mask.detach(), mean
-
-
-def nested_order(
-    mask: Float[Tensor, "desiderata heads"], mean: Float[Tensor, "desiderata heads"]
-) -> Int[Tensor, "desiderata heads"]:
-    """Heads in the order in which they join: by mask; by its mean where masks are clamped alike."""
-    return torch.from_numpy(np.lexsort((mean.numpy(), mask.numpy()), axis=1))
 
 
 def swap_accuracies(
     walker: Walker,
-    desiderata: Sequence[Desideratum],
+    pairs: Mapping[str, Desideratum],
     groups: Sequence[Group],
-    sets: Sequence[Sequence[Sequence[Heads]]],
+    swapped: Sequence[Swapped],
     memory_mib: float,
     generator: np.random.Generator | None = None,
     processes: int = 1,
-) -> list[list[Accuracies]]:
+) -> dict[Swapped, float]:
     """Shares of pairs answered with the target when heads at a group's position are swapped.
 
     Args:
         walker: the model.
-        desiderata: the pairs of each.
+        pairs: of each desideratum.
         groups: give the positions.
-        sets: sets of heads to swap, for each desideratum and group.
-        memory_mib: how much memory a pass may take, roughly.
-        generator: draws as many random heads as the group has, anew for each pair; None: no such control.
+        swapped: what to swap; without heads it is the floor.
+        memory_mib: how much memory each process may take beside the model.
+        generator: draws random heads, if any are asked for.
         processes: how many to spread the pairs over.
-
-    Returns:
-        for each desideratum and group, the accuracy of each of its sets, of the empty set (the floor), and of "random"
-        heads.
     """
-    shape = (walker.n_layers, walker.n_heads)
-    layers = None if generator is not None else _layers(groups)  # random heads are of any layer
-    tables: list[PairTable] = []
-    distinct: list[list[list[frozenset[tuple[int, int]]]]] = []
-    weights: list[list[Tensor]] = []
-    for pairs, of_groups in zip(desiderata, sets, strict=True):
-        table = PairTable.of([pairs], sorted({group.position for group in groups}))
-        tables.append(table)
-        distinct.append(
-            [sorted({frozenset(heads) for heads in each} - {frozenset()}, key=sorted) for each in of_groups]
-        )
-        weights.append([])
-        for group, each in zip(groups, distinct[-1], strict=True):
-            nodes = [[Node(layer, head, group.position) for layer, head in heads] for heads in each]
-            n = len(table.target)
-            weight = node_weights(nodes, table.base_positions, [group.position], *shape).expand(n, -1, -1, -1, -1)
-            if generator is not None:
-                weight = torch.cat([weight, random_weights(n, [len(group.heads)], *shape, generator)], 1)
-            weights[-1].append(weight)
+    tables = {
+        name: PairTable.of([entry], sorted({group.position for group in groups})) for name, entry in pairs.items()
+    }
+    asked = {
+        name: [_Question.of(walker, table, group, name, swapped, generator) for group in groups]
+        for name, table in tables.items()
+    }
+    # random heads are of any layer
+    highest = None if generator is not None else max(layer for group in groups for layer, _ in group.heads)
+    layers = walker.n_layers if highest is None else highest + 1
+    parts: list[tuple[str, slice]] = []
+    for name, table in tables.items():
+        length = table.base_ids.shape[1]
+        of_source = layers * len(table.source_positions) * walker.n_heads * walker.head_dim * walker.dtype.itemsize
+        each = max(outputs_bytes(walker, table.source_ids.shape[1]), making_bytes(walker, length)) + 2 * of_source
+        fit = rows_that_fit(walker, each, memory_mib * MIB, pass_bytes(walker, length, length))
+        parts += [(name, rows) for rows in slices(len(table), fit)]
 
     @torch.no_grad()
-    def hits_of(part: tuple[int, slice]) -> Int[Tensor, " counts"]:
+    def hits_of(part: tuple[str, slice]) -> Int[Tensor, " counts"]:
         """Hits with nothing swapped, then those of every set of every group."""
-        d, rows = part
-        runs = tables[d].run(walker, rows, layers)
-        hits = [(runs.base.logits.argmax(-1) == runs.target).sum()[None]]
-        for group, weight in zip(groups, weights[d], strict=True):
-            if weight.shape[1]:
-                at = runs.at(group.position, slice(None))
-                logits = exchange_in_parts(walker, *at, weight[rows], memory_mib)
-                hits.append((logits.argmax(-1) == runs.target[:, None]).sum(0))
-        return torch.cat(hits)
+        table, rows = tables[part[0]], part[1]
+        sources = table.source_outputs(walker, rows, layers)
+        base = table.base_run(walker, rows)
+        n, length = base.residual.shape[1:3]
+        left = memory_mib * MIB - n * run_bytes(walker, length) - sum(source.nbytes for source in sources.values())
+        target = table.target[rows].to(walker.device)
+        found = [(base.logits.argmax(-1) == target).sum()[None].cpu()]
+        for question in asked[part[0]]:
+            if not question.swapped:
+                continue
+            name = question.group.position
 
-    parts = []
-    for d, table in enumerate(tables):
-        n, length = table.base_ids.shape
-        parts += [(d, rows) for rows in slices(n, rows_that_fit(walker, length, length, memory_mib))]
-    hits = [torch.zeros((), dtype=torch.long) for _ in tables]
-    for (d, _), some in zip(parts, in_processes(hits_of, parts, processes), strict=True):
-        hits[d] = hits[d] + some
-    found: list[list[Accuracies]] = []
-    for d, table in enumerate(tables):
-        floor, *rest = [count / len(table.target) for count in hits[d].tolist()]
-        found.append([])
-        for each, weight in zip(distinct[d], weights[d], strict=True):
-            keys = [frozenset(), *each, *(["random"] if generator is not None else [])]
-            shares, rest = rest[: weight.shape[1]], rest[weight.shape[1] :]
-            found[-1].append(dict(zip(keys, [floor, *shares], strict=True)))
+            def given(some: slice, source: Tensor = sources[name]) -> Given:
+                return lambda layer: source[layer][some, None]
+
+            def hits(logits: Float[Tensor, "n e vocab"], some: slice, target: Tensor = target) -> Bool[Tensor, "n e"]:
+                return logits.argmax(-1) == target[some, None]
+
+            at, weights = table.base_positions[name][rows, None], question.weights(rows)
+            found.append(swap_in_parts(walker, base, at, given, weights, left, hits).sum(0))
+        return torch.cat(found)
+
+    hits = {name: torch.zeros((), dtype=torch.long, device="cpu") for name in tables}
+    for (name, _), some in zip(parts, in_processes(hits_of, parts, processes), strict=True):
+        hits[name] = hits[name] + some
+    found: dict[Swapped, float] = {}
+    for name, table in tables.items():
+        floor, *rest = (count / len(table) for count in hits[name].tolist())
+        found |= {swap: floor for swap in swapped if swap.desideratum == name and swap.heads == frozenset()}
+        found |= dict(zip([swap for question in asked[name] for swap in question.swapped], rest, strict=True))
     return found
 
 
-def select_heads(accuracies: Sequence[float], tolerance: float) -> int:
+@dataclass(frozen=True)
+class _Question:
+    """The sets of heads of one group that are swapped in the pairs of one desideratum, in the order of the variants."""
+
+    group: Group
+    swapped: Sequence[Swapped]
+    fixed: Bool[Tensor, "1 e layers 1 h"]
+    random: Bool[Tensor, "n 1 layers 1 h"] | None
+
+    @staticmethod
+    def of(
+        walker: Walker,
+        table: PairTable,
+        group: Group,
+        desideratum: str,
+        swapped: Sequence[Swapped],
+        generator: np.random.Generator | None,
+    ) -> "_Question":
+        own = {swap for swap in swapped if (swap.group, swap.desideratum) == (group.name, desideratum)}
+        shape, name = (walker.n_layers, walker.n_heads), group.position
+        sets = sorted({swap.heads for swap in own if swap.heads}, key=sorted)
+        nodes = [[Node(layer, head, name) for layer, head in heads] for heads in sets]
+        fixed = node_weights(nodes, table.base_positions, [name], *shape)
+        order = [Swapped(group.name, desideratum, heads) for heads in sets]
+        if not any(swap.heads is None for swap in own):
+            return _Question(group, order, fixed, None)
+        if generator is None:
+            raise Invalid(f"random heads of group '{group.name}' are asked for without a generator: must be given one")
+        random = random_weights(len(table), [len(group.heads)], *shape, generator)
+        return _Question(group, [*order, Swapped(group.name, desideratum, None)], fixed, random)
+
+    def weights(self, rows: slice) -> Bool[Tensor, "m e layers 1 h"]:
+        """Of some of the pairs."""
+        if self.random is None:
+            return self.fixed
+        random = self.random[rows]
+        return torch.cat([self.fixed.expand(len(random), -1, -1, -1, -1), random], 1)
+
+
+def fewest_enough(accuracies: Sequence[float], tolerance: float) -> int:
     """How many heads to select: the fewest whose accuracy is within the tolerance of the best.
 
     Args:
@@ -427,25 +264,3 @@ def select_heads(accuracies: Sequence[float], tolerance: float) -> int:
     """
     enough = max(accuracies) - tolerance - 1e-12
     return next(count for count, accuracy in enumerate(accuracies) if accuracy >= enough)
-
-
-def _nested(group: Group, order: Int[Tensor, " heads"]) -> list[Heads]:
-    """No heads, the first, the first two, ..., all heads of an order."""
-    ordered = [group.heads[index] for index in order.tolist()]
-    return [tuple(ordered[:count]) for count in range(len(ordered) + 1)]
-
-
-def _indices(group: Group) -> tuple[Int[Tensor, " heads"], Int[Tensor, " heads"]]:
-    pairs = torch.tensor(group.heads)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _layers(groups: Sequence[Group]) -> int:
-    """How many layers there are up to the highest one with a head of a group."""
-    return 1 + max(layer for group in groups for layer, _ in group.heads)
-
-
-def _tail_shape(pairs: PairRuns, position: str) -> tuple[int, int]:
-    """Window slots of the pairs' tail, and length of the prompts."""
-    length = pairs.base.keys.shape[-2]
-    return length - int(pairs.positions[position].min()), length

@@ -1,7 +1,7 @@
 """The circuit drawn: positions across in reading order, layers up, heads as dots, arrows for the hops.
 
-The base's panel says what the circuit is (colour = group, size = path-patching score); the arms' panels show
-the same heads coloured by how much tuning changed their weights.
+The base's panel says what the circuit is (colour = group, reds = groups that work against the answer, size =
+path-patching score); the arms' panels show the same heads coloured by how much tuning changed their weights.
 """
 
 import numpy as np
@@ -27,6 +27,7 @@ GROUP_COLOURS = (
     "#A0522D",
     "#444444",
 )
+AGAINST_COLOURS = ("#B2182B", "#67001F", "#F4707A", "#7A3B3B")  # of groups that work against the answer
 LOGITS = "logits"
 Point = tuple[float, float]
 
@@ -43,7 +44,7 @@ def draw(
     """Base above, arms below.
 
     Args:
-        heads: group, position, layer, head, score: the base's circuit.
+        heads: group, position, layer, head, score, sign: the base's circuit.
         paths: group, receiver (a group or "logits"), component.
         changes: arm, layer, head, change.
         positions: columns, in reading order.
@@ -131,7 +132,10 @@ def _base(
     axes.set_xticks(range(len(positions)), [position.replace("_", "\n", 1) for position in positions])
     axes.set_ylabel("Layer")
     groups = list(dict.fromkeys(heads["group"]))
-    colours = {group: GROUP_COLOURS[index % len(GROUP_COLOURS)] for index, group in enumerate(groups)}
+    colours: dict[str, str] = {}
+    for sign, palette in ((1, GROUP_COLOURS), (-1, AGAINST_COLOURS)):
+        of_sign = [group for group in groups if heads.loc[heads["group"] == group, "sign"].iloc[0] == sign]
+        colours |= {group: palette[index % len(palette)] for index, group in enumerate(of_sign)}
     strongest = float(heads["score"].abs().max()) or 1.0
     centres: dict[str, Point] = {LOGITS: (float(len(positions) - 1), n_layers + 0.1)}
     times_drawn: dict[Point, int] = {}
@@ -234,7 +238,9 @@ def _arm(
         (layer, head): value for layer, head, value in changes[["layer", "head", "change"]].itertuples(index=False)
     }
     nodes: dict[tuple[str, int, int], float] = {}  # a head of several groups has its largest score
-    for _, position, layer, head, score in heads.itertuples(index=False, name=None):
+    for position, layer, head, score in heads[["position", "layer", "head", "score"]].itertuples(
+        index=False, name=None
+    ):
         nodes[position, layer, head] = max(abs(score), nodes.get((position, layer, head), 0.0))
     strongest = max(nodes.values()) or 1.0
     for (position, layer, head), score in nodes.items():

@@ -28,7 +28,8 @@ def with_adapters(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "P
     """The model, in which now only adapters are trained; at first they change nothing.
 
     Raises:
-        Invalid: the model has no module of one of the names.
+        Invalid: the model has no module of one of the names, or one shares its matrix with the embeddings, which then
+            would change as well in the plain weights.
     """
     from peft import LoraConfig, inject_adapter_in_model  # only where adapters are asked for
 
@@ -36,6 +37,15 @@ def with_adapters(model: "PreTrainedModel", lora: LoraSettings, seed: int) -> "P
     for module in lora.modules:
         if module not in names:
             raise Invalid(f"finetune.common.lora.modules: '{module}' must be one of {', '.join(sorted(names))}")
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    for name, module in model.named_modules():
+        if tied and module is head and name.rpartition(".")[2] in lora.modules:
+            raise Invalid(
+                f"finetune.common.lora.modules: '{name}' shares its matrix with the embeddings of this base: must be "
+                f"other modules ({', '.join(sorted(names - set(lora.modules)))})"
+            )
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.modules), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

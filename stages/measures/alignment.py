@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.circuits.budget import MIB, making_bytes, rows_that_fit
 from stages.circuits.walker import Walker
 
 
@@ -37,9 +38,13 @@ def hsic(x: Float[Tensor, "n d"], y: Float[Tensor, "n c"]) -> float:
 
 
 @torch.no_grad()
-def last_streams(walker: Walker, input_ids: Int[Tensor, "n t"], batch: int = 32) -> Float[Tensor, "layers n d"]:
-    """The residual stream at the last token after each layer."""
-    return torch.cat([walker.run(rows).residual[1:, :, -1] for rows in input_ids.split(batch)], dim=1)
+def last_streams(
+    walker: Walker, input_ids: Int[Tensor, "n t"], batch: int = 32, memory_mib: float = 1024.0
+) -> Float[Tensor, "layers n d"]:
+    """The residual stream at the last token after each layer, of so many prompts at once, or as many as fit."""
+    size = min(batch, rows_that_fit(walker, making_bytes(walker, input_ids.shape[1], ("residual",)), memory_mib * MIB))
+    parts = input_ids.to(walker.device).split(size)
+    return torch.cat([walker.run(rows, keep=("residual",)).residual[1:, :, -1].cpu().clone() for rows in parts], dim=1)
 
 
 def layer_cka(base: Float[Tensor, "layers n d"], tuned: Float[Tensor, "layers n d"]) -> dict[str, object]:

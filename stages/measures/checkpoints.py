@@ -16,33 +16,33 @@ from stages.circuits.circuit import Node
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs
 from stages.measures.faithfulness import circuit_record, evaluate_circuits
-from stages.tasks.examples import Clauses, Examples, Prompts
+from stages.measures.prompts import Prompts
 
 
 def scores(
     model: PreTrainedModel,
     nodes: Collection[Node],
-    prompts: Int[Tensor, "n t"],
-    old: Examples,
-    new: Prompts,
+    reference: Int[Tensor, "n t"],
+    old: Prompts,
+    new_ids: Int[Tensor, "m u"],
+    new_valid: Int[Tensor, "m v"],
     memory_mib: float,
-    clauses: Clauses | str,
 ) -> dict[str, Any]:
-    """Means over the examples: of the whole model (`full`), with the circuit in place (`kept`), and `new_accuracy`.
+    """Means over the prompts: of the whole model (`full`), with the circuit in place (`kept`), and `new_accuracy`.
 
     Args:
         model: a checkpoint, or the base.
         nodes: the base's circuit; without one, `kept` is the model with every head ablated.
-        prompts: what the mean head outputs are taken over.
-        old: evaluation examples of the old task.
-        new: evaluation prompts of the new task.
-        memory_mib: how much memory a pass may take, roughly.
-        clauses: where a node at a token of a clause is kept.
+        reference: prompts that the mean head outputs are taken over.
+        old: evaluation prompts of the old task, at the positions where nodes are kept.
+        new_ids: evaluation prompts of the new task.
+        new_valid: their right answers, padded with -1.
+        memory_mib: how much memory may be taken beside the model.
     """
     walker = Walker(model)
-    means = mean_outputs(walker, prompts, memory_mib)
-    found = evaluate_circuits(walker, means, old, [nodes], [], memory_mib, clauses)
-    right = is_valid(last_log_probs(model, new.input_ids), new.valid)
+    means = mean_outputs(walker, reference, memory_mib)
+    found = evaluate_circuits(walker, means, old, [nodes], [], memory_mib)
+    right = is_valid(last_log_probs(model, new_ids), new_valid)
     return {
         "full": found.full.means()[0],
         "kept": found.in_place.means()[0],

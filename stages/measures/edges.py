@@ -16,16 +16,16 @@ from math import sqrt
 
 import numpy as np
 
-from stages.measures.effects import Both, Effects, Vector, crossed, within
+from stages.measures.edge_scores import Both, EdgeScores, Vector, crossed, within
 
 
-def changes(base: Effects, tuned: Effects, strong: float) -> dict[str, dict[str, float | None]]:
+def edge_changes(base: EdgeScores, tuned: EdgeScores, strong: float) -> dict[str, dict[str, float | None]]:
     """Of all hops "together", and of each hop."""
-    entries = {"together": _changes(base.edges(), tuned.edges(), strong)}
-    return entries | {hop: _changes(base.edges(hop), tuned.edges(hop), strong) for hop in base.hops}
+    entries = {"together": _entry(base.edges(), tuned.edges(), strong)}
+    return entries | {hop: _entry(base.edges(hop), tuned.edges(hop), strong) for hop in base.hops}
 
 
-def _changes(base: Both, tuned: Both, strong: float) -> dict[str, float | None]:
+def _entry(base: Both, tuned: Both, strong: float) -> dict[str, float | None]:
     size = _product(base, base)
     delta = tuned - base
     both = base.mean(0), tuned.mean(0)

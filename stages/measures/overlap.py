@@ -1,10 +1,13 @@
 """Which nodes are the strongest in both models, as a curve over their number k.
 
 A node is a head at a position; its strength is its largest absolute effect in any hop there. Let A be the k strongest
-of one model and B those of another, on the other half of the examples (see `effects`).
+of one model and B those of another, on the other half of the examples (see `edge_scores`). A node without any effect
+(strength 0) is not among the strongest: which of many such nodes came first would say nothing, and be the same in all
+models. So A has fewer than k nodes where fewer do anything.
 
-- share: |A and B| / k, what is kept of the base's k strongest nodes; jaccard: |A and B| / |A or B|;
-- chance: what random sets of k of all N nodes have; |A and B| is hypergeometric, so its share is k / N on average;
+- share: |A and B| / max(|A|, |B|), what is kept of the base's k strongest nodes; jaccard: |A and B| / |A or B|;
+- chance: what random sets of these sizes of all N nodes have; |A and B| is hypergeometric, so of two sets of k nodes
+  the share is k / N on average;
 - layered: what random sets have that hold as many nodes of every layer at every position as A and B do. This is the
   stricter floor, since which layers do the work is half of the answer. Inside a layer of H nodes of which a and b are
   chosen the overlap is again hypergeometric, a b / H on average; the sum over layers is an exact convolution;
@@ -19,42 +22,46 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from stages.measures.effects import Both, Effects, Vector, mean
+from stages.measures.edge_scores import Both, EdgeScores, Vector, mean
 from stages.measures.size_curve import sizes
 
 SCORES = ("share", "jaccard", "chance", "chance_jaccard", "layered", "layered_jaccard", "corrected")
 
 
-def strengths(effects: Effects) -> tuple[Both, Int[np.ndarray, " m"]]:
+def strengths(scores: EdgeScores) -> tuple[Both, Int[np.ndarray, " m"]]:
     """Strength of every node that can do something, on each half, and the number of its layer and position."""
-    layers, heads = effects.live.shape[1:]
+    layers, heads = scores.live.shape[1:]
     values, strata = [], []
-    for number, position in enumerate(dict.fromkeys(effects.positions)):
-        here = [index for index, name in enumerate(effects.positions) if name == position]
-        live = effects.live[here].any(0)
-        values.append(np.abs(effects.halves[:, here]).max(1)[:, live])
+    for number, position in enumerate(dict.fromkeys(scores.positions)):
+        here = [index for index, name in enumerate(scores.positions) if name == position]
+        live = scores.live[here].any(0)
+        values.append(np.abs(scores.halves[:, here]).max(1)[:, live])
         strata.append(np.repeat(np.arange(layers) + number * layers, heads).reshape(layers, heads)[live])
     return np.concatenate(values, axis=1), np.concatenate(strata)
 
 
 def overlap_at(one: Vector, other: Vector, strata: Int[np.ndarray, " m"], k: int) -> dict[str, float | None]:
-    """All scores of the k strongest nodes of each; `corrected` is None where chance reaches 1."""
-    chosen = [set(np.argsort(-values, kind="stable")[:k].tolist()) for values in (one, other)]
+    """All scores of the k strongest nodes of each; `corrected` is None where chance reaches 1, all are where no node
+    does anything in either."""
+    chosen = [{i for i in np.argsort(-values, kind="stable")[:k].tolist() if values[i] != 0} for values in (one, other)]
+    counts = len(chosen[0]), len(chosen[1])
+    if counts == (0, 0):
+        return dict.fromkeys(SCORES)
     common = len(chosen[0] & chosen[1])
-    uniform = _hypergeometric(len(one), k, k)
+    uniform = _hypergeometric(len(one), *counts)
     layered = np.ones(1)
     for stratum in np.unique(strata):
         inside = set(np.flatnonzero(strata == stratum).tolist())
         layered = np.convolve(layered, _hypergeometric(len(inside), *(len(inside & nodes) for nodes in chosen)))
-    share, floor = common / k, _expected(layered, k)[0]
+    share, floor = common / max(counts), _expected(layered, *counts)[0]
     return dict(
         zip(
             SCORES,
             (
                 share,
-                common / (2 * k - common),
-                *_expected(uniform, k),
-                *_expected(layered, k),
+                common / (sum(counts) - common),
+                *_expected(uniform, *counts),
+                *_expected(layered, *counts),
                 (share - floor) / (1 - floor) if floor < 1 - 1e-12 else None,
             ),
             strict=True,
@@ -62,7 +69,7 @@ def overlap_at(one: Vector, other: Vector, strata: Int[np.ndarray, " m"], k: int
     )
 
 
-def overlap_curve(one: Effects, other: Effects, grid: Sequence[int]) -> dict[str, list[float | None]]:
+def overlap_curve(one: EdgeScores, other: EdgeScores, grid: Sequence[int]) -> dict[str, list[float | None]]:
     """Scores of two models with the same hops at every k, across halves; of one with itself if it is given twice."""
     (ours, strata), (theirs, _) = strengths(one), strengths(other)
     curve: dict[str, list[float | None]] = {name: [] for name in SCORES}
@@ -73,7 +80,7 @@ def overlap_curve(one: Effects, other: Effects, grid: Sequence[int]) -> dict[str
     return curve
 
 
-def overlaps(base: Effects, tuned: Effects, circuit_size: int) -> dict[str, Any]:
+def overlaps(base: EdgeScores, tuned: EdgeScores, circuit_size: int) -> dict[str, Any]:
     """Observed, ceiling (mean of each model with itself) and chance over the sizes, and at the size of the circuit.
 
     Returns:
@@ -97,9 +104,9 @@ def overlaps(base: Effects, tuned: Effects, circuit_size: int) -> dict[str, Any]
     }
 
 
-def node_grid(effects: Effects) -> list[int]:
+def node_grid(scores: EdgeScores) -> list[int]:
     """Sizes from 1 to less than all nodes, where every overlap is 1."""
-    return sizes(strengths(effects)[0].shape[1])[1:-1]
+    return sizes(strengths(scores)[0].shape[1])[1:-1]
 
 
 @cache
@@ -108,7 +115,7 @@ def _hypergeometric(total: int, first: int, second: int) -> Float[np.ndarray, " 
     return stats.hypergeom.pmf(np.arange(min(first, second) + 1), total, first, second)
 
 
-def _expected(overlap: Float[np.ndarray, " o"], k: int) -> tuple[float, float]:
-    """Mean share and mean Jaccard index of sets of k nodes whose overlap is so distributed."""
+def _expected(overlap: Float[np.ndarray, " o"], first: int, second: int) -> tuple[float, float]:
+    """Mean share and mean Jaccard index of sets of these sizes whose overlap is so distributed."""
     common = np.arange(len(overlap))
-    return float(overlap @ common) / k, float(overlap @ (common / (2 * k - common)))
+    return float(overlap @ common) / max(first, second), float(overlap @ (common / (first + second - common)))

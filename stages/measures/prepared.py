@@ -1,102 +1,112 @@
 """A model with its runs on some prompts kept, so that many small questions about its circuits cost little each.
 
-Every question needs a clean run and the run in which every head gives its mean; both are made once. They are held in
-memory as a whole, so this is for hundreds of prompts of a small model, or few of a large one.
+A question needs a clean run, or the run in which every head gives its mean. Runs are made when they are first asked
+for, on parts of the prompts, and kept as long as all that is kept fits one half of the memory; the others are made
+again for every question. The other half is for passes, and for runs that are made.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.circuits.ablation import ablated_run, circuits_in_place, nodes_removed
+from stages.circuits.budget import MIB, run_bytes
 from stages.circuits.circuit import Node
-from stages.circuits.exchange import rows_that_fit, slices
+from stages.circuits.exchange import Reduce, slices
+from stages.circuits.knockout import knocked_out
 from stages.circuits.walker import Run, Walker
-from stages.measures.faithfulness import Readout
-from stages.tasks.examples import Clauses, Examples
+from stages.measures.faithfulness import runs_that_fit
+from stages.measures.prompts import Prompts
+from stages.measures.readout import Readout, reading
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some examples with the model's runs on them: plain, and with every head mean-ablated everywhere."""
-
-    examples: Examples
-    clean: Run
-    ablated: Run
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """A model and its runs on examples; make it with `Prepared.of`."""
+    """A model and its runs on prompts.
 
-    walker: Walker
-    means: Float[Tensor, "layers t h a"]
-    memory_mib: float
-    clauses: Clauses | str
-    parts: Sequence[Part]
+    Prompts that are `prompts.in_tail_order` make the questions cheaper.
 
-    @staticmethod
-    @torch.no_grad()
-    def of(
-        walker: Walker,
-        means: Float[Tensor, "layers t h a"],
-        examples: Examples,
-        memory_mib: float,
-        clauses: Clauses | str = Clauses.EVERY,
-    ) -> "Prepared":
-        """Run the model; examples `faithfulness.in_tail_order` make the questions cheaper. `clauses` says where nodes
-        at a token of a clause are kept or removed."""
-        length = examples.input_ids.shape[1]
-        parts = []
-        for rows in slices(len(examples), rows_that_fit(walker, length, length, memory_mib)):
-            some = examples.select(rows)
-            parts.append(Part(some, walker.run(some.input_ids), ablated_run(walker, some.input_ids, means)))
-        return Prepared(walker, means, memory_mib, clauses, parts)
+    Attributes:
+        walker: the model.
+        means: its mean head outputs.
+        prompts: with answers and positions.
+    """
+
+    def __init__(
+        self, walker: Walker, means: Float[Tensor, "layers t h a"], prompts: Prompts, memory_mib: float
+    ) -> None:
+        self.walker, self.means, self.prompts = walker, means, prompts
+        self._half = memory_mib / 2
+        self._run_mib = run_bytes(walker, prompts.input_ids.shape[1]) / MIB
+        self._parts = slices(len(prompts), runs_that_fit(walker, prompts, self._half))
+        self._kept: dict[tuple[int, bool], Run] = {}
+        self._kept_mib = 0.0
+
+    def make_runs(self) -> None:
+        """Make the runs that are kept now, so that forked processes share them."""
+        for rows in self._parts:
+            for clean in (True, False):
+                if not self._fits(rows):
+                    return
+                self._run(rows, clean)
 
     def full(self) -> Readout:
         """The whole model, one variant."""
-        return self._joined([part.clean.logits[:, None] for part in self.parts])
+        return Readout.join([read(run.logits[:, None], slice(0, len(part))) for _, part, run, read in self._runs(True)])
 
     def in_place(self, circuits: Sequence[Collection[Node]]) -> Readout:
         """Each circuit, everything else mean-ablated."""
-        return self._joined(
-            [
-                circuits_in_place(
-                    self.walker, part.ablated, self.means, part.examples.places(self.clauses), circuits, self.memory_mib
-                )
-                for part in self.parts
-            ]
-        )
+        found = []
+        for _, part, run, read in self._runs(False):
+            left = self._left(part)
+            found.append(circuits_in_place(self.walker, run, self.means, part.positions, circuits, left, read))
+        return Readout.join(found)
 
     def without(self, removed: Sequence[Collection[Node]]) -> Readout:
         """The model with only each set of nodes mean-ablated."""
-        return self._joined(
-            [
-                torch.stack(
-                    [
-                        nodes_removed(
-                            self.walker,
-                            part.clean,
-                            self.means,
-                            part.examples.places(self.clauses),
-                            nodes,
-                            self.memory_mib,
-                        )
-                        for nodes in removed
-                    ],
-                    dim=1,
-                )
-                for part in self.parts
-            ]
-        )
+        found = []
+        for _, part, run, read in self._runs(True):
+            at, left = part.positions, self._left(part)
+            each = [nodes_removed(self.walker, run, self.means, at, nodes, left, read) for nodes in removed]
+            found.append(torch.stack(each, dim=1))
+        return Readout.join(found)
 
-    def _joined(self, logits: Sequence[Float[Tensor, "n e vocab"]]) -> Readout:
-        return Readout.join(
-            [
-                Readout.of(some, part.examples.answer, part.examples.others)
-                for some, part in zip(logits, self.parts, strict=True)
-            ]
-        )
+    def blinded(
+        self, query: Int[Tensor, " n"], keys: Int[Tensor, "n k"], windows: Sequence[Collection[int]], every: int = 1
+    ) -> Readout:
+        """The model where the position `query` of each prompt cannot see `keys` in the layers of each window, on every
+        so many-th prompt."""
+        found = []
+        for rows, part, run, _ in self._runs(True):
+            some = slice((-rows.start) % every, None, every)
+            chosen, left = part.select(some), self._left(part)
+            if len(chosen):
+                read = reading(chosen.answer, chosen.others)
+                at = query[rows][some], keys[rows][some]
+                found.append(knocked_out(self.walker, run.select(some), *at, windows, left, read))
+        return Readout.join(found)
+
+    def _runs(self, clean: bool) -> Iterator[tuple[slice, Prompts, Run, Reduce]]:
+        """Which prompts, the prompts, their clean or their ablated run, and what reads their logits."""
+        for rows in self._parts:
+            part = self.prompts.select(rows)
+            yield rows, part, self._run(rows, clean), reading(part.answer, part.others)
+
+    def _run(self, rows: slice, clean: bool) -> Run:
+        kept = self._kept.get((rows.start, clean))
+        if kept is not None:
+            return kept
+        ids = self.prompts.input_ids[rows].to(self.walker.device)
+        run = self.walker.run(ids) if clean else ablated_run(self.walker, ids, self.means)
+        if self._fits(rows):
+            self._kept[rows.start, clean] = run
+            self._kept_mib += len(ids) * self._run_mib
+        return run
+
+    def _fits(self, rows: slice) -> bool:
+        return self._kept_mib + (rows.stop - rows.start) * self._run_mib <= self._half
+
+    def _left(self, part: Prompts) -> float:
+        """Memory for a pass, in MiB: the half that is not for runs that are kept, less one run that is not."""
+        return self._half - len(part) * self._run_mib

@@ -1,6 +1,6 @@
 """How alike the old task's edges are in two models: cosine and correlations of signed path-patching effects.
 
-- value: across halves of the examples (see `effects`);
+- value: across halves of the examples (see `edge_scores`);
 - ceiling: what two models with the same true effects would have, the geometric mean of their similarities with
   themselves across halves (Spearman 1904, correction for attenuation). All are of halves, so no correction for their
   length is due;
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy import stats
 
-from stages.measures.effects import Both, Compare, Effects, Vector, crossed, within
+from stages.measures.edge_scores import Both, Compare, EdgeScores, Vector, crossed, within
 
 NULL_QUANTILE = 0.95
 
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Compare, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-def similarity(base: Effects, tuned: Effects, permutations: int, seed: list[int]) -> dict[str, Any]:
+def similarity(base: EdgeScores, tuned: EdgeScores, permutations: int, seed: list[int]) -> dict[str, Any]:
     """Of all hops together, and of each.
 
     Args:
@@ -67,18 +67,18 @@ def similarity(base: Effects, tuned: Effects, permutations: int, seed: list[int]
     }
 
 
-def floor(one: Effects, other: Effects) -> dict[str, float | None] | None:
+def floor(one: EdgeScores, other: EdgeScores) -> dict[str, float | None] | None:
     """The similarity of two models that were trained from different weights, by kind: heads of the same layer have
     nothing but their number in common. None where they share no hop."""
     pair = one.matched(other)
     if pair is None:
         return None
-    edges = [effects.edges() for effects in pair]
+    edges = [scores.edges() for scores in pair]
     return {kind: crossed(compare, *edges) for kind, (compare, _) in KINDS.items()}
 
 
 def _entry(
-    base: Effects, tuned: Effects, hop: str | None, order: Int[np.ndarray, "r layers h"]
+    base: EdgeScores, tuned: EdgeScores, hop: str | None, order: Int[np.ndarray, "r layers h"]
 ) -> dict[str, dict[str, float | None]]:
     ours, theirs = base.edges(hop), tuned.edges(hop)
     # entry -> where its value comes from when heads are renamed, among the live edges

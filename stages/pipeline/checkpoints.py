@@ -1,7 +1,9 @@
 """Loading and saving of Hugging Face models: safetensors only, float32, nothing unpickled, no remote code."""
 
 import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -11,28 +13,162 @@ from transformers.utils import logging
 from stages.pipeline.files import replacing_directory, write_text
 from stages.pipeline.stage import Invalid
 
+if TYPE_CHECKING:
+    from stages.circuits.lora import Merge
 
-def load_model(folder: str | Path) -> PreTrainedModel:
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def load_model(
+    folder: str | Path,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+) -> PreTrainedModel:
     """Load a causal language model in float32, in eval mode, with eager attention.
 
     Eager attention is the one whose arithmetic the walker of `stages/circuits` reproduces.
 
+    Args:
+        folder: a folder with a model in one file or in shards, or with an adapter alone, whose config names its base;
+            or the id of a model on the Hugging Face hub (owner/name), which is taken from its cache where it is there.
+        adapter: a folder or hub id of an adapter for it, which is merged.
+        revision: branch, tag or commit of a model on the hub.
+        adapter_revision: the same for an adapter.
+
     Raises:
-        Invalid: the folder holds no safetensors weights.
+        Invalid: there are no safetensors weights, the base of an adapter is missing, the hub cannot give the model, or
+            the adapter does not fit (see `stages.circuits.lora.merge`).
     """
-    folder = Path(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise Invalid(f"model folder '{folder}' holds no .safetensors file; only safetensors weights are loaded")
+    own = _adapter_of(folder)
+    if own is not None and adapter is not None:
+        raise Invalid(
+            f"folder '{folder}' is an adapter, too: load_model(base, adapter='{adapter}') needs a whole model"
+        )
+    if own is not None:
+        folder, adapter, revision = own, folder, revision or _config(Path(folder)).get("revision")
+    model = _whole_model(folder, adapter, revision)
+    return model if adapter is None else load_adapter(model, adapter, adapter_revision).model
+
+
+def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> "Merge":
+    """Merge an adapter into a model, which changes in place.
+
+    Args:
+        base: the model that it was trained on.
+        adapter: a folder, or a hub id.
+        revision: branch, tag or commit of an adapter on the hub.
+
+    Returns:
+        The model, and which matrices changed by how much.
+
+    Raises:
+        Invalid: there are no safetensors weights, or they do not fit the base.
+    """
+    from stages.circuits.lora import merge  # only where there is an adapter, as PEFT
+
+    folder = _adapter_folder(adapter, revision)
+    from peft import PeftConfig, PeftModel
+
+    try:
+        adapted = PeftModel(base, PeftConfig.from_pretrained(str(folder)))  # pyright: ignore[reportArgumentType]
+        found = adapted.load_adapter(str(folder), "default", torch_device=str(base.device))
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise Invalid(f"adapter '{adapter}' does not fit its base: {_first_line(error)}") from error
+    wrong = [*found.missing_keys, *found.unexpected_keys]
+    if wrong:
+        which = "has no weights for" if found.missing_keys else "holds weights for"
+        where = "which the base has" if found.missing_keys else "which the base lacks"
+        name = wrong[0].removeprefix("base_model.model.")
+        raise Invalid(
+            f"adapter '{adapter}' does not fit its base: it {which} {name} ({len(wrong)} such entries), {where}; must "
+            "be an adapter of this base"
+        )
+    return merge(adapted)
+
+
+def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | None) -> PreTrainedModel:
+    """Load a model without adapter; `adapter` is what needs it, for the sentence."""
+    needed = "" if adapter is None else f", which adapter '{adapter}' needs,"
+    is_folder = Path(model).is_dir()
+    if is_folder and not list(Path(model).glob("*.safetensors")):
+        raise Invalid(f"model folder '{model}'{needed} holds no .safetensors file; only safetensors weights are loaded")
+    if not is_folder and not (isinstance(model, str) and HUB_ID.fullmatch(model)):
+        raise Invalid(f"model '{model}'{needed} is missing: must be a folder, or a model on the hub (owner/name)")
     logging.disable_progress_bar()  # the terminal belongs to the stages' own progress bars
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="float32",
-        attn_implementation="eager",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    return model.eval()
+    settings: dict[str, Any] = {"local_files_only": True} if is_folder else {"revision": revision or "main"}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype="float32",
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            **settings,
+        ).eval()
+    except (OSError, ValueError) as error:
+        if is_folder:
+            raise
+        raise Invalid(
+            f"model '{model}'{needed} is no folder here, and cannot be had from the hub"
+            f"{'' if revision is None else f' at revision {revision}'} with safetensors weights: {_first_line(error)}"
+        ) from error
+
+
+def _adapter_of(folder: str | Path) -> str | None:
+    """The base of a folder that holds an adapter alone; None for any other.
+
+    Raises:
+        Invalid: it holds a model as well, or its config names no base.
+    """
+    path = Path(folder)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return None
+    if (path / "config.json").is_file() and [
+        file for file in path.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS
+    ]:
+        raise Invalid(f"folder '{folder}' holds a model and an adapter: must be one of them, each in its own folder")
+    base = _config(path).get("base_model_name_or_path")
+    if not base:
+        raise Invalid(f"adapter '{folder}' names no base: give it, load_model(base, adapter='{folder}')")
+    if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
+        raise Invalid(
+            f"adapter '{folder}' needs its base '{base}', which is not there: put it there, or name it, "
+            f"load_model(base, adapter='{folder}')"
+        )
+    return base
+
+
+def _adapter_folder(adapter: str | Path, revision: str | None) -> Path:
+    """The folder of an adapter with safetensors weights; one on the hub is fetched, without anything else there."""
+    folder = Path(adapter)
+    if not folder.is_dir() and isinstance(adapter, str) and HUB_ID.fullmatch(adapter):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(adapter, revision=revision, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+            )
+        except (OSError, ValueError) as error:
+            raise Invalid(
+                f"adapter '{adapter}' is no folder here, and cannot be had from the hub: {_first_line(error)}"
+            ) from error
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise Invalid(f"adapter '{adapter}' holds no {name}; only adapters with safetensors weights are loaded")
+    return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, on one line that is not too long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2])
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -32,6 +32,26 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which also takes 1e-5 for a number, as YAML 1.2 does, and DVC, which writes numbers so."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What params, or a value of one, say.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 class Section(BaseModel):
     """A section of params.yaml: every key required, no other key allowed, no silent conversion."""
 
@@ -405,7 +425,7 @@ def load_params(path: str | Path) -> Params:
         Invalid: one sentence on the first problem found.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Invalid(f"there is no {path} here; run from the top of the repository") from None
     except yaml.YAMLError as error:

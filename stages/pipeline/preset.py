@@ -34,7 +34,7 @@ from tqdm import tqdm
 from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
-from stages.pipeline.params import load_params
+from stages.pipeline.params import load_params, parse_yaml
 from stages.pipeline.records import CELL_STAGES, CELLS, FIRST_STAGES, LOCK, pack, restore
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
@@ -72,7 +72,7 @@ def copy_with_preset(destination: Path, preset: Path, changes: dict[str, Any]) -
             shutil.copy2(source / name, destination / name)
         else:
             (destination / name).unlink(missing_ok=True)
-    params = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    params = parse_yaml(preset.read_text(encoding="utf-8"))
     for path, value in changes.items():
         *parents, last = path.split(".")
         section = params
@@ -249,7 +249,7 @@ def main() -> int:
         path, equals, value = text.partition("=")
         if not equals:
             parser.error(f"--set {text}: must be PARAM=VALUE")
-        changes[path] = yaml.safe_load(value)
+        changes[path] = parse_yaml(value)
     name = arguments.name or arguments.preset
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in the background without the first
         signal.signal(number, signal.default_int_handler)

@@ -211,13 +211,14 @@ def _counts(cells: Cells, model: str, seed: str) -> bool:
 
 
 def circuit_heads(cells: Cells, seed: str) -> pd.DataFrame:
-    """The heads of the base's circuit, one row per group membership: group, position, layer, head, score."""
+    """The heads of the base's circuit, one row per group membership: group, position, layer, head, score, sign."""
     rows = [
-        {"group": group["name"], "position": group["position"], "layer": layer, "head": head, "score": score}
+        {"layer": layer, "head": head, "score": score}
+        | {"group": group["name"], "position": group["position"], "sign": group.get("sign", 1)}
         for group in _groups(cells, seed)
         for (layer, head), score in zip(group["heads"], group["scores"] or [1.0] * len(group["heads"]), strict=True)
     ]
-    return pd.DataFrame(rows, columns=["group", "position", "layer", "head", "score"])
+    return pd.DataFrame(rows, columns=["group", "position", "layer", "head", "score", "sign"])
 
 
 def circuit_paths(cells: Cells, seed: str) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.measures.effects import Effects
+from stages.measures.edge_scores import EdgeScores
 from stages.measures.overlap import SCORES, node_grid, overlap_curve
 from stages.measures.similarity import KINDS
 from stages.measures.similarity import floor as similarity_floor
@@ -39,12 +39,12 @@ MEASURES = {
 }
 
 
-def base_effects(cells: Cells, root: Path) -> dict[str, Effects]:
+def base_effects(cells: Cells, root: Path) -> dict[str, EdgeScores]:
     """Seed -> the base's effects, where it has any."""
     found = {}
     for seed in cells.seeds:
         with np.load(root / "discover" / BASE / seed / "scores.npz") as arrays:
-            effects = Effects.of(cells.record("discover", BASE, seed)["hops"], dict(arrays))
+            effects = EdgeScores.of(cells.record("discover", BASE, seed)["hops"], dict(arrays))
         if effects is not None:
             found[seed] = effects
     return found
@@ -67,7 +67,7 @@ def compare_circuits(cells: Cells, plan: Plan, root: Path) -> dict[str, Any]:
     return {"arms": arms, "floor": floor(bases)}
 
 
-def floor(bases: Mapping[str, Effects]) -> dict[str, Any]:
+def floor(bases: Mapping[str, EdgeScores]) -> dict[str, Any]:
     """Means over all pairs of bases that share a hop; the curve as far as it goes in every pair."""
     pairs = [pair for one, other in combinations(bases.values(), 2) if (pair := one.matched(other)) is not None]
     found = [similarity_floor(*pair) or {} for pair in pairs]

@@ -1,6 +1,7 @@
 """Run the benchmark: writes reports/benchmarks.json and the table in README.md.
 
-    python -m tests.benchmark                                   # the three models that two cores can run
+    python -m tests.benchmark                                   # what two cores can run
+    python -m tests.benchmark --cases --output /tmp/b.json      # IOI on the real model alone
     python -m tests.benchmark --quick --output /tmp/b.json      # tiny sizes, to see that it works
     python -m tests.benchmark --cases llama7b --device cuda --dtype bfloat16 --output build/llama7b.json
 
@@ -18,20 +19,24 @@ from typing import Any
 
 import torch
 
+from stages.pipeline.packaged_model import missing
 from tests.benchmark.cases import CASES, ON_TWO_CORES
 from tests.benchmark.measuring import compare
+from tests.benchmark.real_model import real_model
 from tests.benchmark.table import table
 
 OUTPUT = Path("reports/benchmarks.json")
 README = Path("README.md")
+PAIRS, MEMORY_PAIRS, MEMORY_MIB = 32, 48, 1024.0  # of the part on a real model
 START, END = "<!-- benchmark: written by `make bench` -->", "<!-- /benchmark -->"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=list(ON_TWO_CORES))
+    parser.add_argument("--cases", nargs="*", choices=sorted(CASES), default=list(ON_TWO_CORES))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works, not for numbers")
     parser.add_argument("--every-sender", action="store_true", help="run the naive side for all senders of every case")
+    parser.add_argument("--no-ioi", action="store_true", help="without IOI on the real model")
     parser.add_argument("--repetitions", type=int, help="instead of each case's own")
     parser.add_argument("--examples", type=int, help="instead of each case's own")
     parser.add_argument(
@@ -62,9 +67,17 @@ def main(arguments: list[str] | None = None) -> None:
         record["models"].append(measured | {"load": [before, _load()]})
         print(table({"machine": record["machine"], "models": [measured]}), flush=True)
 
+    if not (options.quick or options.no_ioi or options.device != "cpu"):
+        if (reason := missing()) is not None:
+            print(f"IOI on a real model is left out: {reason}", flush=True)
+        else:
+            print("IOI on a real model", flush=True)
+            record["real"] = real_model(PAIRS, MEMORY_PAIRS, MEMORY_MIB, options.threads)
+            print(json.dumps(record["real"], indent=1), flush=True)
+
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if options.output == OUTPUT:
+    if options.output == OUTPUT and record["models"]:
         README.write_text(inserted(README.read_text(encoding="utf-8"), table(record)), encoding="utf-8")
 
 

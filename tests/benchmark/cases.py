@@ -1,6 +1,7 @@
 """What is measured: models with random weights, prompts, and the four hops of the paper."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.circuits.circuit import LOGITS, Component
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import Receivers, TokenMeasure
-from stages.circuits.search import PAPER_HOPS
+from stages.pipeline.checkpoints import load_model, load_tokenizer
+from stages.pipeline.packaged_model import packaged_model
+from stages.tasks.hops import PAPER_HOPS
+from tests.benchmark.boxes import BOXES, box_prompts
 
-BOXES = 7
 CLAUSE = 7  # tokens of a clause; the first label is at token 6, the query label is the third token from the end
 
 # Layers of the receivers in the published Llama-7B scores (32 layers): the strongest 20 / 5 / 10 heads of one hop
@@ -41,6 +44,8 @@ class Case:
         memory_mib: what our side is told to stay within.
         checked_layers: depth of the float64 comparison, at full width.
         checked_senders: how many senders it compares, spread over all; None: all.
+        real: the weights and the tokenizer of the packaged model, with the paper's prompts as text; else random
+            weights and random tokens.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Case:
     checked_senders: int | None
     tokens: int = 54
     receivers: str = "published"  # or "spread": ten heads over all layers, the hardest case
+    real: bool = False
 
     @property
     def senders(self) -> int:
@@ -85,6 +91,7 @@ class Case:
             memory_mib=64.0,
             checked_layers=3,
             checked_senders=None,
+            real=False,
         )
 
 
@@ -137,6 +144,24 @@ CASES = {
         checked_layers=8,
         checked_senders=8,
     ),
+    "smollm2": Case(
+        name="SmolLM2-135M-Instruct (Q4_1), the paper's prompts",
+        kind="llama",
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        mlp=1536,
+        vocabulary=49152,
+        examples=4,
+        timed_heads=1,
+        repetitions=1,
+        memory_mib=512.0,
+        checked_layers=8,
+        checked_senders=8,
+        tokens=53,
+        real=True,
+    ),
     "llama7b": Case(
         name="32 layers, width 4096 (Llama-7B shape)",
         kind="llama",
@@ -154,11 +179,14 @@ CASES = {
         checked_senders=2,
     ),
 }
-ON_TWO_CORES = ("base", "medium", "qwen")
+ON_TWO_CORES = ("base", "medium", "qwen", "smollm2")
 
 
 def build_model(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, norms and biases."""
+    """The case's model: real, or with random weights, norms and biases."""
+    if case.real:
+        model: Any = load_model(packaged_model())
+        return model.to(device, dtype).requires_grad_(False)
     config_class: Any = Qwen2Config if case.kind == "qwen2" else LlamaConfig
     model_class: Any = Qwen2ForCausalLM if case.kind == "qwen2" else LlamaForCausalLM
     config = config_class(
@@ -200,8 +228,10 @@ def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def build_pairs(case: Case, examples: int | None = None) -> AlignedPairs:
-    """Random tokens with the positions of the paper's prompts; the queried clauses are spread evenly."""
+    """Random tokens, or text, with the positions of the paper's prompts; the queried clauses are spread evenly."""
     n = case.examples if examples is None else examples
+    if case.real:
+        return _text(n)[0]
     generator = torch.Generator().manual_seed(1)
     clean, corrupt = torch.randint(case.vocabulary, (2, n, case.tokens), generator=generator)
     clauses = (torch.arange(n) * 2 + 1) * BOXES // (2 * n)
@@ -216,11 +246,18 @@ def build_pairs(case: Case, examples: int | None = None) -> AlignedPairs:
 
 
 def build_measure(case: Case, examples: int | None = None) -> TokenMeasure:
-    """The logit of one token minus the mean of six others, other tokens for each example."""
+    """The logit of one token (of text: the answer) minus the mean of six others, other tokens for each example."""
     n = case.examples if examples is None else examples
     generator = torch.Generator().manual_seed(2)
     tokens: Int[Tensor, "n 7"] = torch.randint(case.vocabulary, (n, BOXES), generator=generator)
+    if case.real:
+        tokens = _text(n)[1]
     return TokenMeasure(tokens, lambda logits: logits[..., 0] - logits[..., 1:].mean(-1))
+
+
+@cache
+def _text(n: int) -> tuple[AlignedPairs, Int[Tensor, "n 7"]]:
+    return box_prompts(load_tokenizer(packaged_model()), n)
 
 
 def hops(case: Case) -> list[tuple[str, str, Receivers]]:

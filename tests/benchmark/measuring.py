@@ -181,7 +181,7 @@ def difference_float64(case: Case) -> dict[str, Any]:
 
 
 def _shallow(case: Case) -> Case:
-    return replace(case, layers=case.checked_layers, vocabulary=min(case.vocabulary, 1024))
+    return replace(case, layers=case.checked_layers, vocabulary=min(case.vocabulary, 1024), real=False)
 
 
 def memory(case: Case, device: str, dtype: torch.dtype, threads: int, isolated: bool) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def memory(case: Case, device: str, dtype: torch.dtype, threads: int, isolated: 
             "ours_mib": _device_peak(case, "ours", device, dtype),
             "naive_mib": _device_peak(case, "naive", device, dtype),
         }
-    if not _can_reset_peak():
+    if not can_reset_peak():
         return {"how": "not measured: this system does not let a process reset its peak", "budget_mib": case.memory_mib}
     tasks = [(case, "ours", dtype, threads), (case, "naive", dtype, threads)]
     if isolated:
@@ -216,12 +216,18 @@ def memory(case: Case, device: str, dtype: torch.dtype, threads: int, isolated: 
 def _resident_peak(case: Case, side: str, dtype: torch.dtype, threads: int) -> float:
     torch.set_num_threads(threads)
     with _side(case, side, "cpu", dtype) as work:
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the model left behind is no room for the work
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = reset_peak()
         work()
-        return round((_status("VmHWM") - before) / 1024, 1)
+        return round(process_status("VmHWM") / 1024 - before, 1)
+
+
+def reset_peak() -> float:
+    """Resident memory of this process now, in MiB; its peak ("VmHWM") starts anew."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the model left behind is no room for the work
+    before = process_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return before / 1024
 
 
 def _device_peak(case: Case, side: str, device: str, dtype: torch.dtype) -> float:
@@ -254,11 +260,12 @@ def _side(case: Case, side: str, device: str, dtype: torch.dtype) -> Iterator[Ca
     yield work
 
 
-def _can_reset_peak() -> bool:
+def can_reset_peak() -> bool:
+    """Whether this system lets a process reset its peak of resident memory."""
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def _status(name: str) -> int:
+def process_status(name: str) -> int:
     """A line of this process's status, in KiB."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None

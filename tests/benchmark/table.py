@@ -38,14 +38,43 @@ def table(record: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, "
         f"{record['models'][0]['dtype']}; medians of "
         f"{', '.join(str(model['repetitions']) for model in record['models'])} repetitions, both sides in turn "
-        "(ranges: `reports/benchmarks.json`). Random weights; naive runs the senders of all layers."
+        "(ranges: `reports/benchmarks.json`). Random weights but for SmolLM2; naive runs the senders of all layers."
     )
     for model in sampled:
         note += (
             f" On {model['model']} it was timed with {model['senders_timed_naive']} of {model['senders']} senders, "
             "some in every layer, and scaled: each costs it the same passes."
         )
+    if record.get("real") is not None:
+        lines += ["", *_real(record["real"])]
     return "\n".join([*lines, "", note])
+
+
+def _real(real: dict[str, Any]) -> list[str]:
+    """The table of the part on a real model, and a line on its memory."""
+    hop, search, memory = real["hop"], real["search"], real["memory"]
+    lines = [
+        f"| {real['model']}, {real['pairs']} IOI pairs, {real['tokens']} tokens | naive, s | ours, s | times faster |",
+        "| --- | --- | --- | --- |",
+        f"| clean and corrupt runs | {real['runs']['naive']:.3g} | {real['runs']['ours']:.3g} | |",
+        f"| all {hop['heads']} heads -> logits | {hop['naive']:.3g} | {hop['ours']:.3g} | {hop['times_faster']:.3g} |",
+        f"| search ({search['nodes']} nodes) | {search['naive']:.3g} | {search['seconds']:.3g} "
+        f"| {search['times_faster']:.3g} |",
+        "",
+    ]
+    note = (
+        f"Naive was timed with {hop['naive_senders_timed']} senders and scaled, the search's "
+        f"{search['sets_to_logits']} sets of senders by one pass and {search['sets_to_inputs']} by two each; largest "
+        f"difference in float32 {hop['largest_difference']:.1e} (effects up to {hop['largest_effect']:.2g})."
+    )
+    if "peak_mib" in memory:
+        note += (
+            f" Search, and the circuit and {memory['random_circuits']} random ones in place, on {memory['pairs']} "
+            f"pairs under a limit of {memory['limit_mib']:.0f} MiB: peak of the process {memory['peak_mib']:.0f} MiB, "
+            f"{memory['growth_mib']:.0f} beyond the loaded model; {memory['search_seconds']:.3g} + "
+            f"{memory['evaluation_seconds']:.3g} s."
+        )
+    return [*lines, note]
 
 
 def _seconds(seconds: dict[str, float]) -> str:

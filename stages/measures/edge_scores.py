@@ -18,7 +18,7 @@ Both = Float[np.ndarray, "2 m"]  # the same edges on the two halves
 
 
 @dataclass(frozen=True)
-class Effects:
+class EdgeScores:
     """Scores of every head as a sender of every hop.
 
     Attributes:
@@ -34,7 +34,7 @@ class Effects:
     live: Bool[np.ndarray, "hops layers h"]
 
     @staticmethod
-    def of(hops: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> "Effects | None":
+    def of(hops: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> "EdgeScores | None":
         """The scored hops of a record of stage `discover`; None where there is none.
 
         Args:
@@ -49,14 +49,14 @@ class Effects:
         for below, hop in zip(live, scored, strict=True):
             below[: max((layer for layer, _ in hop["feeds"]), default=len(below))] = True
         names, positions = (tuple(hop[key] for hop in scored) for key in ("name", "position"))
-        return Effects(names, positions, halves.astype(np.float64), live)
+        return EdgeScores(names, positions, halves.astype(np.float64), live)
 
     def edges(self, hop: str | None = None) -> Both:
         """Scores of all live edges, or of one hop's."""
         chosen = self.live if hop is None else self.live & (np.array(self.hops) == hop)[:, None, None]
         return self.halves[:, chosen]
 
-    def matched(self, other: "Effects") -> "tuple[Effects, Effects] | None":
+    def matched(self, other: "EdgeScores") -> "tuple[EdgeScores, EdgeScores] | None":
         """Both with the hops alone that they share by name, and the edges that are live in both; None without any.
 
         A hop's name says position and component of every step from its senders to the logits.
@@ -64,12 +64,12 @@ class Effects:
         names = [name for name in self.hops if name in other.hops]
         if not names or self.live.shape[1:] != other.live.shape[1:]:
             return None
-        first, second = ([effects.hops.index(name) for name in names] for effects in (self, other))
+        first, second = ([scores.hops.index(name) for name in names] for scores in (self, other))
         live = self.live[first] & other.live[second]
         positions = tuple(self.positions[index] for index in first)
         return (
-            Effects(tuple(names), positions, self.halves[:, first], live),
-            Effects(tuple(names), positions, other.halves[:, second], live),
+            EdgeScores(tuple(names), positions, self.halves[:, first], live),
+            EdgeScores(tuple(names), positions, other.halves[:, second], live),
         )
 
 
