@@ -7,10 +7,9 @@ examples. Several patchers may share one limit.
 
 from collections.abc import Iterable
 
+from stages.circuits.budget import MIB, making_bytes
 from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
-
-MIB = 2.0**20
 
 # On a processor, passes are cut so that the tensors of a layer stay near its cache; larger parts are slower.
 CACHE_MIB = 64
@@ -78,9 +77,7 @@ class Sizes:
 
     def making(self) -> int:
         """A clean or corrupt run of one example while it is made, with what is read from it."""
-        walker = self._walker
-        numbers = (walker.n_layers + 1) * (walker.width + self._heads + self._kv)
-        return self._longest * (numbers * walker.dtype.itemsize + self.in_layer()) + self.logits(whole=True)
+        return making_bytes(self._walker, self._longest) + self.logits(whole=True)
 
     def tail_copies(self, start: int) -> int:
         """What the passes of one example's tails copy: the prefix, and the stream that enters a layer."""
@@ -128,7 +125,7 @@ class Sizes:
 def pass_limit(walker: Walker, limit: float | int) -> float:
     """Bytes of one pass: the limit's share, and on a processor no more than its cache holds well."""
     share = PASS * limit
-    return min(share, CACHE_MIB * MIB) if walker.device.type == "cpu" else share
+    return min(share, float(CACHE_MIB * MIB)) if walker.device.type == "cpu" else share
 
 
 def at_least_one(limit: float | int, size: float | int) -> int:
