@@ -188,7 +188,7 @@ def test_adapters_that_cannot_be_merged_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gemma3", "gpt_neox", "gpt2"])
 def test_bfloat16_ranks_heads_as_float32_does(kind: str) -> None:
-    pairs = random_pairs(n=200)
+    pairs = random_pairs(n=600)
     receivers = [Receivers(), Receivers(Component.V, ((2, 0), (2, 3)))]
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -201,7 +201,7 @@ def test_bfloat16_ranks_heads_as_float32_does(kind: str) -> None:
         both = agreement(exact, rounded, (3, 5))
         print(f"{kind} -> {receiver}: {both}")
         # the second hop's effects, .01 of a logit, are near what bfloat16 resolves
-        size, least = (12, 0.9) if receiver.component is None else (8, 0.5)
+        size, least = (12, 0.9) if receiver.component is None else (8, 0.7)
         assert both.n == size and both.spearman is not None and both.spearman > least
 
 
