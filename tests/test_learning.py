@@ -487,7 +487,7 @@ def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: 
 
 
 def test_errors_of_workers_reach_the_parent(workplace: Path, tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match="holds no .safetensors"):
+    with pytest.raises(Invalid, match="models/none' is missing: must be a folder"):
         run_jobs(jobs_for(workplace, "grpo", SECTION, tmp_path, base="models/none"), parallel=1)
 
 
