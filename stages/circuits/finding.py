@@ -9,7 +9,15 @@ from stages.circuits.search import Hop, search
 from stages.circuits.selection import Rule
 
 # What heads together must do to count, and what is then left out, as shares of what the whole corruption does.
-RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=5)
+RULE = Rule(
+    minimum_effect=0.02,
+    minimum_head_effect=0.005,
+    noise_z=4.0,
+    coverage=0.9,
+    merge_overlap=0.5,
+    max_depth=5,
+    screen=0.5,
+)
 
 
 def find_circuit(

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stages.circuits.checks import check_heads, check_name
 from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
+from stages.pipeline.stage import Invalid
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ class Patcher(ABC):
                 not a finite number.
         """
 
+    @abstractmethod
+    def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
+        """What `head_effects` gives, estimated at the cost of a few patches: what a head changes in the input of the
+        receivers is exact, what that does to the measure is of first order (`circuits.estimates`). On the logits the
+        estimates are the effects.
+
+        Raises:
+            Invalid: as `effects`.
+        """
+
     def head_effects(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """Effect of every single head at `position` on each of the receivers, per example."""
         shape = (self.walker.n_layers, self.walker.n_heads)
@@ -103,6 +115,24 @@ class Patcher(ABC):
 def every_head(layers: int, heads: int) -> Bool[Tensor, "e layers h"]:
     """Every head as a set of its own."""
     return torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
+
+
+def check_paths(
+    patcher: Patcher, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
+) -> None:
+    """Refuses a position that the examples do not have, and senders or receivers outside the model.
+
+    Raises:
+        Invalid: as said.
+    """
+    check_name(position, patcher.positions)
+    shape = (patcher.walker.n_layers, patcher.walker.n_heads)
+    if senders.shape[1:] != shape:
+        raise Invalid(
+            f"senders have shape {list(senders.shape)}: must be sets by {shape[0]} layers by {shape[1]} heads"
+        )
+    for receiver in receivers:
+        check_heads(receiver.heads, *shape, f"receiver of {receiver.component}")
 
 
 def names(senders: Bool[Tensor, "layers h"]) -> str:

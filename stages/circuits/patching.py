@@ -92,6 +92,11 @@ class GroupedPatcher(Patcher):
             found.append(part.effects(position, senders, receivers))
         return [self._sum([effects[number] for effects in found]) for number in range(len(receivers))]
 
+    def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
+        """As `Patcher.estimates`."""
+        found = [part.estimates(position, receivers) for part, _ in self._parts]
+        return [self._sum([effects[number] for effects in found]) for number in range(len(receivers))]
+
     def _sum(self, of_parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
         """The sum over the rows of each example, the last axis."""
         total = of_parts[0].new_zeros(*of_parts[0].shape[:-1], len(self.pairs))

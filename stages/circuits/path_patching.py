@@ -33,14 +33,17 @@ key-value head that the head reads from. LoRA adapters must be merged first.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.checks import check_finite, check_heads, check_name
+from stages.circuits.budget import gradient_bytes
+from stages.circuits.checks import check_finite
+from stages.circuits.estimates import estimated, slopes
 from stages.circuits.pairs import AlignedPairs
-from stages.circuits.patcher import Patcher, every_head, names
+from stages.circuits.patcher import Patcher, check_paths, every_head, names
 from stages.circuits.patcher import Progress as Progress
 from stages.circuits.patching_budget import PASS, TAILS, Budget, Sizes, at_least_one, pass_limit
 from stages.circuits.readout import FewTokens, Measure, correct
@@ -49,7 +52,6 @@ from stages.circuits.recording import CleanRuns, record
 from stages.circuits.sweep import Chains, Read, Sweep, Tails, first_layer, parts, reached, read_heads, tail_logits
 from stages.circuits.sweep import Receivers as Receivers
 from stages.circuits.walker import Run, Walker
-from stages.pipeline.stage import Invalid
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class _Batch:
     @property
     def start(self) -> int:
         return int(self.at.min())
+
+
+# (batch, receivers, depth -> joined sets) -> (receiver, which of the batch, which of the swept sets, their effects)
+_Reader = Callable[[_Batch, Sequence[Receivers], list[int]], Iterator[tuple[int, slice, slice, Tensor]]]
 
 
 class PathPatcher(Patcher):
@@ -134,7 +140,20 @@ class PathPatcher(Patcher):
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
         """As `Patcher.effects`."""
-        self._check_paths(position, senders, receivers)
+        return self._ask(position, senders, receivers, self._read)
+
+    @torch.no_grad()
+    def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
+        """As `Patcher.estimates`."""
+        shape = (self.walker.n_layers, self.walker.n_heads)
+        found = self._ask(position, every_head(*shape), receivers, self._estimate)
+        return [effects.view(*shape, -1) for effects in found]
+
+    def _ask(
+        self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], reader: _Reader
+    ) -> list[Float[Tensor, "e n"]]:
+        """What a reader makes of each set of senders, for each of the receivers."""
+        check_paths(self, position, senders, receivers)
         results = [self.clean.new_zeros(len(senders), len(self.clean)) for _ in receivers]
         if not receivers:
             return results
@@ -165,10 +184,9 @@ class PathPatcher(Patcher):
                 if again:
                     batches = self._sweeps[position] = list(batches)
             for batch in batches:
-                for number, few, part, logits in self._read(batch, receivers, joined):
+                for number, few, part, effects in reader(batch, receivers, joined):
                     index, result = batch.index[few], results[number]
-                    measured = self._measured(logits, index) - self.clean[index, None]
-                    result[rows[part][:, None], index] = measured.T
+                    result[rows[part][:, None], index] = effects.T
                     if self.watch is not None:
                         done += (part.stop - part.start) * len(index)
                         self._tell(done / steps, senders[order], result[order])
@@ -213,30 +231,48 @@ class PathPatcher(Patcher):
 
     def _read(
         self, batch: _Batch, receivers: Sequence[Receivers], joined: list[int]
-    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f tokens"]]]:
-        """Step 3: yields (receiver, which of the batch, which of the swept sets, their logits); those that are not
+    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
+        """Step 3: yields (receiver, which of the batch, which of the swept sets, their effects); those that are not
         yielded have effect 0."""
-        heads = [(number, receiver) for number, receiver in enumerate(receivers) if receiver.component is not None]
-        for number, receiver in enumerate(receivers):
-            if receiver.component is None:
-                for few, part, logits in self._read_logits(batch):
-                    yield number, few, part, logits
-        sets = max((joined[receiver.layers(0)[-1]] for _, receiver in heads), default=0)
-        if sets == 0:
-            return
-        n, tokens = batch.at.shape
-        each = self._sizes.tail_copies(batch.start) + sets * self._sizes.read([r for _, r in heads], tokens)
-        if self._runs is None and batch.runs is None:
-            each += self._sizes.runs(batch.start, batch.start)
-        for few in parts(n, at_least_one(TAILS * self._left(), each)):
-            tails = self._tails(batch, few)
+        yield from self._read_logits(batch, receivers)
+        heads, sets = _of_heads(receivers, joined)
+        each = sets * self._sizes.read([receiver for _, receiver in heads], batch.at.shape[1])
+        for few, tails in self._tails(batch, each) if sets else ():
             for number, receiver in heads:
-                for some, part, logits in self._read_heads(batch, few, tails, receiver, joined):
-                    yield number, some, part, logits
+                for some, part, effects in self._read_heads(batch, few, tails, receiver, joined):
+                    yield number, some, part, effects
 
-    def _read_logits(self, batch: _Batch) -> Iterator[tuple[slice, slice, Float[Tensor, "n f tokens"]]]:
+    def _estimate(
+        self, batch: _Batch, receivers: Sequence[Receivers], joined: list[int]
+    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
+        """As `_read`, with slopes instead of the tails of q, k and v (`estimates`)."""
+        yield from self._read_logits(batch, receivers)
+        heads, sets = _of_heads(receivers, joined)
+        if not sets:
+            return
+        everything = batch.sweep.of_all_heads({layer for _, receiver in heads for layer in receiver.layers(0)})
+        layers = self.walker.n_layers - min(receiver.layers(0)[0] for _, receiver in heads)
+        length = self._length - batch.start
+        each = gradient_bytes(self.walker, length, self._length, layers) + layers * length * self.walker.width * 4
+        each += sets * self._sizes.stream(0, 1)
+        for few, tails in self._tails(batch, each):
+            index = batch.index[few]
+            for number, receiver in heads:
+                measured = partial(self._measured, index=index)
+                of = slopes(self.walker, receiver, everything, few, tails, self._tokens(index), measured)
+                for some, part in self._passes(len(index), sets, length * self._sizes.in_layer()):
+                    inside = slice(few.start + some.start, few.start + some.stop)
+                    slope = {layer: slope[some] for layer, slope in of.items()}
+                    found = estimated(self.walker, receiver, batch.sweep, inside, tails.select(some), slope, part)
+                    yield number, inside, part, found.to(self._dtype).cpu()
+
+    def _read_logits(
+        self, batch: _Batch, receivers: Sequence[Receivers]
+    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
+        """The receivers that are the logits."""
+        numbers = [number for number, receiver in enumerate(receivers) if receiver.component is None]
         last = batch.at == self._length - 1
-        if not bool(last.any()):
+        if not numbers or not bool(last.any()):
             return  # frozen heads keep everything away from the last token
         streams = batch.sweep.entering(self.walker.n_layers)  # n k e d
         n, tokens, sets = streams.shape[:3]
@@ -244,11 +280,13 @@ class PathPatcher(Patcher):
         for few, part in self._passes(n, sets, self._sizes.logits()):
             rows = torch.arange(few.start, few.stop, device=streams.device)
             one = streams[few, 0, part] if tokens == 1 else streams[rows, chain[few], part]
-            yield few, part, self.walker.logits(one, self._tokens(batch.index[few]))
+            logits = self.walker.logits(one, self._tokens(batch.index[few]))
+            for number in numbers:
+                yield number, few, part, self._change(logits, batch.index[few])
 
     def _read_heads(
         self, batch: _Batch, few: slice, tails: Tails, receiver: Receivers, joined: list[int]
-    ) -> Iterator[tuple[slice, slice, Float[Tensor, "n f tokens"]]]:
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "n f"]]]:
         """q, k or v receivers, for the examples `few` of the batch, whose tails these are."""
         walker, layers, n = self.walker, receiver.layers(self.walker.n_layers), few.stop - few.start
         entries = reached(walker, receiver, joined)
@@ -259,8 +297,8 @@ class PathPatcher(Patcher):
             here = tails if whole else tails.select(some)
             now = read if whole else {layer: (heads, values[some]) for layer, (heads, values) in read.items()}
             inside = slice(few.start + some.start, few.start + some.stop)
-            tokens = self._tokens(batch.index[inside])
-            yield inside, part, tail_logits(walker, receiver, now, here, entries, part, tokens)
+            logits = tail_logits(walker, receiver, now, here, entries, part, self._tokens(batch.index[inside]))
+            yield inside, part, self._change(logits, batch.index[inside])
 
     def _projected(
         self, receiver: Receivers, layer: int, streams: Float[Tensor, "n k e d"]
@@ -281,8 +319,17 @@ class PathPatcher(Patcher):
             for part in parts(sets, at_least_one(limit, few * size)):
                 yield some, part
 
-    def _tails(self, batch: _Batch, few: slice) -> Tails:
-        """Of some examples of a batch: from the runs that are kept or came with its chains, or from new ones."""
+    def _tails(self, batch: _Batch, each: float | int) -> Iterator[tuple[slice, Tails]]:
+        """As many examples of a batch at once as fit, of which one takes so many bytes beside its tail, and their
+        tails."""
+        each += self._sizes.tail_copies(batch.start)
+        if self._runs is None and batch.runs is None:
+            each += self._sizes.runs(batch.start, batch.start)
+        for few in parts(len(batch.at), at_least_one(TAILS * self._left(), each)):
+            yield few, self._tails_of(batch, few)
+
+    def _tails_of(self, batch: _Batch, few: slice) -> Tails:
+        """From the runs that are kept or came with the chains of a batch, or from new ones."""
         start, index = batch.start, batch.index[few]
         if batch.runs is not None:
             runs, which = batch.runs, few
@@ -334,6 +381,10 @@ class PathPatcher(Patcher):
             return None
         return self.measure.tokens[index].to(self.walker.device)
 
+    def _change(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
+        """Effects: the measure less that of the clean runs."""
+        return self._measured(logits, index) - self.clean[index, None]
+
     def _measured(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
         logits, measure = logits.to(self._dtype), self.measure
         return (measure.read(logits, index) if isinstance(measure, FewTokens) else measure(logits, index)).cpu()
@@ -366,16 +417,6 @@ class PathPatcher(Patcher):
         last = torch.tensor([len(self.pairs.clean_ids) - 1], device="cpu")
         self.measure(one, last)  # a measure that cannot work fails here
 
-    def _check_paths(self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]) -> None:
-        check_name(position, self.pairs.positions)
-        shape = (self.walker.n_layers, self.walker.n_heads)
-        if senders.shape[1:] != shape:
-            raise Invalid(
-                f"senders have shape {list(senders.shape)}: must be sets by {shape[0]} layers by {shape[1]} heads"
-            )
-        for receiver in receivers:
-            check_heads(receiver.heads, *shape, f"receiver of {receiver.component}")
-
     def _left(self) -> float:
         return self._budget.left(self._sizes.making())
 
@@ -389,3 +430,9 @@ class PathPatcher(Patcher):
         if position not in self._chains:
             size += self._sizes.runs(*self._ends([position]))
         return size
+
+
+def _of_heads(receivers: Sequence[Receivers], joined: list[int]) -> tuple[list[tuple[int, Receivers]], int]:
+    """The receivers that are heads, with their numbers, and how many sets of senders reach any."""
+    heads = [(number, receiver) for number, receiver in enumerate(receivers) if receiver.component is not None]
+    return heads, max((joined[receiver.layers(0)[-1]] for _, receiver in heads), default=0)

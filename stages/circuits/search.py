@@ -14,10 +14,11 @@ at the separator; "v_label>k_separator": values of those heads at the label. A g
 what its receivers do, and is called so: "answer-against" are negative movers, "v_s1>answer-against" what feeds them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.circuit import LOGITS, Circuit, Component, Group
@@ -67,6 +68,7 @@ class Hop:
         gate: scores of the joint patches that say whether the hop counts, the first one of all heads; None where it was
             not asked.
         scores: score of each head alone, [layers h]; None where the hop does not count.
+        patched: which of these are of patches; the others are estimates below the rule's `screen`. None without scores.
         halves: the scores of the even and of the odd examples; None without scores, or with fewer than four examples.
         split_half: correlation between the two.
         selection: what was selected and how complete it is; None where nothing was selected by the rule.
@@ -82,6 +84,7 @@ class Hop:
     sign: int = 1
     gate: Scores | None = None
     scores: Scores | None = None
+    patched: Bool[Tensor, "layers h"] | None = None
     halves: Float[Tensor, "2 layers h"] | None = None
     split_half: float | None = None
     selection: Selection | None = None
@@ -189,26 +192,78 @@ def _ask(
 ) -> list[Hop]:
     """One hop for each target, all of which have the same receiving heads: the gate first, then each head alone."""
     receivers = [Receivers(target.component, target.heads) for target in targets]
-    sets = gate_sets(patcher.walker.n_layers, patcher.walker.n_heads, receivers[0])
-    gates = patcher.effects(position, sets, receivers)
-    scores = [scored(patcher, metric, gate) for gate in gates]
-    counting = [number for number, gate in enumerate(scores) if rule.counts_either(gate)]
-    effects = dict(zip(counting, patcher.head_effects(position, [receivers[i] for i in counting]), strict=True))
+    asked = _screened if rule.screen is not None else _in_full
+    found = asked(patcher, metric, rule, position, receivers)
     hops: list[Hop] = []
-    for number, target in enumerate(targets):
-        joint = scored(patcher, metric, gates[number][0])
-        hop = Hop(target.name, position, target.receiver, target.component, joint, target.heads, target.sign)
-        hop = replace(hop, gate=scores[number])
-        if number in effects:
-            together, alone = gates[number][0], effects[number]
-            chosen = select_heads(
-                patcher, metric, rule, position, receivers[number], together, alone, first=target.sign
-            )
-            hop = replace(with_scores(patcher, metric, hop, alone), selection=chosen)
+    for target, receiver, (gate, alone, patched) in zip(targets, receivers, found, strict=True):
+        joint, scores = scored(patcher, metric, gate[0]), scored(patcher, metric, gate)
+        hop = Hop(target.name, position, target.receiver, target.component, joint, target.heads, target.sign, scores)
+        if alone is not None:
+            chosen = select_heads(patcher, metric, rule, position, receiver, gate[0], alone, target.sign, patched)
+            senders = [head for heads in chosen.senders.values() for head in heads if not patched[head]]
+            _patch_alone(patcher, position, receiver, senders, alone, patched)
+            hop = replace(with_scores(patcher, metric, hop, alone), patched=patched, selection=chosen)
             hop = replace(hop, found=_found(hop, chosen, [*earlier, *hops], rule.merge_overlap))
         report(hop)
         hops.append(hop)
     return hops
+
+
+# effects of the gate's sets; those of each head alone, and which of these are effects and not estimates; None and none
+# where the hop does not count
+_Asked = tuple[Float[Tensor, "sets n"], Float[Tensor, "layers h n"] | None, Bool[Tensor, "layers h"]]
+
+
+def _in_full(
+    patcher: Patcher, metric: Metric, rule: Rule, position: str, receivers: Sequence[Receivers]
+) -> Iterator[_Asked]:
+    """Without estimates."""
+    shape = (patcher.walker.n_layers, patcher.walker.n_heads)
+    gates = patcher.effects(position, gate_sets(*shape, receivers[0]), receivers)
+    counting = [n for n, gate in enumerate(gates) if rule.counts_either(scored(patcher, metric, gate))]
+    effects = dict(zip(counting, patcher.head_effects(position, [receivers[n] for n in counting]), strict=True))
+    for number, gate in enumerate(gates):
+        yield gate, effects.get(number), torch.full(shape, number in effects, device="cpu")
+
+
+def _screened(
+    patcher: Patcher, metric: Metric, rule: Rule, position: str, receivers: Sequence[Receivers]
+) -> Iterator[_Asked]:
+    """With estimates that say which sets and heads are patched."""
+    assert rule.screen is not None
+    below = gate_sets(patcher.walker.n_layers, patcher.walker.n_heads, receivers[0])[0]
+    for receiver, alone in zip(receivers, patcher.estimates(position, receivers), strict=True):
+        strength = scored(patcher, metric, alone).strength
+        patched = strength.abs() >= rule.screen * rule.minimum_head_effect
+        gate = patcher.effects(position, torch.stack([below, strength > 0, strength < 0]), [receiver])[0]
+        if rule.counts_either(scored(patcher, metric, gate)):
+            _patch_alone(
+                patcher,
+                position,
+                receiver,
+                [(layer, head) for layer, head in patched.nonzero().tolist()],
+                alone,
+                patched,
+            )
+            yield gate, alone, patched
+        else:
+            yield gate, None, torch.zeros_like(patched)
+
+
+def _patch_alone(
+    patcher: Patcher,
+    position: str,
+    receiver: Receivers,
+    heads: Sequence[Head],
+    alone: Float[Tensor, "layers h n"],
+    patched: Bool[Tensor, "layers h"],
+) -> None:
+    """Put effects in the place of the estimates of some heads, and note so."""
+    sets = torch.zeros(len(heads), *patched.shape, dtype=torch.bool, device="cpu")
+    for one, head in zip(sets, heads, strict=True):
+        one[head] = True
+    for head, effects in zip(heads, patcher.effects(position, sets, [receiver])[0], strict=True):
+        alone[head], patched[head] = effects, True
 
 
 def with_scores(patcher: Patcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:

@@ -32,11 +32,13 @@ Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the
 
 1. E of every single head below the highest receiver; it puts the heads in order. One of 0 may have a stand-in;
 2. the shortest run of the strongest heads, found by bisection, that passes the first two tests;
-3. of these, those that can be dropped one by one while both tests still pass, are dropped: all of them, or else the
-   weaker and then the stronger half of them, and so on down to single heads;
+3. of these, heads are dropped while both tests still pass: first those that do too little alone, then those whose
+   single loss the tests pass. All of them go, or else the weaker and then the stronger half of them, and so on down
+   to single heads;
 4. a head stays if it changes E(C) or E(U - C) by the rule's smallest effect of a head and by enough standard errors;
-5. for each K of the last test that fails, steps 2 to 4 run again with K patched throughout and the heads outside of C
-   as U (what may be missing stays the same). What they find joins C, and is tested like the other senders.
+5. for each K of the last test that fails by more than noise, steps 2 to 4 run again with K patched throughout and the
+   heads outside of C as U (what may be missing stays the same). What they find joins C, and is tested like the other
+   senders.
 
 Then the sides together: |E(A - C)| and |E(A) - E(C)| must be within the tolerance, with C the senders of both sides.
 For one that is not, steps 2 to 4 run again with K patched throughout and the heads outside of C as U, in the direction
@@ -65,6 +67,7 @@ Head = tuple[int, int]  # (layer, head)
 HeadSet = frozenset[Head]
 _Scored = Callable[[Tensor], Scores]  # effects [*sets n] -> their scores
 
+BEYOND = 2.0  # standard errors over the tolerance at which a last test fails: at the tolerance noise decides
 ROUNDS = 4  # of looking again for what the two sides together leave out; what is found joins, so few are needed
 
 
@@ -84,6 +87,10 @@ class Rule:
         merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position and of the
             same sign is no group of its own; its heads join that group.
         max_depth: longest chain of hops from the logits.
+        screen: heads that are estimated (`estimates`) to do less than this share of `minimum_head_effect` are not
+            patched alone, and only three sets of heads say whether a hop counts: all, those that are estimated to work
+            for the answer, and those against it. None: `gate_sets` say whether it counts, and then every head is
+            patched alone; on large models that is several times the work.
     """
 
     minimum_effect: float
@@ -92,6 +99,7 @@ class Rule:
     coverage: float
     merge_overlap: float
     max_depth: int
+    screen: float | None = None
 
     def counts(self, joint: Scores, sign: int) -> Bool[Tensor, "*sets"]:
         """Whether heads that are patched together do something, in the direction of a sign."""
@@ -165,12 +173,14 @@ def select_heads(
     together: Float[Tensor, "n"],
     alone: Float[Tensor, "layers h n"],
     first: int = 1,
+    patched: Bool[Tensor, "layers h"] | None = None,
 ) -> Selection:
     """Both sides, and what they leave out together.
 
     Args:
         together: effect of all heads at once, per example.
         alone: effect of every single head (step 1).
+        patched: which of these are effects; the others are estimates, which only put heads in order. None: all are.
         first: sign of the side that is looked for first; it gets the heads that could be on either.
     """
 
@@ -181,8 +191,10 @@ def select_heads(
     singles, top = scored(alone), _top(alone.shape[0], receivers)
     order = {sign: [head for head in strongest(singles, sign) if head[0] < top] for sign in (1, -1)}
     everything = frozenset(order[1])
-    effect.known |= {frozenset({head}): alone[head] for head in order[1]} | {everything: together}
+    effect.known |= {frozenset({head}): alone[head] for head in order[1] if patched is None or patched[head]}
+    effect.known[everything] = together
     sure = {sign: _chosen(rule.adds(singles, sign)) & everything for sign in (1, -1)}
+    effect.sure = sure[1] | sure[-1]
     sides, tolerance = _sides(effect, scored, rule, everything, sure, first)
     found: dict[int, list[Head]] = {1: [], -1: []}
     searched: dict[int, HeadSet] = {}
@@ -274,7 +286,7 @@ def _one_side(
     for sender in found:  # which grows
         for patched in ({sender}, set(found) - {sender}):
             gap = scored(effect.of(everything - (set(found) - patched)) - effect.of(patched))
-            if rule.counts(gap, sign) and sign * float(gap.strength) > tolerated:
+            if rule.counts(gap, sign) and sign * float(gap.strength) > tolerated + BEYOND * float(gap.noise):
                 outside = [head for head in side if head not in found]
                 found += _needed(effect, scored, rule, tolerated, frozenset(patched), outside, sign)
     return found
@@ -294,9 +306,11 @@ class _JointEffects:
 
     Attributes:
         known: set of heads -> effect per example.
+        sure: heads that do enough alone.
     """
 
     known: dict[HeadSet, Tensor]
+    sure: HeadSet = frozenset()
 
     def __init__(self, patcher: Patcher, position: str, receivers: Receivers) -> None:
         self.known = {frozenset(): torch.zeros_like(patcher.clean)}
@@ -365,17 +379,22 @@ def _needed(
         else:
             too_few = middle
 
+    def less(kept: list[Head], dropped: list[Head]) -> list[Head]:
+        blocks = [dropped] if dropped else []
+        while blocks:
+            block = blocks.pop()
+            rest = [head for head in kept if head not in block]
+            if pass_both([rest])[0]:
+                kept = rest
+            elif len(block) > 1:
+                half = (len(block) + 1) // 2
+                blocks += [block[:half], block[half:]]
+        return kept
+
     kept = list(order[:enough])
+    kept = less(kept, [head for head in kept if head not in effect.sure])
     without = [[head for head in kept if head != left_out] for left_out in kept]
-    blocks = [[head for head, passes in zip(kept, pass_both(without), strict=True) if passes]]
-    while blocks:
-        block = blocks.pop()
-        rest = [head for head in kept if head not in block]
-        if pass_both([rest])[0]:
-            kept = rest
-        elif len(block) > 1:
-            half = (len(block) + 1) // 2
-            blocks += [block[:half], block[half:]]
+    kept = less(kept, [head for head, passes in zip(kept, pass_both(without), strict=True) if passes])
 
     senders, others = pair(kept)
     lost = change([senders]) - change(senders - {head} for head in kept)

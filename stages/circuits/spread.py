@@ -40,20 +40,21 @@ class SpreadPatcher(Patcher):
         self.watch: Callable[[Progress], None] | None = None  # each process may have a patcher that is watched
         n = len(pairs)
 
-        def serve(rows: slice) -> Callable[[tuple | str], list[Tensor]]:
+        def serve(rows: slice) -> Callable[[tuple], list[Tensor]]:
             patcher = make(rows)
 
-            def answer(question: tuple | str) -> list[Tensor]:
-                return [getattr(patcher, question)] if isinstance(question, str) else patcher.effects(*question)
+            def answer(question: tuple) -> list[Tensor]:
+                what, *given = question
+                return getattr(patcher, what)(*given) if given else [getattr(patcher, what)]
 
             return answer
 
         self._servers = Servers(serve, slices(n, -(-n // processes)))
-        (self.clean,), (self.corrupt,) = self._ask("clean", 0), self._ask("corrupt", 0)
+        (self.clean,), (self.corrupt,) = self._ask(("clean",), 0), self._ask(("corrupt",), 0)
 
     @property
     def correct(self) -> Bool[Tensor, "n"]:
-        return self._ask("correct", 0)[0]
+        return self._ask(("correct",), 0)[0]
 
     @property
     def positions(self) -> Mapping[str, Int[Tensor, "n ..."]]:
@@ -64,7 +65,11 @@ class SpreadPatcher(Patcher):
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
         """As `Patcher.effects`."""
-        return self._ask((position, senders, list(receivers)), -1)
+        return self._ask(("effects", position, senders, list(receivers)), -1)
 
-    def _ask(self, question: tuple | str, dim: int) -> list[Tensor]:
+    def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
+        """As `Patcher.estimates`."""
+        return self._ask(("estimates", position, list(receivers)), -1)
+
+    def _ask(self, question: tuple, dim: int) -> list[Tensor]:
         return [torch.cat(shares, dim) for shares in zip(*self._servers.ask(question), strict=True)]

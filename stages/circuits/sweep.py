@@ -9,8 +9,9 @@ tokens from the earliest of the k on are run again: the *tail*.
 Shapes: n examples, k tokens each, e sets of senders, s slots of a tail, d residual width, h query heads, a head width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -106,13 +107,20 @@ class Sweep:
         keep: set[int] | None,
         size: tuple[int, int],
     ) -> None:
-        self._walker, self._senders, self._joined, self._keep, self._size = walker, senders, joined, keep, size
+        self.chains, self._size = chains, size
+        self._walker, self._senders, self._joined, self._keep = walker, senders, joined, keep
         self._tokens = chains.attention.shape[2]
         self._entering = chains.entering.flatten(1, 2)
         self._attention = chains.attention.flatten(1, 2)
         self._changes = chains.changes.flatten(1, 2)
         self._streams = {0: self._attention[0, :, None][:, :0]}  # depth -> n*k joined d
         self._depth = 0
+
+    def of_all_heads(self, keep: set[int]) -> "Sweep":
+        """Another sweep of the same chains, with one set of senders: all heads."""
+        everything = torch.ones_like(self._senders[:1])
+        joined = [0] + [1] * self._walker.n_layers
+        return Sweep(self._walker, self.chains, everything, joined, keep, self._size)
 
     def entering(self, depth: int) -> Float[Tensor, "n k e d"]:
         """What enters layer `depth` (or the final norm), for the sets of senders that have a sender below it."""
@@ -175,6 +183,7 @@ def tail_logits(
     entries: Sequence[int],
     part: slice,
     tokens: Int[Tensor, "n j"] | None,
+    added: Mapping[int, Float[Tensor, "n #f s h a"]] | None = None,
 ) -> Float[Tensor, "n f logits"]:
     """Logits of clean runs into which is written what heads have read.
 
@@ -187,6 +196,7 @@ def tail_logits(
         entries: see `reached`.
         part: the sets of senders that the pass carries.
         tokens: whose logits; None for all.
+        added: layer -> what is added to its heads' outputs.
     """
     lowest = next(layer for layer in receivers.layers(walker.n_layers) if entries[layer] > part.start)
     n = len(tails.slots)
@@ -198,16 +208,24 @@ def tail_logits(
         return x if more <= 0 else torch.cat([x, tails.residual(layer)[:, None].expand(-1, more, -1, -1)], dim=1)
 
     nothing = tails.residual(lowest)[:, None, :][:, :0]
-    edit = _write(receivers.component, read, tails.slots, part)
+    edit = write(receivers.component, read, tails.slots, part, added or {})
     return walker.continue_from(tails.prefix, window, nothing, lowest, edit, join, tokens)
 
 
-def _write(component: Component | None, read: Read, slots: Int[Tensor, "n k"], part: slice) -> Edit:
-    """An edit that writes what was read on the chains at their slots."""
+def write(
+    component: Component | None,
+    read: Read,
+    slots: Int[Tensor, "n k"],
+    part: slice,
+    added: Mapping[int, Float[Tensor, "n #f s h a"]] = MappingProxyType({}),
+) -> Edit:
+    """An edit that writes what was read on the chains at their slots, and adds to heads' outputs."""
     alone = slots.shape[1] == 1  # then it is the first slot of the window
 
     def edit(layer: int, site: str, x: Tensor, first: int) -> Tensor:
         """first > 0: queries of the last layer at any but the last token are not used by anything."""
+        if site == "z" and layer in added:
+            return x + added[layer][:, :, first:]
         if site != component or layer not in read:
             return x
         heads, values = read[layer]

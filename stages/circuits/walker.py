@@ -16,7 +16,7 @@ Shapes: n examples, e variants, s window slots, t positions, d residual width, h
 width. Window slots are in increasing position order.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -212,6 +212,38 @@ class Walker:
         keys, values = background.keys[..., :reach, :], background.values[..., :reach, :]
         return self._pass(residual, layer, window, keys, values, edit, None, None, join, tokens)
 
+    def edited_heads(
+        self,
+        background: Run | Prefix,
+        window: Window,
+        residual: Float[Tensor, "n s d"],
+        layer: int,
+        kv_heads: Sequence[int],
+        edit: Edit,
+        variants: int,
+    ) -> Float[Tensor, "n e s heads a"]:
+        """Outputs of the query heads that read from some key-value heads of one layer, whose stream is the same in all
+        variants: these differ by an edit alone, and the projections are made once.
+
+        Args:
+            edit: sees those heads only, numbered from 0.
+        """
+        family, x = self.architecture, residual[:, None]
+        rotary, seen = family.rotary(x, window.positions)[layer], window.within(family.reach(layer))
+        groups = torch.tensor(list(kv_heads), device=self.device)
+        each = self.n_heads // self.n_kv_heads
+        heads = (groups[:, None] * each + torch.arange(each, device=self.device)).flatten()
+        q, k, v = family.projections(layer, family.normed(layer, x), 0)
+        # an edit may write into what it is given
+        q, k, v = (
+            made[..., chosen, :].expand(-1, variants, -1, -1, -1).clone()
+            for made, chosen in ((q, heads), (k, groups), (v, groups))
+        )
+        keys, values = (
+            of[layer][:, groups, : window.sees_background.shape[-1]] for of in (background.keys, background.values)
+        )
+        return self._heads(layer, q, k, v, 0, rotary, seen, keys, values, edit)[2]
+
     def logits(
         self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
     ) -> Float[Tensor, "n *rows logits"]:
@@ -292,7 +324,25 @@ class Walker:
         """Keys, values and head outputs of one layer; head outputs only of the window slots from `first` on, and as
         they are given, if they are."""
         family = self.architecture
-        q, k, v = family.projections(layer, family.normed(layer, x), first)
+        projected = family.projections(layer, family.normed(layer, x), first)
+        return self._heads(layer, *projected, first, rotary, window, keys, values, edit, given)
+
+    def _heads(
+        self,
+        layer: int,
+        q: Float[Tensor, "n e w h a"],
+        k: Float[Tensor, "n e s g a"],
+        v: Float[Tensor, "n e s g a"],
+        first: int,
+        rotary: Rotary,
+        window: Window,
+        keys: Float[Tensor, "n g b a"],
+        values: Float[Tensor, "n g b a"],
+        edit: Edit | None,
+        given: Float[Tensor, "n e s h a"] | None = None,
+    ) -> tuple[Float[Tensor, "n e s g a"], Float[Tensor, "n e s g a"], Float[Tensor, "n e w h a"]]:
+        """`_attention` from what is projected."""
+        family = self.architecture
         if edit is not None:
             q, k, v = edit(layer, "q", q, first), edit(layer, "k", k, 0), edit(layer, "v", v, 0)
         of_queries = rotary if rotary is None else (rotary[0][:, :, first:], rotary[1][:, :, first:])
