@@ -73,9 +73,9 @@ def patch_both_ways(
                     receiver, clean, runs[donor], part.positions, nodes, left, drawn, read
                 )
                 for component in inputs:
-                    at = read_at(nodes, component, part.positions, n, length)
+                    there, at = read_at(nodes, component, part.positions, n, length)
                     found[direction, name, component] = transplant_inputs(
-                        receiver, clean, donor, runs[donor], at[1], at[0], component, left, reduce=read
+                        receiver, clean, donor, runs[donor], at, there, component, left, reduce=read
                     )
         return found
 
