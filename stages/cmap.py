@@ -1,4 +1,4 @@
-"""Stage `cmap` (arm, seed): what do head outputs of the tuned model do in the base, and the reverse?"""
+"""Stage `cmap` (arm, seed): what do head outputs, or q, k or v, of the tuned model do in the base, and the reverse?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit, run_bytes
 from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import slices
-from stages.circuits.transplant import random_like, transplant
+from stages.circuits.transplant import random_like, read_at, transplant, transplant_inputs
 from stages.circuits.walker import Walker
 from stages.measures.prompts import Prompts, in_tail_order, placed
 from stages.measures.readout import Readout, reading
@@ -33,8 +33,9 @@ def patch_both_ways(
     generator: np.random.Generator,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
+    inputs: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Scores of both models, and of each with the other's head outputs at each node set.
+    """Scores of both models, and of each with the other's head outputs, or inputs, at each node set.
 
     Args:
         base: one model.
@@ -46,6 +47,7 @@ def patch_both_ways(
         generator: of those draws; both directions get the same ones.
         advance: called with the number of examples done.
         processes: how many to spread the examples over.
+        inputs: of "q", "k" and "v" those that are transplanted, too, each alone and without random node sets.
     """
     length = prompts.input_ids.shape[1]
     shape = (base.n_layers, base.n_heads)
@@ -55,21 +57,26 @@ def patch_both_ways(
     directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
 
     @torch.no_grad()
-    def readings(rows: slice) -> dict[tuple[str, str | None], Float[Tensor, "n e 4"]]:
-        """Of the receiver alone (None) and with each node set, in each direction."""
+    def readings(rows: slice) -> dict[tuple[str, ...], Float[Tensor, "n e 4"]]:
+        """Of the receiver alone and with each node set, and each input of it, in each direction."""
         part = prompts.select(rows)
         n, read = len(part), reading(part.answer, part.others)
         left = memory_mib - 2 * n * run_bytes(base, length) / MIB
         runs = {walker: walker.run(part.input_ids.to(walker.device)) for walker in (base, tuned)}
-        found: dict[tuple[str, str | None], Float[Tensor, "n e 4"]] = {}
+        found: dict[tuple[str, ...], Float[Tensor, "n e 4"]] = {}
         for direction, (donor, receiver) in directions.items():
             clean = runs[receiver]
-            found[direction, None] = read(clean.logits[:, None], slice(0, n))
+            found[direction,] = read(clean.logits[:, None], slice(0, n))
             for name, nodes in node_sets.items():
                 drawn = random[name][rows]
                 found[direction, name] = transplant(
                     receiver, clean, runs[donor], part.positions, nodes, left, drawn, read
                 )
+                for component in inputs:
+                    there, at = read_at(nodes, component, part.positions, n, length)
+                    found[direction, name, component] = transplant_inputs(
+                        receiver, clean, donor, runs[donor], at, there, component, left, reduce=read
+                    )
         return found
 
     found = []
@@ -79,7 +86,7 @@ def patch_both_ways(
         found.append(some)
         advance(rows.stop - rows.start)
     scores = {key: Readout.join([some[key] for some in found]).means() for key in found[0]}
-    base_alone, tuned_alone = scores["tuned_to_base", None][0], scores["base_to_tuned", None][0]
+    base_alone, tuned_alone = scores["tuned_to_base",][0], scores["base_to_tuned",][0]
     return {
         "n": len(prompts),
         "base_accuracy": base_alone["accuracy"],
@@ -89,6 +96,12 @@ def patch_both_ways(
         **{direction: {name: scores[direction, name][0] for name in node_sets} for direction in directions},
         "random": {
             direction: {name: _mean(scores[direction, name][1:]) for name in node_sets} for direction in directions
+        },
+        "inputs": {
+            direction: {
+                component: {name: scores[direction, name, component][0] for name in node_sets} for component in inputs
+            }
+            for direction in directions
         },
     }
 
@@ -119,11 +132,17 @@ def main(cell: Cell) -> None:
             np.random.default_rng([int(seed), 0]),
             bar.update,
             settings.processes,
+            settings.inputs,
         )
     record |= {
         "arm": arm,
         "seed": int(seed),
-        "settings": {"random_draws": settings.random_draws, "clauses": settings.clauses},
+        "settings": {
+            "random_draws": settings.random_draws,
+            "clauses": settings.clauses,
+            "inputs": list(settings.inputs),
+            "random_draws_of_inputs": 0,
+        },
     }
     write_json(f"reports/cells/cmap/{arm}/{seed}.json", record)
 

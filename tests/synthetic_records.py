@@ -379,6 +379,8 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
     groups = () if seed in experiment.hidden else _groups(seed)
     names = [name for name, *_ in groups] + (["circuit"] if groups else [])
 
+    shares = {"q": 0.5 + 0.5 * kept, "k": kept, "v": 1.0}  # of the accuracy that is left with each input
+
     def scored(low: float, high: float) -> dict[str, Any]:
         return {
             name: {
@@ -399,6 +401,10 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "tuned_to_base": scored(0.8 * kept, kept * 0.95),
             "base_to_tuned": scored(old, 0.95),
             "random": {"tuned_to_base": scored(0.9, 0.95), "base_to_tuned": scored(old - 0.03, old)},
+            "inputs": {
+                "tuned_to_base": {name: scored(0.9, 0.96 * share) for name, share in shares.items()},
+                "base_to_tuned": {name: scored(old, 0.95) for name in shares},
+            },
             "settings": {"random_draws": 4},
         },
     )

@@ -131,7 +131,7 @@ def calls(of: Setting, circuits: int = 8) -> tuple[Mapping[str, Call], list[obje
         "prepared": prepared,
         "component_masks": masks,
         "patch_both_ways": lambda mib: patch_both_ways(
-            walker, walker, prompts, {"circuit": nodes}, 2, mib, np.random.default_rng(0)
+            walker, walker, prompts, {"circuit": nodes}, 2, mib, np.random.default_rng(0), inputs=("q", "k", "v")
         ),
         "last_streams": lambda mib: last_streams(walker, ids, 32, mib),
     }

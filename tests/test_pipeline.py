@@ -186,6 +186,9 @@ BAD = [
     ("dcm.desiderata", [], "dcm.desiderata"),
     ("dcm.desiderata", ["positional", "positional"], "must not name a value twice"),
     ("dcm.of_base", ["positional-loudly"], "'positional-loudly': must be one of positional, object_value"),
+    ("cmap.inputs", ["q", "z"], "cmap.inputs.1 = 'z': must be 'q', 'k' or 'v'"),
+    ("cmap.inputs", ["v", "v"], "must not name a value twice"),
+    ("cmap.inputs", "q", "cmap.inputs"),
     ("new_task", "contains", "pretrain.stop_at = null: must be below match.level = 0.95"),
     ("pretrain.curriculum.final.tasks", {"contains": {"share": 0.1, "own": 0.4}}, "'contains': must be one of"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
@@ -205,7 +208,9 @@ def test_bad_params_end_in_one_clear_sentence(tmp_path: Path, path: str, value: 
 
 def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
     """params.py knows nothing of the task modules, so that refusing a value is quick; here they are compared."""
+    from stages.circuits.circuit import Component
     from stages.pipeline import params
+    from stages.statistics.inputs import INPUTS
     from stages.tasks.desiderata import HYPOTHESES, LEAST_BOXES, WORDINGS
     from stages.tasks.new_tasks import NEW_TASKS
     from stages.tasks.vocabulary import LABELS, OBJECTS
@@ -217,6 +222,8 @@ def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 3"):
         params.Synthesize.model_validate(PARAMS["synthesize"] | {"boxes": LEAST_BOXES - 1})
     params.Synthesize.model_validate(PARAMS["synthesize"] | {"boxes": LEAST_BOXES})
+    assert tuple(params.Cmap.model_validate(PARAMS["cmap"] | {"inputs": list(INPUTS)}).inputs) == tuple(Component)
+    assert params.Cmap.model_validate(PARAMS["cmap"] | {"inputs": []}).inputs == ()
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

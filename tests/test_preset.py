@@ -244,6 +244,8 @@ def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
         if cost > costs[stage]
     }
     assert longer == {"matchings", "evaluate", "dcm", "cmap", "drift"}, "what larger test sets cost"
+    outputs = estimate(params.model_copy(update={"cmap": params.cmap.model_copy(update={"inputs": ()})}))
+    assert {stage for stage in costs if outputs[stage] < costs[stage]} == {"cmap"}
     hours = sum(seconds for _, seconds in costs.values()) / 2 / 3600
     assert f"about {hours:.1f} hours" in table(costs, 2, 0)
 

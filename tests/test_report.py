@@ -200,6 +200,43 @@ def test_budgets_by_hand(written: Path) -> None:
     assert rows["grpo"]["steps_to_level"] == pytest.approx(np.mean(steps))
 
 
+def test_inputs_by_hand(written: Path) -> None:
+    """Means over the seeds that count: not that of the base without a circuit, nor the one that GRPO did not reach."""
+    rows = {row["arm"]: row for row in read_json(written / "summary.json")["table_inputs"]}
+    records = [read_json(written / f"cells/cmap/grpo/{seed}.json") for seed in (0, 1)]
+    given = {name: [r["inputs"]["tuned_to_base"][name]["circuit"]["accuracy"] for r in records] for name in "qkv"}
+    given["outputs"] = [record["tuned_to_base"]["circuit"]["accuracy"] for record in records]
+    given |= {name: [record[f"{name}_accuracy"] for record in records] for name in ("base", "tuned")}
+    assert list(rows) == ["sft_gold", "grpo", "sft_replay", "noise"] and rows["grpo"]["seeds"] == 2
+    for name, values in given.items():
+        assert rows["grpo"][name]["mean"] == pytest.approx(np.mean(values))
+        low, high = rows["grpo"][name]["ci"]
+        assert low <= np.mean(values) <= high
+    text = (written / "report.md").read_text()
+    assert "| Arm | Seeds | Base | with q | with k | with v | with outputs | Tuned model |" in text
+    assert f"| GRPO | 2 | {np.mean(given['base']):.3f} | {np.mean(given['q']):.3f} (" in text
+    assert "not transplanted" not in text
+
+
+@pytest.mark.parametrize("left", [None, {}, {"tuned_to_base": {"v": {"circuit": {"accuracy": 0.5}}}}])
+def test_records_without_inputs_still_make_a_report(tmp_path: Path, left: dict[str, Any] | None) -> None:
+    """Those of older runs have no such key, and an experiment may ask for none, or for some."""
+    SMALL.write(tmp_path)
+    for path in (tmp_path / "reports/cells/cmap").glob("*/*.json"):
+        record = read_json(path)
+        del record["inputs"]
+        path.write_text(json.dumps(record if left is None else record | {"inputs": left}))
+    _run(tmp_path, SMALL)
+    table, text = (read_json(tmp_path / "reports/summary.json")["table_inputs"], _text(tmp_path))
+    assert bool(table) == ("| Arm | Seeds | Base | with v | with outputs | Tuned model |" in text) == bool(left)
+    assert ("q, k and v were not transplanted" in text) == (not left)
+    assert "Cross-model activation patching" in text
+
+
+def _text(root: Path) -> str:
+    return (root / "reports/report.md").read_text()
+
+
 def test_tables_name_the_arms_in_the_order_of_the_params(written: Path) -> None:
     text = (written / "report.md").read_text()
     for title, columns in (("Hypervolume", 4), ("Cosine", 13)):

@@ -9,8 +9,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
-from stages.circuits.transplant import random_like, transplant, transplant_inputs
+from stages.circuits.transplant import random_like, read_at, transplant, transplant_inputs
 from stages.cmap import patch_both_ways
+from stages.measures.readout import Readout
 from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Examples
 from tests.oracles import FAMILIES, random_model, walker_of
@@ -120,25 +121,81 @@ def test_a_model_transplanted_into_itself_does_not_change() -> None:
     assert error <= 1e-12
 
 
+EXAMPLES = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
+SETS = {"group": [Node(1, 3, "last")], "circuit": sorted(random_circuit(3, 4, 0.3, 0))}
+INPUTS = ("q", "k", "v")
+DIRECTIONS = ("tuned_to_base", "base_to_tuned")
+
+
 def test_both_ways() -> None:
     base = random_model("llama")
     walkers = walker_of(base), walker_of(tuned_from(base))
-    examples = Examples(IDS, torch.arange(6), torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
-    sets = {"group": [Node(1, 3, "last")], "circuit": sorted(random_circuit(3, 4, 0.3, 0))}
 
     def record(memory: float) -> dict:
-        return patch_both_ways(*walkers, examples, sets, 2, memory, np.random.default_rng(0))
+        return patch_both_ways(*walkers, EXAMPLES, SETS, 2, memory, np.random.default_rng(0), inputs=INPUTS)
 
     found, small = record(MEMORY), record(1e-6)
-    assert set(found["tuned_to_base"]) == set(found["random"]["base_to_tuned"]) == {"group", "circuit"}
-    for direction in ("tuned_to_base", "base_to_tuned"):
-        for name in sets:
-            for key, value in found[direction][name].items():
-                assert value == pytest.approx(small[direction][name][key], abs=1e-12)
-            assert found["random"][direction][name] == pytest.approx(small["random"][direction][name], abs=1e-12)
-    itself = patch_both_ways(walkers[0], walkers[0], examples, sets, 1, MEMORY, np.random.default_rng(0))
-    for direction in ("tuned_to_base", "base_to_tuned"):
-        for entry in [*itself[direction].values(), *itself["random"][direction].values()]:
+    assert set(found["tuned_to_base"]) == set(found["random"]["base_to_tuned"]) == set(SETS)
+    for direction in DIRECTIONS:
+        assert list(found["inputs"][direction]) == list(INPUTS)
+        for name in SETS:
+            for of, again in ((found, small), (found["random"], small["random"])):
+                assert of[direction][name] == pytest.approx(again[direction][name], abs=1e-12)
+            for of, again in zip(*(r["inputs"][direction].values() for r in (found, small)), strict=True):
+                assert of[name] == pytest.approx(again[name], abs=1e-12)
+    itself = patch_both_ways(walkers[0], walkers[0], EXAMPLES, SETS, 1, MEMORY, np.random.default_rng(0), inputs=INPUTS)
+    for direction in DIRECTIONS:
+        inputs = [entry for component in INPUTS for entry in itself["inputs"][direction][component].values()]
+        for entry in [*itself[direction].values(), *itself["random"][direction].values(), *inputs]:
             assert entry == pytest.approx(itself["base"], abs=1e-9)
     changed = found["tuned_to_base"]["circuit"]["logit_difference"] - found["base"]["logit_difference"]
     assert abs(changed) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "qwen2"])
+def test_inputs_both_ways_equal_whole_hooked_passes(kind: str) -> None:
+    """q at the nodes, k and v at every token; what is there beside them does not depend on them."""
+    base = random_model(kind)
+    tuned = tuned_from(base)
+    call = (walker_of(base), walker_of(tuned), EXAMPLES, SETS, 1, MEMORY)
+    found = patch_both_ways(*call, np.random.default_rng(0), inputs=INPUTS)
+    every = {"every_token": torch.arange(IDS.shape[1]).expand(len(IDS), -1)}
+    effects = dict.fromkeys(INPUTS, 0.0)
+    for direction, donor, receiver, alone in (
+        ("tuned_to_base", tuned, base, found["base"]),
+        ("base_to_tuned", base, tuned, found["tuned"]),
+    ):
+        for component in INPUTS:
+            for name, nodes in SETS.items():
+                moved = nodes if component == "q" else [Node(node.layer, node.head, "every_token") for node in nodes]
+                naive = naive_inputs(receiver, donor, IDS, AT | every, moved, component).detach()
+                expected = Readout.of(naive[:, None], EXAMPLES.answer, EXAMPLES.others).means()[0]
+                scores = found["inputs"][direction][component][name]
+                assert scores == pytest.approx(expected, abs=1e-9)
+                effect = abs(scores["logit_difference"] - alone["logit_difference"])
+                effects[component] = max(effect, effects[component])
+    print(f"{kind}: largest effects {effects}")
+    assert min(effects.values()) > 1e-4
+    without = patch_both_ways(*call, np.random.default_rng(0))
+    assert without.pop("inputs") == {direction: {} for direction in DIRECTIONS}
+    assert without == {key: value for key, value in found.items() if key != "inputs"}
+
+
+@pytest.mark.parametrize("component", ["k", "v"])
+def test_keys_and_values_of_every_token_are_all_that_heads_read_of_them(component: str) -> None:
+    """Where two models differ in one projection alone, its transplant makes one into the other; at the nodes' own
+    positions it does not."""
+    base = random_model("llama")
+    tuned = copy.deepcopy(base)
+    weight = tuned.get_parameter(f"model.layers.1.self_attn.{component}_proj.weight")
+    with torch.no_grad():
+        weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
+    ours, theirs = walker_of(base), walker_of(tuned)
+    clean, given = ours.run(IDS), theirs.run(IDS)
+    nodes = [Node(1, head, "last") for head in range(4)]
+    there, at = read_at(nodes, component, AT, *IDS.shape)
+    everything = transplant_inputs(ours, clean, theirs, given, at, there, component, MEMORY)[:, 0]
+    own = transplant_inputs(ours, clean, theirs, given, AT, nodes, component, MEMORY)[:, 0]
+    error, left = (float((patched - given.logits).abs().max()) for patched in (everything, own))
+    print(f"{component}: difference from the donor {error:.1e}, {left:.1e} at the nodes alone")
+    assert error <= 1e-9 and left > 1e-3

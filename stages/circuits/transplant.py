@@ -8,6 +8,7 @@ becomes as good as the donor, the difference between the two lies in what these 
 In the same way the donor's q, k or v can replace the receiver's at the nodes, and say which input of the heads makes
 the difference. They are the projections' outputs, before any norm of q and k and the rotary embedding, which are then
 the receiver's. Heads that share a key-value head share its k and v: those are replaced where any of them is a node.
+A node's q is at its own position, but its head reads k and v at every token (`read_at`).
 """
 
 from collections.abc import Collection
@@ -145,6 +146,26 @@ def transplant_inputs(
     if random is not None:
         found.append(read(at_all_indices(random, positions, names)))
     return torch.cat(found, dim=1)
+
+
+def read_at(
+    nodes: Collection[Node], component: Component | str, positions: Positions, n: int, length: int
+) -> tuple[frozenset[Node], Positions]:
+    """Nodes and positions with which `transplant_inputs` replaces all that the nodes' heads read of a component.
+
+    That is q at the nodes' own positions. Of k and v it is every token, since a head at the last one looks at others:
+    its own k and v there say next to nothing of what it does. Prakash et al. exchange those of all earlier tokens, too;
+    here the head also reads them where it is no node.
+
+    Args:
+        nodes: nodes of whose heads the input is replaced.
+        component: "q", "k" or "v".
+        positions: semantic positions of each of n prompts of so many tokens.
+    """
+    if component == Component.Q:
+        return frozenset(nodes), positions
+    every = torch.arange(length, device="cpu").expand(n, length)
+    return frozenset(Node(node.layer, node.head, "every_token") for node in nodes), {"every_token": every}
 
 
 def random_like(

@@ -100,7 +100,7 @@ def document(summary: Mapping[str, Any]) -> Document:
             _circuit(summary),
             _similarity(summary),
             _distance(summary),
-            _transplants(),
+            _transplants(summary),
             _carried(summary),
             _learning(summary),
             _tables(summary),
@@ -689,10 +689,30 @@ def _r2(value: float | None) -> str:
     return "below −1" if value is not None and value < -1 else number(value, 2)
 
 
-def _transplants() -> Section:
+def _transplants(summary: Mapping[str, Any]) -> Section:
+    entries = summary["table_inputs"]
+    columns = [name for name in ("q", "k", "v", "outputs") if entries and name in entries[0]]
+    inputs = Table(
+        "Which input of the heads of the base's circuit carries what changed? Accuracy of the base with the tuned "
+        "model's q (at the heads' own positions), k or v (at every token, since heads read them anywhere), or outputs, "
+        "of the whole circuit: the lower, the more of the damage it carries. Means over the seeds that count in the "
+        "contrasts, with t intervals; without random heads.",
+        ("Arm", "Seeds", "Base", *(f"with {name}" for name in columns), "Tuned model"),
+        [
+            (
+                label(e["arm"]),
+                str(e["seeds"]),
+                number(e["base"]["mean"]),
+                *(_mean_interval(e[name]) for name in columns),
+                number(e["tuned"]["mean"]),
+            )
+            for e in entries
+        ],
+    )
+    without = "The heads' q, k and v were not transplanted (cmap.inputs), so no table says which of them carries it."
     return Section(
         "Transplants",
-        (),
+        () if entries else (without,),
         (
             Picture(
                 "transplants",
@@ -703,6 +723,7 @@ def _transplants() -> Section:
                 "as many random heads instead.",
             ),
         ),
+        (inputs,) if entries else (),
     )
 
 

@@ -20,6 +20,7 @@ CELL = {"match": 1.0, "discover": 18.0, "evaluate": 16.0, "dcm": 19.0, "cmap": 7
 PER_PROMPT = 0.4  # share of the seconds of these that goes with the number of prompts
 TESTING = ("evaluate", "dcm", "cmap", "drift")
 DESIDERATUM = 5.0  # one more desideratum of a base
+INPUT = 3.7  # q, k or v transplanted in a cell of `cmap`, both ways, with as many prompts
 MATCHING = 2.3  # one other checkpoint of an arm, with as many prompts
 # what DVC itself takes for a cell: a fixed part, and reading and writing a dvc.lock (one a seed) of so many cells
 DVC, DVC_PER_CELL = 0.5, 0.008
@@ -71,6 +72,8 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
         found[stage] = (cells, cells * seconds * (1 - by_prompts + by_prompts * prompts))
     cells, seconds = found["dcm"]
     found["dcm"] = (cells, seconds + seeds * len(params.dcm.of_base) * DESIDERATUM)
+    cells, seconds = found["cmap"]
+    found["cmap"] = (cells, seconds + cells * len(params.cmap.inputs) * INPUT * prompts)
     found |= {"contrast": (1, 5.0), "report": (1, 15.0)}
     cells = sum(number for number, _ in found.values())
     found["dvc"] = (cells, cells * (DVC + DVC_PER_CELL * cells / seeds / 2))

@@ -353,6 +353,7 @@ class Cmap(Section):
     processes: Count
     clauses: Literal["every", "queried"]
     random_draws: Count
+    inputs: Annotated[tuple[Literal["q", "k", "v"], ...], BeforeValidator(_as_tuple), _DISTINCT]
     memory_mib: Positive
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from stages.statistics import enhancement
 from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
+from stages.statistics.inputs import table_of_inputs
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
 from stages.statistics.similarity import table
@@ -142,6 +143,7 @@ def summarise(
         ],
         "table_matchings": list(statistics["matchings"]),
         "table_hypervolume": [statistics["hypervolume"]],
+        "table_inputs": table_of_inputs(cells, plan, left_out),
         "table_masks": table_of_masks(cells),
         "table_desiderata_of_base": _desiderata_of_base(cells),
         "table_enhancement": models,
