@@ -16,19 +16,25 @@ from stages.circuits.circuit import Component, Node
 from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.scores import Metric, Scores
+from stages.circuits.screening import gate_sets
 from stages.circuits.search import Found, search
-from stages.circuits.selection import Rule, Selection, gate_sets, select_heads
+from stages.circuits.selection import Rule, Selection, select_heads
 from stages.tasks.hops import DISPLAY, PAPER_HOPS
 from tests.planted import PLANS, planted_patcher
 
 RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=5)
 
 
+@pytest.mark.parametrize("screen", [None, 0.5])
 @pytest.mark.parametrize("name", PLANS)
-def test_search_finds_exactly_the_planted_circuit(name):
+def test_search_finds_exactly_the_planted_circuit(name, screen):
     patcher = planted_patcher(PLANS[name])
     assert bool((patcher.clean > 5).all()) and abs(float(patcher.corrupt.mean())) < 1  # the model does its task
-    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None, "last")
+    rule = replace(RULE, screen=screen)
+    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None, "last")
+    for hop in hops:  # whatever is selected was patched alone, and with a screen not all the rest was
+        assert hop.patched is None or all(bool(hop.patched[head]) for part in hop.found for head in part.heads)
+    assert (screen is None) == all(hop.patched is None or bool(hop.patched.all()) for hop in hops)
     planted, found = PLANS[name].nodes, set(circuit.nodes)
     precision, recall = len(found & planted) / len(found), len(found & planted) / len(planted)
     print(f"{name}: precision {precision}, recall {recall}")

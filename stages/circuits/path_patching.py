@@ -32,51 +32,24 @@ key-value head that the head reads from. LoRA adapters must be merged first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.circuits.budget import gradient_bytes
 from stages.circuits.checks import check_finite
-from stages.circuits.estimates import estimated, slopes
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.patcher import Patcher, check_paths, every_head, names
 from stages.circuits.patcher import Progress as Progress
 from stages.circuits.patching_budget import PASS, TAILS, Budget, Sizes, at_least_one, pass_limit
+from stages.circuits.path_ends import Batch, PathEnds, Reader
 from stages.circuits.readout import FewTokens, Measure, correct
 from stages.circuits.readout import TokenMeasure as TokenMeasure
 from stages.circuits.recording import CleanRuns, record
-from stages.circuits.sweep import Chains, Read, Sweep, Tails, first_layer, parts, reached, read_heads, tail_logits
+from stages.circuits.sweep import Chains, Sweep, Tails, first_layer, parts
 from stages.circuits.sweep import Receivers as Receivers
 from stages.circuits.walker import Run, Walker
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Examples whose position begins at the same token, and holds the last token or does not.
-
-    Attributes:
-        index: which examples.
-        at: tokens of the position.
-        sweep: over all of them.
-        runs: for their tails, where these had to be made with the chains.
-    """
-
-    index: Int[Tensor, "n"]
-    at: Int[Tensor, "n k"]
-    sweep: Sweep
-    runs: CleanRuns | None
-
-    @property
-    def start(self) -> int:
-        return int(self.at.min())
-
-
-# (batch, receivers, depth -> joined sets) -> (receiver, which of the batch, which of the swept sets, their effects)
-_Reader = Callable[[_Batch, Sequence[Receivers], list[int]], Iterator[tuple[int, slice, slice, Tensor]]]
 
 
 class PathPatcher(Patcher):
@@ -109,7 +82,7 @@ class PathPatcher(Patcher):
         self._check_prompts()
         of_tokens = measure.tokens.shape[1] if isinstance(measure, FewTokens) else None
         self._sizes = Sizes(walker, self._length, max(self._length, pairs.corrupt_ids.shape[1]), of_tokens)
-        self._sweeps: dict[str, list[_Batch]] = {}  # position -> sweeps of all single heads
+        self._sweeps: dict[str, list[Batch]] = {}  # position -> sweeps of all single heads
         self._reached: dict[str, int] = {}  # position -> depth up to which room is taken for them
         self._chains: dict[str, Chains] = {}  # position -> of all examples
         self._runs: CleanRuns | None = None
@@ -117,6 +90,7 @@ class PathPatcher(Patcher):
         self._dtype = walker.logits_dtype  # of effects: small differences of logits
         self.clean = torch.empty(n, dtype=self._dtype, device="cpu")
         self.corrupt = torch.empty(n, dtype=self._dtype, device="cpu")
+        self._reads = PathEnds(walker, measure, self._sizes, self._budget, self.clean)
         self.predictions = torch.empty(n, dtype=torch.long, device="cpu")
         chain = self._sizes.chain()
         kept = [name for name, at in pairs.spans.items() if self._budget.keep("chains", at.numel() * chain)]
@@ -140,17 +114,17 @@ class PathPatcher(Patcher):
         self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers]
     ) -> list[Float[Tensor, "e n"]]:
         """As `Patcher.effects`."""
-        return self._ask(position, senders, receivers, self._read)
+        return self._ask(position, senders, receivers, self._reads.effects)
 
     @torch.no_grad()
     def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """As `Patcher.estimates`."""
         shape = (self.walker.n_layers, self.walker.n_heads)
-        found = self._ask(position, every_head(*shape), receivers, self._estimate)
+        found = self._ask(position, every_head(*shape), receivers, self._reads.estimates)
         return [effects.view(*shape, -1) for effects in found]
 
     def _ask(
-        self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], reader: _Reader
+        self, position: str, senders: Bool[Tensor, "e layers h"], receivers: Sequence[Receivers], reader: Reader
     ) -> list[Float[Tensor, "e n"]]:
         """What a reader makes of each set of senders, for each of the receivers."""
         check_paths(self, position, senders, receivers)
@@ -184,7 +158,7 @@ class PathPatcher(Patcher):
                 if again:
                     batches = self._sweeps[position] = list(batches)
             for batch in batches:
-                for number, few, part, effects in reader(batch, receivers, joined):
+                for number, few, part, effects in reader(batch, partial(self._tails, batch), receivers, joined):
                     index, result = batch.index[few], results[number]
                     result[rows[part][:, None], index] = effects.T
                     if self.watch is not None:
@@ -207,7 +181,7 @@ class PathPatcher(Patcher):
 
     def _begin(
         self, position: str, size: int, senders: Bool[Tensor, "e layers h"], joined: list[int], keep: set[int] | None
-    ) -> Iterator[_Batch]:
+    ) -> Iterator[Batch]:
         """A sweep for each batch of examples, at most `size` at a time."""
         spans, senders = self.pairs.spans[position], senders.to(self.walker.device)
         kinds = torch.stack([spans.amin(1), (spans == self._length - 1).any(1).long()], dim=1)
@@ -227,99 +201,9 @@ class PathPatcher(Patcher):
                 few = at_least_one(limit, each)
                 sweep_size = (few, at_least_one(limit, min(few, chains.attention[0, ..., 0].numel()) * each))
                 sweep = Sweep(self.walker, chains, senders, joined, keep, sweep_size)
-                yield _Batch(index, spans[index], sweep, runs)
+                yield Batch(index, spans[index], self._length, sweep, runs)
 
-    def _read(
-        self, batch: _Batch, receivers: Sequence[Receivers], joined: list[int]
-    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
-        """Step 3: yields (receiver, which of the batch, which of the swept sets, their effects); those that are not
-        yielded have effect 0."""
-        yield from self._read_logits(batch, receivers)
-        heads, sets = _of_heads(receivers, joined)
-        each = sets * self._sizes.read([receiver for _, receiver in heads], batch.at.shape[1])
-        for few, tails in self._tails(batch, each) if sets else ():
-            for number, receiver in heads:
-                for some, part, effects in self._read_heads(batch, few, tails, receiver, joined):
-                    yield number, some, part, effects
-
-    def _estimate(
-        self, batch: _Batch, receivers: Sequence[Receivers], joined: list[int]
-    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
-        """As `_read`, with slopes instead of the tails of q, k and v (`estimates`)."""
-        yield from self._read_logits(batch, receivers)
-        heads, sets = _of_heads(receivers, joined)
-        if not sets:
-            return
-        everything = batch.sweep.of_all_heads({layer for _, receiver in heads for layer in receiver.layers(0)})
-        layers = self.walker.n_layers - min(receiver.layers(0)[0] for _, receiver in heads)
-        length = self._length - batch.start
-        each = gradient_bytes(self.walker, length, self._length, layers) + layers * length * self.walker.width * 4
-        each += sets * self._sizes.stream(0, 1)
-        for few, tails in self._tails(batch, each):
-            index = batch.index[few]
-            for number, receiver in heads:
-                measured = partial(self._measured, index=index)
-                of = slopes(self.walker, receiver, everything, few, tails, self._tokens(index), measured)
-                for some, part in self._passes(len(index), sets, length * self._sizes.in_layer()):
-                    inside = slice(few.start + some.start, few.start + some.stop)
-                    slope = {layer: slope[some] for layer, slope in of.items()}
-                    found = estimated(self.walker, receiver, batch.sweep, inside, tails.select(some), slope, part)
-                    yield number, inside, part, found.to(self._dtype).cpu()
-
-    def _read_logits(
-        self, batch: _Batch, receivers: Sequence[Receivers]
-    ) -> Iterator[tuple[int, slice, slice, Float[Tensor, "n f"]]]:
-        """The receivers that are the logits."""
-        numbers = [number for number, receiver in enumerate(receivers) if receiver.component is None]
-        last = batch.at == self._length - 1
-        if not numbers or not bool(last.any()):
-            return  # frozen heads keep everything away from the last token
-        streams = batch.sweep.entering(self.walker.n_layers)  # n k e d
-        n, tokens, sets = streams.shape[:3]
-        chain = last.int().argmax(1).to(streams.device)
-        for few, part in self._passes(n, sets, self._sizes.logits()):
-            rows = torch.arange(few.start, few.stop, device=streams.device)
-            one = streams[few, 0, part] if tokens == 1 else streams[rows, chain[few], part]
-            logits = self.walker.logits(one, self._tokens(batch.index[few]))
-            for number in numbers:
-                yield number, few, part, self._change(logits, batch.index[few])
-
-    def _read_heads(
-        self, batch: _Batch, few: slice, tails: Tails, receiver: Receivers, joined: list[int]
-    ) -> Iterator[tuple[slice, slice, Float[Tensor, "n f"]]]:
-        """q, k or v receivers, for the examples `few` of the batch, whose tails these are."""
-        walker, layers, n = self.walker, receiver.layers(self.walker.n_layers), few.stop - few.start
-        entries = reached(walker, receiver, joined)
-        read: Read = {layer: self._projected(receiver, layer, batch.sweep.entering(layer)[few]) for layer in layers}
-        size = tails.length * self._sizes.in_layer() + self._sizes.logits()
-        for some, part in self._passes(n, entries[-1], size):
-            whole = some == slice(0, n)
-            here = tails if whole else tails.select(some)
-            now = read if whole else {layer: (heads, values[some]) for layer, (heads, values) in read.items()}
-            inside = slice(few.start + some.start, few.start + some.stop)
-            logits = tail_logits(walker, receiver, now, here, entries, part, self._tokens(batch.index[inside]))
-            yield inside, part, self._change(logits, batch.index[inside])
-
-    def _projected(
-        self, receiver: Receivers, layer: int, streams: Float[Tensor, "n k e d"]
-    ) -> tuple[Int[Tensor, "r"], Float[Tensor, "n k e r a"]]:
-        """What receivers of a layer read, made in parts that fit a pass."""
-        n, tokens, sets = streams.shape[:3]
-        size = at_least_one(PASS * self._budget.limit, tokens * max(1, sets) * self._sizes.projected())
-        if size >= n:
-            return read_heads(self.walker, receiver, layer, streams)
-        made = [read_heads(self.walker, receiver, layer, streams[few]) for few in parts(n, size)]
-        return made[0][0], torch.cat([values for _, values in made])
-
-    def _passes(self, n: int, sets: int, size: int) -> Iterator[tuple[slice, slice]]:
-        """Parts of n examples by sets of senders, of which one of one takes `size` bytes, that fit a pass."""
-        limit = self._pass_bytes()
-        few = min(n, at_least_one(limit, size))
-        for some in parts(n, few):
-            for part in parts(sets, at_least_one(limit, few * size)):
-                yield some, part
-
-    def _tails(self, batch: _Batch, each: float | int) -> Iterator[tuple[slice, Tails]]:
+    def _tails(self, batch: Batch, each: float | int) -> Iterator[tuple[slice, Tails]]:
         """As many examples of a batch at once as fit, of which one takes so many bytes beside its tail, and their
         tails."""
         each += self._sizes.tail_copies(batch.start)
@@ -328,7 +212,7 @@ class PathPatcher(Patcher):
         for few in parts(len(batch.at), at_least_one(TAILS * self._left(), each)):
             yield few, self._tails_of(batch, few)
 
-    def _tails_of(self, batch: _Batch, few: slice) -> Tails:
+    def _tails_of(self, batch: Batch, few: slice) -> Tails:
         """From the runs that are kept or came with the chains of a batch, or from new ones."""
         start, index = batch.start, batch.index[few]
         if batch.runs is not None:
@@ -351,8 +235,8 @@ class PathPatcher(Patcher):
 
     def _measure(self, corrupt: bool, index: Int[Tensor, "n"], run: Run) -> None:
         """The measure of runs."""
-        logits = self.walker.logits(run.residual[-1][:, -1:], self._tokens(index))
-        (self.corrupt if corrupt else self.clean)[index] = self._measured(logits, index)[:, 0]
+        logits = self.walker.logits(run.residual[-1][:, -1:], self._reads.tokens(index))
+        (self.corrupt if corrupt else self.clean)[index] = self._reads.measured(logits, index)[:, 0]
         if not corrupt:
             self.predictions[index] = run.logits.argmax(-1).cpu()
 
@@ -375,19 +259,6 @@ class PathPatcher(Patcher):
                 self._runs = self._record(torch.arange(n, device="cpu"), [], ends)[1]
                 break
         self._asked.add(position)
-
-    def _tokens(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n k"] | None:
-        if not isinstance(self.measure, FewTokens):
-            return None
-        return self.measure.tokens[index].to(self.walker.device)
-
-    def _change(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
-        """Effects: the measure less that of the clean runs."""
-        return self._measured(logits, index) - self.clean[index, None]
-
-    def _measured(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
-        logits, measure = logits.to(self._dtype), self.measure
-        return (measure.read(logits, index) if isinstance(measure, FewTokens) else measure(logits, index)).cpu()
 
     def _keeps(self, position: str, first: Int[Tensor, "e"], depth: int) -> bool:
         """Whether the sweep of all single heads at `position` is kept up to a depth: it is already, or it fits."""
@@ -430,9 +301,3 @@ class PathPatcher(Patcher):
         if position not in self._chains:
             size += self._sizes.runs(*self._ends([position]))
         return size
-
-
-def _of_heads(receivers: Sequence[Receivers], joined: list[int]) -> tuple[list[tuple[int, Receivers]], int]:
-    """The receivers that are heads, with their numbers, and how many sets of senders reach any."""
-    heads = [(number, receiver) for number, receiver in enumerate(receivers) if receiver.component is not None]
-    return heads, max((joined[receiver.layers(0)[-1]] for _, receiver in heads), default=0)

@@ -3,7 +3,7 @@
 A hop is one path-patching experiment: senders at one position, receivers (the logits, or the heads of a group
 that was found before) and the component of the receivers that they write to. `search` chooses the hops itself, from the
 logits backwards. Every group that was found is asked what feeds its queries (at its own position) and its keys and
-values (at every position up to its own). A few joint patches (`selection.gate_sets`) say whether anything at a position
+values (at every position up to its own). A few joint patches (`screening`) say whether anything at a position
 feeds a component; where it does, single heads are scored. It ends where nothing beats the noise. `given_hops` measures
 hops that are named in advance.
 
@@ -14,17 +14,17 @@ at the separator; "v_label>k_separator": values of those heads at the label. A g
 what its receivers do, and is called so: "answer-against" are negative movers, "v_s1>answer-against" what feeds them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.circuit import LOGITS, Circuit, Component, Group
 from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric, Scores, half_scores, score, split_half
-from stages.circuits.selection import Head, Rule, Selection, gate_sets, select_heads, strongest
+from stages.circuits.screening import heads_alone, patch_alone
+from stages.circuits.selection import Head, Rule, Selection, select_heads, strongest
 from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
 
@@ -192,8 +192,7 @@ def _ask(
 ) -> list[Hop]:
     """One hop for each target, all of which have the same receiving heads: the gate first, then each head alone."""
     receivers = [Receivers(target.component, target.heads) for target in targets]
-    asked = _screened if rule.screen is not None else _in_full
-    found = asked(patcher, metric, rule, position, receivers)
+    found = heads_alone(patcher, metric, rule, position, receivers)
     hops: list[Hop] = []
     for target, receiver, (gate, alone, patched) in zip(targets, receivers, found, strict=True):
         joint, scores = scored(patcher, metric, gate[0]), scored(patcher, metric, gate)
@@ -201,69 +200,12 @@ def _ask(
         if alone is not None:
             chosen = select_heads(patcher, metric, rule, position, receiver, gate[0], alone, target.sign, patched)
             senders = [head for heads in chosen.senders.values() for head in heads if not patched[head]]
-            _patch_alone(patcher, position, receiver, senders, alone, patched)
+            patch_alone(patcher, position, receiver, senders, alone, patched)
             hop = replace(with_scores(patcher, metric, hop, alone), patched=patched, selection=chosen)
             hop = replace(hop, found=_found(hop, chosen, [*earlier, *hops], rule.merge_overlap))
         report(hop)
         hops.append(hop)
     return hops
-
-
-# effects of the gate's sets; those of each head alone, and which of these are effects and not estimates; None and none
-# where the hop does not count
-_Asked = tuple[Float[Tensor, "sets n"], Float[Tensor, "layers h n"] | None, Bool[Tensor, "layers h"]]
-
-
-def _in_full(
-    patcher: Patcher, metric: Metric, rule: Rule, position: str, receivers: Sequence[Receivers]
-) -> Iterator[_Asked]:
-    """Without estimates."""
-    shape = (patcher.walker.n_layers, patcher.walker.n_heads)
-    gates = patcher.effects(position, gate_sets(*shape, receivers[0]), receivers)
-    counting = [n for n, gate in enumerate(gates) if rule.counts_either(scored(patcher, metric, gate))]
-    effects = dict(zip(counting, patcher.head_effects(position, [receivers[n] for n in counting]), strict=True))
-    for number, gate in enumerate(gates):
-        yield gate, effects.get(number), torch.full(shape, number in effects, device="cpu")
-
-
-def _screened(
-    patcher: Patcher, metric: Metric, rule: Rule, position: str, receivers: Sequence[Receivers]
-) -> Iterator[_Asked]:
-    """With estimates that say which sets and heads are patched."""
-    assert rule.screen is not None
-    below = gate_sets(patcher.walker.n_layers, patcher.walker.n_heads, receivers[0])[0]
-    for receiver, alone in zip(receivers, patcher.estimates(position, receivers), strict=True):
-        strength = scored(patcher, metric, alone).strength
-        patched = strength.abs() >= rule.screen * rule.minimum_head_effect
-        gate = patcher.effects(position, torch.stack([below, strength > 0, strength < 0]), [receiver])[0]
-        if rule.counts_either(scored(patcher, metric, gate)):
-            _patch_alone(
-                patcher,
-                position,
-                receiver,
-                [(layer, head) for layer, head in patched.nonzero().tolist()],
-                alone,
-                patched,
-            )
-            yield gate, alone, patched
-        else:
-            yield gate, None, torch.zeros_like(patched)
-
-
-def _patch_alone(
-    patcher: Patcher,
-    position: str,
-    receiver: Receivers,
-    heads: Sequence[Head],
-    alone: Float[Tensor, "layers h n"],
-    patched: Bool[Tensor, "layers h"],
-) -> None:
-    """Put effects in the place of the estimates of some heads, and note so."""
-    sets = torch.zeros(len(heads), *patched.shape, dtype=torch.bool, device="cpu")
-    for one, head in zip(sets, heads, strict=True):
-        one[head] = True
-    for head, effects in zip(heads, patcher.effects(position, sets, [receiver])[0], strict=True):
-        alone[head], patched[head] = effects, True
 
 
 def with_scores(patcher: Patcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:

@@ -9,11 +9,12 @@ whatever part K of it is patched, it makes little difference whether the heads o
 al. 2022, section 4, there with ablation): E(K + A - C) - E(K) is small, in either direction.
 
 *Does the hop count?* All heads together do nothing where heads cancel. So beside all of them some sets of them are
-patched (`gate_sets`): every head has a code word of m bits of which half are 1, another one for each head, and set b
-holds the heads with a 1 at bit b. Of any two heads each is in a set without the other one (with running numbers as code
-words only one of them would be, which may be the one that does nothing alone). The hop counts if any of these sets does
-enough, in either direction. With 270 heads these are 12 tests of which one must be beyond noise_z standard errors:
-with 4, chance passes one hop in 1,300 at normal errors, and one that it passes has no senders unless a side counts.
+patched (`screening.gate_sets`): every head has a code word of m bits of which half are 1, another one for each head,
+and set b holds the heads with a 1 at bit b. Of any two heads each is in a set without the other one (with running
+numbers as code words only one of them would be, which may be the one that does nothing alone). The hop counts if any of
+these sets does enough, in either direction. With 270 heads these are 12 tests of which one must be beyond noise_z
+standard errors: with 4, chance passes one hop in 1,300 at normal errors, and one that it passes has no senders unless a
+side counts.
 
 *Two sides.* A head is surely for the answer (a set P), or surely against it (N), if its own effect is enough in that
 direction; others may do something only together. The tolerance of a hop, what need not be accounted for, is
@@ -52,8 +53,6 @@ the run of step 2 is long: about 2 a more.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count
-from math import comb
 
 import torch
 from jaxtyping import Bool, Float
@@ -149,21 +148,6 @@ def strongest(scores: Scores, sign: int = 1) -> list[Head]:
     return [(int(at) // heads, int(at) % heads) for at in order]
 
 
-def gate_sets(n_layers: int, n_heads: int, receivers: Receivers) -> Bool[Tensor, "e layers h"]:
-    """All heads below the highest receiver, and sets of them of which any two heads are apart in both directions.
-
-    The sets are as few as can be: no code word may hold the bits of another one, and the most words of m bits for which
-    this is so are those with m // 2 bits (Sperner 1928).
-    """
-    below = [(layer, head) for layer in range(_top(n_layers, receivers)) for head in range(n_heads)]
-    bits = next(m for m in count(1) if comb(m, m // 2) >= len(below))
-    sets = torch.zeros(1 + bits, n_layers, n_heads, dtype=torch.bool, device="cpu")
-    for head, word in zip(below, combinations(range(1, 1 + bits), bits // 2), strict=False):
-        for bit in (0, *word):
-            sets[bit][head] = True
-    return sets
-
-
 def select_heads(
     patcher: Patcher,
     metric: Metric,
@@ -188,7 +172,7 @@ def select_heads(
         return score(metric, effects, patcher.clean, patcher.corrupt)
 
     effect = _JointEffects(patcher, position, receivers)
-    singles, top = scored(alone), _top(alone.shape[0], receivers)
+    singles, top = scored(alone), top_layer(alone.shape[0], receivers)
     order = {sign: [head for head in strongest(singles, sign) if head[0] < top] for sign in (1, -1)}
     everything = frozenset(order[1])
     effect.known |= {frozenset({head}): alone[head] for head in order[1] if patched is None or patched[head]}
@@ -292,7 +276,7 @@ def _one_side(
     return found
 
 
-def _top(n_layers: int, receivers: Receivers) -> int:
+def top_layer(n_layers: int, receivers: Receivers) -> int:
     """The layer below which heads can be senders."""
     return n_layers if receivers.component is None else max(layer for layer, _ in receivers.heads)
 

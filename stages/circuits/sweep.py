@@ -229,7 +229,8 @@ def write(
         if site != component or layer not in read:
             return x
         heads, values = read[layer]
-        # in place: what an edit is given was made for it
+        # in place: what an edit is given was made for it; but gradients do not allow it with views of one matrix
+        x = x.clone() if x.requires_grad else x
         if alone:
             if first == 0:
                 x[:, :, 0, heads] = values[:, 0, part]
