@@ -2,10 +2,10 @@
 
 What a sender changes in the input of the receivers, and what these then put out, is exact and cheap: a sweep (`sweep`)
 and their attention. Dear is the tail, which runs from there to the logits once for every sender. Here it is replaced by
-its slope: the gradient of the measure with respect to the receivers' outputs, averaged over points on the straight
-line from the clean run to the one with all heads patched (integrated gradients; Sundararajan et al. 2017; on edges
-Hanna et al. 2024). That costs three passes for all senders together. The receivers' attention is not made linear, since
-where it is saturated its slope is near 0. Nothing is selected by estimates alone; they say what to patch.
+its slope, the gradient of the measure with respect to the receivers' outputs in the clean run (attribution patching;
+Nanda 2023, on edges Syed et al. 2023), which costs one pass for all senders together. The receivers' attention is not
+made linear: where it is saturated its slope is near 0, whatever is patched. Nothing is selected by estimates alone;
+they say what to patch.
 """
 
 from collections.abc import Callable
@@ -18,51 +18,31 @@ from stages.circuits.circuit import Component
 from stages.circuits.sweep import Read, Receivers, Sweep, Tails, read_heads, tail_logits, write
 from stages.circuits.walker import Walker, Window
 
-POINTS = (0.0, 0.5, 1.0)  # shares of the change of all heads at which slopes are taken
-
 Slopes = dict[int, Float[Tensor, "n s h a"]]  # layer of receivers -> derivative of the measure by its heads' outputs
 
 
 def slopes(
     walker: Walker,
     receivers: Receivers,
-    sweep: Sweep,
-    few: slice,
     tails: Tails,
     tokens: Int[Tensor, "n j"] | None,
     measured: Callable[[Float[Tensor, "n e tokens"]], Float[Tensor, "n e"]],
 ) -> Slopes:
-    """The mean slope of the measure between the clean run and the one with all heads patched.
+    """The slopes of the measure in the clean run.
 
     Args:
-        sweep: of all heads as one set.
-        few: which examples of the sweep.
-        tails: of these.
         tokens: whose logits are made; None for all.
         measured: the measure, from those.
     """
     layers = receivers.layers(walker.n_layers)
-    ends = [(layer, sweep.chains.entering[layer, few, :, None], sweep.entering(layer)[few]) for layer in layers]
-    clean = {layer: read_heads(walker, receivers, layer, start) for layer, start, _ in ends}
-    # nothing writes into the first layer
-    whole = {
-        layer: read_heads(walker, receivers, layer, end)[1] if layer else clean[layer][1] for layer, _, end in ends
-    }
     entries = [int(layer >= layers[0]) for layer in range(walker.n_layers + 1)]
-    n, like = len(tails.slots), tails.residual(layers[0])
-    shape = (n, 1, tails.length, walker.n_heads, walker.head_dim)
-    total = {layer: like.new_zeros(shape) for layer in layers}
-    for point in POINTS:
-        read: Read = {
-            layer: (heads, torch.lerp(values, whole[layer], point)) for layer, (heads, values) in clean.items()
-        }
-        with torch.enable_grad():
-            added = {layer: like.new_zeros(shape).requires_grad_() for layer in layers}
-            logits = tail_logits(walker, receivers, read, tails, entries, slice(0, 1), tokens, added)
-            found = torch.autograd.grad(measured(logits).sum(), list(added.values()))
-        for layer, slope in zip(layers, found, strict=True):
-            total[layer] += slope / len(POINTS)
-    return {layer: slope[:, 0] for layer, slope in total.items()}
+    like = tails.residual(layers[0])
+    shape = (len(tails.slots), 1, tails.length, walker.n_heads, walker.head_dim)
+    with torch.enable_grad():
+        added = {layer: like.new_zeros(shape).requires_grad_() for layer in layers}
+        logits = tail_logits(walker, receivers, {}, tails, entries, slice(0, 1), tokens, added)
+        found = torch.autograd.grad(measured(logits).sum(), list(added.values()))
+    return {layer: slope[:, 0] for layer, slope in zip(layers, found, strict=True)}
 
 
 def estimated(

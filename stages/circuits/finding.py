@@ -10,8 +10,8 @@ from stages.circuits.selection import Rule
 
 # What heads together must do to count, and what is then left out, as shares of what the whole corruption does.
 RULE = Rule(
-    minimum_effect=0.02,
-    minimum_head_effect=0.005,
+    minimum_effect=0.05,
+    minimum_head_effect=0.01,
     noise_z=4.0,
     coverage=0.9,
     merge_overlap=0.5,

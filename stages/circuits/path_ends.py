@@ -91,16 +91,14 @@ class PathEnds:
         heads, sets = _to_heads(receivers, joined)
         if not sets:
             return
-        everything = batch.sweep.of_all_heads({layer for _, receiver in heads for layer in receiver.layers(0)})
         layers = self._walker.n_layers - min(receiver.layers(0)[0] for _, receiver in heads)
         length = batch.length - batch.start
         each = gradient_bytes(self._walker, length, batch.length, layers) + layers * length * self._walker.width * 4
-        each += sets * self._sizes.stream(0, 1)
         for few, here in tails(each):
             index = batch.index[few]
             for number, receiver in heads:
                 measured = partial(self.measured, index=index)
-                of = slopes(self._walker, receiver, everything, few, here, self.tokens(index), measured)
+                of = slopes(self._walker, receiver, here, self.tokens(index), measured)
                 for some, part in self._passes(len(index), sets, length * self._sizes.in_layer()):
                     inside = slice(few.start + some.start, few.start + some.stop)
                     slope = {layer: slope[some] for layer, slope in of.items()}

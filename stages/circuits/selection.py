@@ -35,7 +35,7 @@ Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the
 2. the shortest run of the strongest heads, found by bisection, that passes the first two tests;
 3. of these, heads are dropped while both tests still pass: first those that do too little alone, then those whose
    single loss the tests pass. All of them go, or else the weaker and then the stronger half of them, and so on down
-   to single heads;
+   to single heads, or to parts that together do too little by the measure of step 4;
 4. a head stays if it changes E(C) or E(U - C) by the rule's smallest effect of a head and by enough standard errors;
 5. for each K of the last test that fails by more than noise, steps 2 to 4 run again with K patched throughout and the
    heads outside of C as U (what may be missing stays the same). What they find joins C, and is tested like the other
@@ -363,25 +363,34 @@ def _needed(
         else:
             too_few = middle
 
-    def less(kept: list[Head], dropped: list[Head]) -> list[Head]:
-        blocks = [dropped] if dropped else []
+    kept, idle = list(order[:enough]), set[Head]()
+
+    def drop(heads: list[Head]) -> None:
+        """Let go of some heads, as many as the tests allow; parts that do nothing together are not looked into."""
+        nonlocal kept
+        blocks = [heads] if heads else []
         while blocks:
             block = blocks.pop()
             rest = [head for head in kept if head not in block]
             if pass_both([rest])[0]:
                 kept = rest
+            elif not adds(block)[0]:
+                idle.update(block)
             elif len(block) > 1:
                 half = (len(block) + 1) // 2
                 blocks += [block[:half], block[half:]]
-        return kept
 
-    kept = list(order[:enough])
-    kept = less(kept, [head for head in kept if head not in effect.sure])
-    without = [[head for head in kept if head != left_out] for left_out in kept]
-    kept = less(kept, [head for head, passes in zip(kept, pass_both(without), strict=True) if passes])
+    def adds(*parts: Sequence[Head]) -> list[bool]:
+        """Whether parts of what is kept change what it does, or what the others do."""
+        senders, others = pair(kept)
+        lost = change([senders]) - change(senders - set(part) for part in parts)
+        left = change(others | set(part) for part in parts) - change([others])
+        return (rule.adds(scored(lost), sign) | rule.adds(scored(left), sign)).tolist()
 
-    senders, others = pair(kept)
-    lost = change([senders]) - change(senders - {head} for head in kept)
-    left = change(others | {head} for head in kept) - change([others])
-    stays = rule.adds(scored(lost), sign) | rule.adds(scored(left), sign)
-    return [head for head, stay in zip(kept, stays.tolist(), strict=True) if stay]
+    drop([head for head in kept if head not in effect.sure])
+    live = [head for head in kept if head not in idle]
+    passes = pass_both([[head for head in kept if head != left_out] for left_out in live])
+    drop([head for head, passed in zip(live, passes, strict=True) if passed])
+    live = [head for head in kept if head not in idle]
+    stays = adds(*([head] for head in live)) if live else []
+    return [head for head, stay in zip(live, stays, strict=True) if stay]

@@ -116,12 +116,6 @@ class Sweep:
         self._streams = {0: self._attention[0, :, None][:, :0]}  # depth -> n*k joined d
         self._depth = 0
 
-    def of_all_heads(self, keep: set[int]) -> "Sweep":
-        """Another sweep of the same chains, with one set of senders: all heads."""
-        everything = torch.ones_like(self._senders[:1])
-        joined = [0] + [1] * self._walker.n_layers
-        return Sweep(self._walker, self.chains, everything, joined, keep, self._size)
-
     def entering(self, depth: int) -> Float[Tensor, "n k e d"]:
         """What enters layer `depth` (or the final norm), for the sets of senders that have a sender below it."""
         while self._depth < depth:
@@ -229,8 +223,7 @@ def write(
         if site != component or layer not in read:
             return x
         heads, values = read[layer]
-        # in place: what an edit is given was made for it; but gradients do not allow it with views of one matrix
-        x = x.clone() if x.requires_grad else x
+        # in place: what an edit is given was made for it
         if alone:
             if first == 0:
                 x[:, :, 0, heads] = values[:, 0, part]
