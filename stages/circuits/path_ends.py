@@ -98,8 +98,8 @@ class PathEnds:
             index = batch.index[few]
             for number, receiver in heads:
                 measured = partial(self.measured, index=index)
-                of = slopes(self._walker, receiver, here, self.tokens(index), measured)
-                for some, part in self._passes(len(index), sets, length * self._sizes.in_layer()):
+                of = slopes(self._walker, receiver, batch.sweep.chains.select(few), here, self.tokens(index), measured)
+                for some, part in self._passes(len(index), sets, batch.at.shape[1] * self._sizes.in_layer()):
                     inside = slice(few.start + some.start, few.start + some.stop)
                     slope = {layer: slope[some] for layer, slope in of.items()}
                     found = estimated(self._walker, receiver, batch.sweep, inside, here.select(some), slope, part)

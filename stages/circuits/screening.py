@@ -14,6 +14,8 @@ from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.selection import Head, Rule, top_layer
 from stages.circuits.sweep import Receivers
 
+FAINT = 0.25  # share of a rule's smallest effect: where all heads are estimated to do less, only all are patched
+
 # effects of the gate's sets; those of each head alone, and which of these are effects and not estimates; None and none
 # where the hop does not count
 Asked = tuple[Float[Tensor, "sets n"], Float[Tensor, "layers h n"] | None, Bool[Tensor, "layers h"]]
@@ -79,7 +81,10 @@ def _screened(
     for receiver, alone in zip(receivers, patcher.estimates(position, receivers), strict=True):
         strength = _scored(patcher, metric, alone).strength
         patched = strength.abs() >= rule.screen * rule.minimum_head_effect
-        gate = patcher.effects(position, torch.stack([below, strength > 0, strength < 0]), [receiver])[0]
+        sets = [below, strength > 0, strength < 0]
+        if float(strength.abs().sum()) < FAINT * rule.minimum_effect:
+            sets = sets[:1]
+        gate = patcher.effects(position, torch.stack(sets), [receiver])[0]
         if rule.counts_either(_scored(patcher, metric, gate)):
             patch_alone(
                 patcher,

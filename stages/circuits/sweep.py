@@ -202,11 +202,11 @@ def tail_logits(
         return x if more <= 0 else torch.cat([x, tails.residual(layer)[:, None].expand(-1, more, -1, -1)], dim=1)
 
     nothing = tails.residual(lowest)[:, None, :][:, :0]
-    edit = write(receivers.component, read, tails.slots, part, added or {})
+    edit = _write(receivers.component, read, tails.slots, part, added or {})
     return walker.continue_from(tails.prefix, window, nothing, lowest, edit, join, tokens)
 
 
-def write(
+def _write(
     component: Component | None,
     read: Read,
     slots: Int[Tensor, "n k"],
@@ -223,7 +223,8 @@ def write(
         if site != component or layer not in read:
             return x
         heads, values = read[layer]
-        # in place: what an edit is given was made for it
+        # in place: what an edit is given was made for it; but gradients do not allow it with views of one matrix
+        x = x.clone() if x.requires_grad else x
         if alone:
             if first == 0:
                 x[:, :, 0, heads] = values[:, 0, part]

@@ -16,7 +16,7 @@ Shapes: n examples, e variants, s window slots, t positions, d residual width, h
 width. Window slots are in increasing position order.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +81,23 @@ class Run:
             self.values[:, index],
             self.logits[index],
         )
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention of one layer works on: s queries against t background positions and window slots.
+
+    Attributes:
+        q, k, v: after any norm and the rotary embedding.
+        sees: additive mask.
+        rotary: of the window slots.
+    """
+
+    q: Float[Tensor, "n s h a"]
+    k: Float[Tensor, "n t g a"]
+    v: Float[Tensor, "n t g a"]
+    sees: Float[Tensor, "n s t"]
+    rotary: Rotary
 
 
 class Walker:
@@ -212,37 +229,23 @@ class Walker:
         keys, values = background.keys[..., :reach, :], background.values[..., :reach, :]
         return self._pass(residual, layer, window, keys, values, edit, None, None, join, tokens)
 
-    def edited_heads(
-        self,
-        background: Run | Prefix,
-        window: Window,
-        residual: Float[Tensor, "n s d"],
-        layer: int,
-        kv_heads: Sequence[int],
-        edit: Edit,
-        variants: int,
-    ) -> Float[Tensor, "n e s heads a"]:
-        """Outputs of the query heads that read from some key-value heads of one layer, whose stream is the same in all
-        variants: these differ by an edit alone, and the projections are made once.
-
-        Args:
-            edit: sees those heads only, numbered from 0.
-        """
+    def attention_inputs(
+        self, background: Run | Prefix, window: Window, residual: Float[Tensor, "n s d"], layer: int
+    ) -> "AttentionInputs":
+        """What attention of one layer works on when the window's residual stream enters it as given."""
         family, x = self.architecture, residual[:, None]
         rotary, seen = family.rotary(x, window.positions)[layer], window.within(family.reach(layer))
-        groups = torch.tensor(list(kv_heads), device=self.device)
-        each = self.n_heads // self.n_kv_heads
-        heads = (groups[:, None] * each + torch.arange(each, device=self.device)).flatten()
         q, k, v = family.projections(layer, family.normed(layer, x), 0)
-        # an edit may write into what it is given
-        q, k, v = (
-            made[..., chosen, :].expand(-1, variants, -1, -1, -1).clone()
-            for made, chosen in ((q, heads), (k, groups), (v, groups))
+        q, k = family.place(layer, "q", q, rotary), family.place(layer, "k", k, rotary)
+        reach = window.sees_background.shape[-1]
+        keys, values = (of[layer][..., :reach, :].transpose(1, 2) for of in (background.keys, background.values))
+        return AttentionInputs(
+            q[:, 0],
+            torch.cat([keys, k[:, 0]], dim=1),
+            torch.cat([values, v[:, 0]], dim=1),
+            torch.cat([seen.sees_background, seen.sees_window], dim=-1),
+            rotary,
         )
-        keys, values = (
-            of[layer][:, groups, : window.sees_background.shape[-1]] for of in (background.keys, background.values)
-        )
-        return self._heads(layer, q, k, v, 0, rotary, seen, keys, values, edit)[2]
 
     def logits(
         self, residual: Float[Tensor, "n *rows d"], tokens: Int[Tensor, "n k"] | None = None
@@ -264,6 +267,20 @@ class Walker:
         """q, k or v of a layer as the projection gives them (before any norm of q and k, and the rotary embedding),
         from the residual stream that enters the layer."""
         return self.architecture.project(layer, component, self.architecture.normed(layer, residual))
+
+    def place(
+        self, layer: int, component: str, x: Float[Tensor, "n e s heads a"], rotary: Rotary
+    ) -> Float[Tensor, "n e s heads a"]:
+        """Projected q or k of window slots as attention compares them."""
+        return self.architecture.place(layer, component, x, rotary)
+
+    def capped(self, layer: int, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+        """Attention scores from products of queries and keys, in at least float32."""
+        scores, cap = (
+            products.to(self.logits_dtype) * self.architecture.scaling(layer),
+            self.architecture.softcap(layer),
+        )
+        return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
         """The output projection of head outputs, with its bias."""
@@ -324,25 +341,7 @@ class Walker:
         """Keys, values and head outputs of one layer; head outputs only of the window slots from `first` on, and as
         they are given, if they are."""
         family = self.architecture
-        projected = family.projections(layer, family.normed(layer, x), first)
-        return self._heads(layer, *projected, first, rotary, window, keys, values, edit, given)
-
-    def _heads(
-        self,
-        layer: int,
-        q: Float[Tensor, "n e w h a"],
-        k: Float[Tensor, "n e s g a"],
-        v: Float[Tensor, "n e s g a"],
-        first: int,
-        rotary: Rotary,
-        window: Window,
-        keys: Float[Tensor, "n g b a"],
-        values: Float[Tensor, "n g b a"],
-        edit: Edit | None,
-        given: Float[Tensor, "n e s h a"] | None = None,
-    ) -> tuple[Float[Tensor, "n e s g a"], Float[Tensor, "n e s g a"], Float[Tensor, "n e w h a"]]:
-        """`_attention` from what is projected."""
-        family = self.architecture
+        q, k, v = family.projections(layer, family.normed(layer, x), first)
         if edit is not None:
             q, k, v = edit(layer, "q", q, first), edit(layer, "k", k, 0), edit(layer, "v", v, 0)
         of_queries = rotary if rotary is None else (rotary[0][:, :, first:], rotary[1][:, :, first:])
