@@ -121,7 +121,7 @@ def random_case(request: pytest.FixtureRequest) -> Case:
 def real_case(request: pytest.FixtureRequest) -> Case:
     """SmolLM2 on sentences in which a name is given back: the answer is the name that stands once."""
     try:
-        folder = Path(request.getfixturevalue("smollm2_folder"))
+        folder = Path(request.getfixturevalue("smollm2"))
     except pytest.FixtureLookupError:
         pytest.skip("SmolLM2 is not packaged here")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
