@@ -280,10 +280,6 @@ def test_committed_lock_matches_the_pipeline(dvc: Dvc) -> None:
     assert locked == listed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the committed run is older than the search for heads against the answer: to be run again (README)",
-)
 def test_committed_report_is_not_stale(tmp_path: Path, dvc: Dvc) -> None:
     """In a clone all data are absent, and nothing else may differ from what the committed run has recorded.
 

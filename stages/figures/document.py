@@ -163,7 +163,7 @@ def _answer(summary: Mapping[str, Any]) -> Section:
                 (
                     "Contrast",
                     "Verdict",
-                    "AlignedPairs",
+                    "Pairs",
                     "Difference",
                     f"{percent} t interval",
                     "Bootstrap interval",
@@ -237,7 +237,7 @@ def _checks(summary: Mapping[str, Any]) -> Section:
         "What the pairs can resolve at the spread that was seen: the smallest true difference of the primary measure "
         f"that a paired t test at {plan['alpha']:g}, not corrected, detects with {100 * plan['power']:g} % power, and "
         "the smallest margin within which TOST shows equal arms to be equal as often.",
-        ("Contrast", "AlignedPairs", "SD of differences", "Detectable difference", "Provable margin"),
+        ("Contrast", "Pairs", "SD of differences", "Detectable difference", "Provable margin"),
         resolved,
         1,
     )
@@ -885,7 +885,7 @@ def _tables(summary: Mapping[str, Any]) -> Section:
             Table("Every seed.", ("Model", "Seed", "Reached", "Step", *names), seeds, 1),
             Table(
                 "Contrasts of secondary measures; these describe, their p values are not corrected.",
-                ("Measure", "Contrast", "AlignedPairs", "Difference", "t interval", "Exact p"),
+                ("Measure", "Contrast", "Pairs", "Difference", "t interval", "Exact p"),
                 secondary,
                 2,
             ),
