@@ -11,7 +11,7 @@ from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.spread import SpreadPatcher
 from tests.oracles import FAMILIES, random_model, random_pairs, walker_of
-from tests.test_path_patching import spanning_pairs
+from tests.test_path_patching import difference, spanning_pairs
 
 RECEIVERS = [
     Receivers(Component.Q, ((2, 0), (2, 3), (1, 1))),
@@ -20,10 +20,6 @@ RECEIVERS = [
     Receivers(Component.V, ((0, 1), (2, 1))),
 ]
 SMALL = 1e-5
-
-
-def difference(logits, index):
-    return logits[..., 3] - logits[..., 4:8].mean(-1)
 
 
 def nearly_corrupt(model, pairs: AlignedPairs) -> AlignedPairs:

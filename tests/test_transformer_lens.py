@@ -118,13 +118,9 @@ def random_case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def real_case(request: pytest.FixtureRequest) -> Case:
+def real_case(smollm2: Path) -> Case:
     """SmolLM2 on sentences in which a name is given back: the answer is the name that stands once."""
-    try:
-        folder = Path(request.getfixturevalue("smollm2"))
-    except pytest.FixtureLookupError:
-        pytest.skip("SmolLM2 is not packaged here")
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(smollm2), load_tokenizer(smollm2)
     names, places = ("Mary", "John", "Anna", "Paul"), ("store", "park", "school", "garden")
     clean, corrupt, answers, others = [], [], [], []
     for index, place in enumerate(places):
