@@ -4,9 +4,10 @@ Three questions, all on IOI prompts (`stages/tasks/ioi.py`):
 
 - one hop: all heads at the last token -> logits, ours whole, the naive side with a few senders and scaled: each costs
   it the same pass;
-- the whole search for a circuit: how long, and how long the naive side would take for the same questions. Every set of
-  senders costs it one pass for the logits and two for q, k or v, so its seconds are those of a pass, measured in the
-  same run, times the passes;
+- the whole search for a circuit: how long, and how long the naive side would take for the sets of senders that it
+  patches. Each costs it one pass for the logits and two for q, k or v, so its seconds are those of a pass, measured in
+  the same run, times the passes. The estimates that spare ours the other heads are in our seconds and not in its own:
+  without them it would have to patch every head of every hop;
 - memory: search, then the circuit and random ones in place, in a process of its own under a stated limit.
 """
 
@@ -35,12 +36,13 @@ LATE = ((23, 3), (29, 1))  # receivers of the naive side's two-pass sample: name
 
 
 def real_model(
-    pairs: int, memory_pairs: int, memory_mib: float, threads: int, folder: Path | None = None
+    pairs: int, timed_mib: float, memory_pairs: int, memory_mib: float, threads: int, folder: Path | None = None
 ) -> dict[str, Any]:
     """The record of the benchmark's part on a real model.
 
     Args:
         pairs: IOI pairs of the timed questions.
+        timed_mib: their limit on memory.
         memory_pairs: IOI pairs of the memory question.
         memory_mib: its limit.
         threads: of torch.
@@ -64,7 +66,7 @@ def real_model(
     del naive
 
     text = Pairs.from_text(tokenizer, **drawn.texts())
-    patcher, our_runs = _timed(lambda: path_patcher(walker, text, memory_mib))
+    patcher, our_runs = _timed(lambda: path_patcher(walker, text, timed_mib))
     counted.take()
     ours, our_hop = _timed(lambda: patcher.head_effects(END, [Receivers()])[0])
     hop_token_layers = counted.take()
@@ -78,6 +80,7 @@ def real_model(
     return {
         "model": MODEL,
         "pairs": pairs,
+        "limit_mib": timed_mib,
         "tokens": aligned.clean_ids.shape[1],
         "runs": {"naive": _round(naive_runs), "ours": _round(our_runs)},
         "hop": {

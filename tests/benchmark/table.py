@@ -63,6 +63,7 @@ def _real(real: dict[str, Any]) -> list[str]:
         "",
     ]
     note = (
+        f"Ours under a limit of {real['limit_mib']:.0f} MiB. "
         f"Naive was timed with {hop['naive_senders_timed']} senders and scaled, the search's "
         f"{search['sets_to_logits']} sets of senders by one pass and {search['sets_to_inputs']} by two each; largest "
         f"difference in float32 {hop['largest_difference']:.1e} (effects up to {hop['largest_effect']:.2g})."
