@@ -108,7 +108,14 @@ class Patcher(ABC):
         Raises:
             Invalid: as `effects` and `scores.score`.
         """
-        effects = self.head_effects(position, [Receivers() if to == "logits" else to])[0]
+        return self.scored(metric, self.head_effects(position, [Receivers() if to == "logits" else to])[0])
+
+    def scored(self, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
+        """Scores of effects on these examples.
+
+        Raises:
+            Invalid: as `scores.score`.
+        """
         return score(metric, effects, self.clean, self.corrupt)
 
 

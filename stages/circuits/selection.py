@@ -53,13 +53,14 @@ the run of step 2 is long: about 2 a more.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.patcher import Patcher
-from stages.circuits.scores import Metric, Scores, score
+from stages.circuits.scores import Metric, Scores
 from stages.circuits.sweep import Receivers
 
 Head = tuple[int, int]  # (layer, head)
@@ -167,10 +168,7 @@ def select_heads(
         patched: which of these are effects; the others are estimates, which only put heads in order. None: all are.
         first: sign of the side that is looked for first; it gets the heads that could be on either.
     """
-
-    def scored(effects: Float[Tensor, "*sets n"]) -> Scores:
-        return score(metric, effects, patcher.clean, patcher.corrupt)
-
+    scored = partial(patcher.scored, metric)
     effect = _JointEffects(patcher, position, receivers)
     singles, top = scored(alone), top_layer(alone.shape[0], receivers)
     order = {sign: [head for head in strongest(singles, sign) if head[0] < top] for sign in (1, -1)}
