@@ -1,7 +1,7 @@
 """What every path patcher answers: over prompts of one length, of many lengths, or in several processes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +122,15 @@ class Patcher(ABC):
 def every_head(layers: int, heads: int) -> Bool[Tensor, "e layers h"]:
     """Every head as a set of its own."""
     return torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
+
+
+def head_sets(sets: Sequence[Iterable[tuple[int, int]]], layers: int, heads: int) -> Bool[Tensor, "e layers h"]:
+    """Sets of (layer, head) pairs."""
+    masks = torch.zeros(len(sets), layers, heads, dtype=torch.bool, device="cpu")
+    for mask, chosen in zip(masks, sets, strict=True):
+        for head in chosen:
+            mask[head] = True
+    return masks
 
 
 def check_paths(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.patcher import Patcher
+from stages.circuits.patcher import Patcher, head_sets
 from stages.circuits.scores import Metric
 from stages.circuits.selection import Head, Rule, top_layer
 from stages.circuits.sweep import Receivers
@@ -53,9 +53,7 @@ def patch_alone(
     patched: Bool[Tensor, "layers h"],
 ) -> None:
     """Put effects in the place of the estimates of some heads, and note so."""
-    sets = torch.zeros(len(heads), *patched.shape, dtype=torch.bool, device="cpu")
-    for one, head in zip(sets, heads, strict=True):
-        one[head] = True
+    sets = head_sets([[head] for head in heads], *patched.shape)
     for head, effects in zip(heads, patcher.effects(position, sets, [receiver])[0], strict=True):
         alone[head], patched[head] = effects, True
 

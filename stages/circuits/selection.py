@@ -59,7 +59,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.patcher import Patcher
+from stages.circuits.patcher import Patcher, head_sets
 from stages.circuits.scores import Metric, Scores
 from stages.circuits.sweep import Receivers
 
@@ -307,10 +307,7 @@ class _JointEffects:
         new = [heads for heads in dict.fromkeys(sets) if heads not in self.known]
         if new:
             walker = self._patcher.walker
-            senders = torch.zeros(len(new), walker.n_layers, walker.n_heads, dtype=torch.bool)
-            for number, heads in enumerate(new):
-                for head in heads:
-                    senders[number][head] = True
+            senders = head_sets(new, walker.n_layers, walker.n_heads)
             effects = self._patcher.effects(self._position, senders, [self._receivers])[0]
             self.known |= dict(zip(new, effects, strict=True))
         return torch.stack([self.known[heads] for heads in sets])
