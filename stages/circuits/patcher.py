@@ -75,8 +75,8 @@ class Patcher(ABC):
     @abstractmethod
     def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """What `head_effects` gives, estimated at the cost of a few patches: what a head changes in the input of the
-        receivers is exact, what that does to the measure is of first order (`circuits.estimates`). On the logits the
-        estimates are the effects.
+        receivers and what their attention then puts out are exact, and only what is behind these outputs is a slope,
+        that of the clean run (`circuits.estimates`). On the logits the estimates are the effects.
 
         Raises:
             Invalid: as `effects`.
