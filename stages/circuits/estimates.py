@@ -102,7 +102,7 @@ def _by_queries(
     kv = heads // (walker.n_heads // walker.n_kv_heads)
     each = torch.arange(len(slots), device=slots.device)[:, None]
     q = walker.place(layer, "q", read.transpose(1, 2), _at(inputs.rotary, slots))  # n e k r a
-    scores = walker.capped(layer, torch.einsum("nekra,ntra->nekrt", q, inputs.k[:, :, kv]))
+    scores = walker.attention_scores(layer, torch.einsum("nekra,ntra->nekrt", q, inputs.k[:, :, kv]))
     weights = (scores + inputs.sees[each, slots][:, None, :, None]).softmax(-1)
     worth = torch.einsum("ntra,nkra->nkrt", inputs.v[:, :, kv], slope[each, slots][:, :, heads])
     return torch.einsum("nekrt,nkrt->ne", weights, worth * _fresh(slots)[:, :, None, None])
@@ -122,14 +122,14 @@ def _by_keys(
     q, slope = _grouped(walker, inputs.q, heads), _grouped(walker, slope, heads)  # n s g j a
     v, tokens = inputs.v[:, :, heads], inputs.k.shape[1] - inputs.q.shape[1] + slots
     each = torch.arange(len(slots), device=slots.device)[:, None]
-    scores = walker.capped(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
+    scores = walker.attention_scores(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
     others = torch.zeros_like(inputs.sees[:, 0]).scatter(1, tokens, float("-inf"))
     scores = scores + (inputs.sees + others[:, None])[:, :, None, None]
     total = scores.logsumexp(-1)
     mean = torch.einsum("nsgjt,ntga->nsgja", scores.softmax(-1).nan_to_num(0.0), v)
     worth = torch.einsum("nkga,nsgja->nsgjk", v[each, tokens], slope) - (mean * slope).sum(-1)[..., None]
     k = walker.place(layer, "k", read.transpose(1, 2), _at(inputs.rotary, slots))  # n e k g a
-    here = walker.capped(layer, torch.einsum("nsgja,nekga->nesgjk", q, k))
+    here = walker.attention_scores(layer, torch.einsum("nsgja,nekga->nesgjk", q, k))
     sees = inputs.sees.gather(2, tokens[:, None].expand(-1, inputs.sees.shape[1], -1))
     here = here + sees.masked_fill(~_fresh(slots)[:, None], float("-inf"))[:, None, :, None, None]
     total = total[:, None, ..., None].expand(-1, here.shape[1], -1, -1, -1, -1)
@@ -148,7 +148,7 @@ def _by_values(
 ) -> Float[Tensor, "n e"]:
     """Other values with the same weights."""
     q, slope = _grouped(walker, inputs.q, heads), _grouped(walker, slope, heads)  # n s g j a
-    scores = walker.capped(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
+    scores = walker.attention_scores(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
     weights = (scores + inputs.sees[:, :, None, None]).softmax(-1)
     tokens = inputs.k.shape[1] - inputs.q.shape[1] + slots
     at = tokens[:, None, None, None].expand(*weights.shape[:-1], -1)
