@@ -9,6 +9,7 @@ they say what to patch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,8 +74,9 @@ def estimated(
         few: which examples of the sweep; the tails and slopes are theirs.
         size: how many sets go at once.
     """
-    slots = tails.slots.to(walker.device)
-    effects = next(iter(of.values())).new_zeros(len(slots), sweep.entering(max(of)).shape[2])
+    slots, exact = tails.slots.to(walker.device), walker.logits_dtype  # as attention scores
+    reached = sweep.entering(max(of)).shape[2]
+    effects = torch.zeros(len(slots), reached, dtype=exact, device=walker.device)
     weighing = {Component.Q: _by_queries, Component.K: _by_keys, Component.V: _by_values}[
         Component(receivers.component)
     ]
@@ -82,7 +84,8 @@ def estimated(
         streams = sweep.entering(layer)[few]
         heads, clean = read_heads(walker, receivers, layer, sweep.chains.entering[layer, few, :, None])
         inputs = walker.attention_inputs(tails.prefix, tails.window, tails.residual(layer), layer)
-        weigh = weighing(walker, layer, inputs, slots, slope, heads)
+        inputs = replace(inputs, v=inputs.v.to(exact))
+        weigh = weighing(walker, layer, inputs, slots, slope.to(exact), heads)
         for part in parts(streams.shape[2], size):
             read = read_heads(walker, receivers, layer, streams[:, :, part])[1]
             measured = weigh(torch.cat([clean, read], dim=2))
@@ -158,7 +161,7 @@ def _by_values(
     worth = worth * _fresh(slots)[:, :, None, None]
 
     def weigh(read: Float[Tensor, "n k e g a"]) -> Float[Tensor, "n e"]:
-        return torch.einsum("nkega,nkga->ne", read, worth)
+        return torch.einsum("nkega,nkga->ne", read.to(worth.dtype), worth)
 
     return weigh
 

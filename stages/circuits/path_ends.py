@@ -105,7 +105,7 @@ class PathEnds:
                     inside = slice(few.start + some.start, few.start + some.stop)
                     slope = {layer: slope[some] for layer, slope in of.items()}
                     found = estimated(self._walker, receiver, batch.sweep, inside, here.select(some), slope, size)
-                    yield number, inside, slice(0, found.shape[1]), found.to(self._walker.logits_dtype).cpu()
+                    yield number, inside, slice(0, found.shape[1]), found.cpu()
 
     def tokens(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n k"] | None:
         """The tokens whose logits the measure reads; None: all."""
