@@ -1,6 +1,7 @@
 """Estimates of effects: right to first order in every family, bounded in memory, and good enough for the search that
 uses them to find the same circuits (for planted ones see test_selection)."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,19 @@ def test_estimates_on_the_logits_are_the_effects():
     patcher = PathPatcher(walker_of(random_model("llama_gqa")), random_pairs(), difference, 64.0)
     estimates, effects = patcher.estimates("last", [Receivers()])[0], patcher.head_effects("last", [Receivers()])[0]
     assert torch.equal(estimates, effects) and float(effects.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "gemma2"])
+def test_estimates_in_half_precision_are_no_less_exact_than_effects(kind):
+    half = torch.nn.Module.to(random_model(kind), torch.bfloat16)
+    models = half, torch.nn.Module.to(deepcopy(half), torch.float32)
+    patchers = [PathPatcher(walker_of(model), random_pairs(), difference, 64.0) for model in models]
+    estimates = zip(*(patcher.estimates("earlier", RECEIVERS) for patcher in patchers), strict=True)
+    effects = zip(*(patcher.head_effects("earlier", RECEIVERS) for patcher in patchers), strict=True)
+    for receivers, ours, exact in zip(RECEIVERS, estimates, effects, strict=True):
+        errors = [float((low - high).square().mean().sqrt() / high.abs().max()) for low, high in (ours, exact)]
+        print(f"{kind} -> {receivers}: errors of estimates and effects {errors}, as shares of the largest")
+        assert ours[0].dtype == torch.float32 and errors[0] <= errors[1]
 
 
 def test_estimates_do_not_depend_on_memory_or_processes():

@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stages.circuits.attention import soft_capped
+
 # cosines and sines of window slots, [n 1 s 1 r] with r <= a rotated dimensions; None where positions are embedded
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -146,8 +148,7 @@ class Architecture(ABC):
             if self.head.bias is not None:
                 bias = self.head.bias[tokens].to(exact)
                 logits = logits + bias.view(len(bias), *[1] * (logits.ndim - 2), -1)
-        cap = self.final_softcap()
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return soft_capped(logits, self.final_softcap())
 
     @abstractmethod
     def head_weights(self, layer: int, head: int) -> list[Tensor]:

@@ -108,15 +108,18 @@ def attend(
     k, v = (x.permute(0, 3, 1, 2, 4).reshape(n * g * e, w, a) for x in (k, v))
     to_background = torch.bmm(q, background_keys.reshape(n * g, b, a).transpose(1, 2)).view(n, g, e, s, r, b)
     to_window = torch.bmm(q.reshape(*all_rows, a), k.transpose(1, 2)).view(n, g, e, s, r, w)
-    scores = torch.cat([to_background, to_window], dim=-1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = soft_capped(torch.cat([to_background, to_window], dim=-1), softcap)
     scores = scores + torch.cat([sees_background, sees_window], dim=-1)[:, None, None, :, None]
     # softmax in at least float32, as Hugging Face's eager attention does
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
     z = torch.bmm(weights.reshape(*all_rows, b + w)[..., b:], v).view(*rows, a)
     z = torch.baddbmm(z, weights.reshape(*rows, b + w)[..., :b], background_values.reshape(n * g, b, a))
     return z.reshape(n, g, e, s, r, a).permute(0, 2, 3, 1, 4, 5).reshape(n, e, s, h, a)
+
+
+def soft_capped(x: Float[Tensor, "*shape"], softcap: float | None) -> Float[Tensor, "*shape"]:
+    """Attention scores or logits as a family bounds them, softly; as they are where it does not."""
+    return x if softcap is None else torch.tanh(x / softcap) * softcap
 
 
 def _attend_fused(

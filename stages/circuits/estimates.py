@@ -9,6 +9,7 @@ they say what to patch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,77 +17,80 @@ from torch import Tensor
 
 from stages.circuits.architecture import Rotary
 from stages.circuits.circuit import Component
-from stages.circuits.sweep import Chains, Receivers, Sweep, Tails, read_heads, tail_logits
-from stages.circuits.walker import AttentionInputs, Walker, Window
+from stages.circuits.sweep import Receivers, Sweep, Tails, parts, read_heads, receiving_heads
+from stages.circuits.walker import AttentionInputs, Walker
 
 Slopes = dict[int, Float[Tensor, "n s h a"]]  # layer of receivers -> derivative of the measure by its heads' outputs
+
+# what the receivers of a layer read, in e variants -> their outputs times the slopes, up to what they all have
+Weigh = Callable[[Float[Tensor, "n k e r a"]], Float[Tensor, "n e"]]
 
 
 def slopes(
     walker: Walker,
     receivers: Receivers,
-    chains: Chains,
     tails: Tails,
     tokens: Int[Tensor, "n j"] | None,
     measured: Callable[[Float[Tensor, "n e tokens"]], Float[Tensor, "n e"]],
 ) -> Slopes:
-    """The slopes of the measure in the clean run.
+    """The slopes of the measure in the clean run; for receivers in one layer whichever of its heads they are, and
+    whatever they read.
 
     Args:
-        chains: of the examples.
-        tails: of these.
+        tails: of the examples.
         tokens: whose logits are made; None for all.
         measured: the measure, from those.
     """
-    layers = receivers.layers(walker.n_layers)
-    entries = [int(layer >= layers[0]) for layer in range(walker.n_layers + 1)]
-    like = tails.residual(layers[0])
+    lowest, *upper = receivers.layers(walker.n_layers)
     shape = (len(tails.slots), 1, tails.length, walker.n_heads, walker.head_dim)
-    # what receivers read stays as it is, whatever lower ones put out: it is written there
-    clean = {layer: read_heads(walker, receivers, layer, chains.entering[layer, :, :, None]) for layer in layers}
+    at_slots = torch.zeros(shape[0], tails.length, dtype=torch.bool, device=walker.device)
+    at_slots = at_slots.scatter(1, tails.slots.to(walker.device), True)[:, None, :, None, None]  # n 1 s 1 1
+
+    def edit(layer: int, site: str, x: Tensor, first: int) -> Tensor:
+        if site == "z" and layer in added:
+            return x + added[layer][:, :, first:]
+        if site != receivers.component or layer not in upper:
+            return x
+        # what receivers read stays as it is, whatever lower ones put out: it is written there
+        read = torch.zeros(x.shape[3], 1, dtype=torch.bool, device=x.device)  # heads 1
+        read[receiving_heads(walker, receivers, layer)] = True
+        return torch.where(at_slots[:, :, first:] & read, x.detach(), x)
+
     with torch.enable_grad():
-        added = {layer: like.new_zeros(shape).requires_grad_() for layer in layers}
-        logits = tail_logits(walker, receivers, clean, tails, entries, slice(0, 1), tokens, added)
+        entering = tails.residual(lowest)[:, None]
+        added = {layer: entering.new_zeros(shape).requires_grad_() for layer in (lowest, *upper)}
+        logits = walker.continue_from(tails.prefix, tails.window, entering, lowest, edit, tokens=tokens)
         found = torch.autograd.grad(measured(logits).sum(), list(added.values()))
-    return {layer: slope[:, 0] for layer, slope in zip(layers, found, strict=True)}
+    return {layer: slope[:, 0] for layer, slope in zip(added, found, strict=True)}
 
 
 def estimated(
-    walker: Walker,
-    receivers: Receivers,
-    sweep: Sweep,
-    few: slice,
-    tails: Tails,
-    of: Slopes,
-    part: slice,
+    walker: Walker, receivers: Receivers, sweep: Sweep, few: slice, tails: Tails, of: Slopes, size: int
 ) -> Float[Tensor, "n f"]:
-    """What sets of senders do to the measure, by the slopes of their receivers' outputs.
+    """What those sets of senders that reach a receiver do to the measure, by the slopes of their receivers' outputs.
 
     Args:
         sweep: of the sets.
         few: which examples of the sweep; the tails and slopes are theirs.
-        part: which of the sets that reach a receiver.
+        size: how many sets go at once.
     """
-    n, start = len(tails.slots), tails.prefix.keys.shape[3]
-    window = Window.tail(n, start, start + tails.length, walker.dtype, walker.device)
-    effects = next(iter(of.values())).new_zeros(n, part.stop - part.start)
-    weigh = {Component.Q: _by_queries, Component.K: _by_keys, Component.V: _by_values}[Component(receivers.component)]
+    slots, exact = tails.slots.to(walker.device), walker.logits_dtype  # as attention scores
+    reached = sweep.entering(max(of)).shape[2]
+    effects = torch.zeros(len(slots), reached, dtype=exact, device=walker.device)
+    weighing = {Component.Q: _by_queries, Component.K: _by_keys, Component.V: _by_values}[
+        Component(receivers.component)
+    ]
     for layer, slope in of.items():
-        heads, made = read_heads(walker, receivers, layer, sweep.entering(layer)[few, :, part])
-        sets = made.shape[2]
-        if sets == 0:
-            continue
-        clean = read_heads(walker, receivers, layer, sweep.chains.entering[layer, few, :, None])[1]
-        inputs = walker.attention_inputs(tails.prefix, window, tails.residual(layer), layer)
-        measured = weigh(
-            walker, layer, inputs, tails.slots.to(walker.device), slope, heads, torch.cat([clean, made], 2)
-        )
-        effects[:, :sets] += measured[:, 1:] - measured[:, :1]
+        streams = sweep.entering(layer)[few]
+        heads, clean = read_heads(walker, receivers, layer, sweep.chains.entering[layer, few, :, None])
+        inputs = walker.attention_inputs(tails.prefix, tails.window, tails.residual(layer), layer)
+        inputs = replace(inputs, v=inputs.v.to(exact))
+        weigh = weighing(walker, layer, inputs, slots, slope.to(exact), heads)
+        for part in parts(streams.shape[2], size):
+            read = read_heads(walker, receivers, layer, streams[:, :, part])[1]
+            measured = weigh(torch.cat([clean, read], dim=2))
+            effects[:, part] += measured[:, 1:] - measured[:, :1]
     return effects
-
-
-# The outputs of receivers that read something else at the chains' tokens, times their slopes; what does not depend on
-# that is left out, since only differences are used. `read` is by variant, e of them.
 
 
 def _by_queries(
@@ -96,16 +100,20 @@ def _by_queries(
     slots: Int[Tensor, "n k"],
     slope: Float[Tensor, "n s h a"],
     heads: Int[Tensor, "r"],
-    read: Float[Tensor, "n k e r a"],
-) -> Float[Tensor, "n e"]:
+) -> Weigh:
     """Other queries: other weights for the same values, at these tokens alone."""
     kv = heads // (walker.n_heads // walker.n_kv_heads)
     each = torch.arange(len(slots), device=slots.device)[:, None]
-    q = walker.place(layer, "q", read.transpose(1, 2), _at(inputs.rotary, slots))  # n e k r a
-    scores = walker.capped(layer, torch.einsum("nekra,ntra->nekrt", q, inputs.k[:, :, kv]))
-    weights = (scores + inputs.sees[each, slots][:, None, :, None]).softmax(-1)
+    keys, sees, rotary = inputs.k[:, :, kv], inputs.sees[each, slots][:, None, :, None], _at(inputs.rotary, slots)
     worth = torch.einsum("ntra,nkra->nkrt", inputs.v[:, :, kv], slope[each, slots][:, :, heads])
-    return torch.einsum("nekrt,nkrt->ne", weights, worth * _fresh(slots)[:, :, None, None])
+    worth = worth * _fresh(slots)[:, :, None, None]
+
+    def weigh(read: Float[Tensor, "n k e r a"]) -> Float[Tensor, "n e"]:
+        q = walker.place(layer, "q", read.transpose(1, 2), rotary)  # n e k r a
+        scores = walker.attention_scores(layer, torch.einsum("nekra,ntra->nekrt", q, keys))
+        return torch.einsum("nekrt,nkrt->ne", (scores + sees).softmax(-1), worth)
+
+    return weigh
 
 
 def _by_keys(
@@ -115,26 +123,27 @@ def _by_keys(
     slots: Int[Tensor, "n k"],
     slope: Float[Tensor, "n s h a"],
     heads: Int[Tensor, "g"],
-    read: Float[Tensor, "n k e g a"],
-) -> Float[Tensor, "n e"]:
+) -> Weigh:
     """Other keys: other scores at these tokens. With L the log-sum-exp of the scores of all other tokens, O their
     weighted values, and c the scores of these, a head's output is O + sum of softmax(L, c) (v - O)."""
     q, slope = _grouped(walker, inputs.q, heads), _grouped(walker, slope, heads)  # n s g j a
-    v, tokens = inputs.v[:, :, heads], inputs.k.shape[1] - inputs.q.shape[1] + slots
+    v, tokens, rotary = inputs.v[:, :, heads], _tokens(inputs, slots), _at(inputs.rotary, slots)
     each = torch.arange(len(slots), device=slots.device)[:, None]
-    scores = walker.capped(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
-    others = torch.zeros_like(inputs.sees[:, 0]).scatter(1, tokens, float("-inf"))
-    scores = scores + (inputs.sees + others[:, None])[:, :, None, None]
-    total = scores.logsumexp(-1)
+    others = torch.zeros_like(inputs.sees[:, 0]).scatter(1, tokens, float("-inf"))  # n t
+    scores = _clean_scores(walker, layer, inputs, heads) + others[:, None, None, None]
+    total = scores.logsumexp(-1)[:, None, ..., None]
     mean = torch.einsum("nsgjt,ntga->nsgja", scores.softmax(-1).nan_to_num(0.0), v)
     worth = torch.einsum("nkga,nsgja->nsgjk", v[each, tokens], slope) - (mean * slope).sum(-1)[..., None]
-    k = walker.place(layer, "k", read.transpose(1, 2), _at(inputs.rotary, slots))  # n e k g a
-    here = walker.capped(layer, torch.einsum("nsgja,nekga->nesgjk", q, k))
     sees = inputs.sees.gather(2, tokens[:, None].expand(-1, inputs.sees.shape[1], -1))
-    here = here + sees.masked_fill(~_fresh(slots)[:, None], float("-inf"))[:, None, :, None, None]
-    total = total[:, None, ..., None].expand(-1, here.shape[1], -1, -1, -1, -1)
-    weights = torch.cat([total, here], dim=-1).softmax(-1)[..., 1:]
-    return torch.einsum("nesgjk,nsgjk->ne", weights.nan_to_num(0.0), worth)
+    sees = sees.masked_fill(~_fresh(slots)[:, None], float("-inf"))[:, None, :, None, None]
+
+    def weigh(read: Float[Tensor, "n k e g a"]) -> Float[Tensor, "n e"]:
+        k = walker.place(layer, "k", read.transpose(1, 2), rotary)  # n e k g a
+        here = walker.attention_scores(layer, torch.einsum("nsgja,nekga->nesgjk", q, k)) + sees
+        weights = torch.cat([total.expand(*here.shape[:-1], 1), here], dim=-1).softmax(-1)[..., 1:]
+        return torch.einsum("nesgjk,nsgjk->ne", weights.nan_to_num(0.0), worth)
+
+    return weigh
 
 
 def _by_values(
@@ -144,16 +153,31 @@ def _by_values(
     slots: Int[Tensor, "n k"],
     slope: Float[Tensor, "n s h a"],
     heads: Int[Tensor, "g"],
-    read: Float[Tensor, "n k e g a"],
-) -> Float[Tensor, "n e"]:
+) -> Weigh:
     """Other values with the same weights."""
-    q, slope = _grouped(walker, inputs.q, heads), _grouped(walker, slope, heads)  # n s g j a
-    scores = walker.capped(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
-    weights = (scores + inputs.sees[:, :, None, None]).softmax(-1)
-    tokens = inputs.k.shape[1] - inputs.q.shape[1] + slots
-    at = tokens[:, None, None, None].expand(*weights.shape[:-1], -1)
-    worth = torch.einsum("nsgjk,nsgja->nkga", weights.gather(-1, at), slope)
-    return torch.einsum("nkega,nkga->ne", read, worth * _fresh(slots)[:, :, None, None])
+    weights = _clean_scores(walker, layer, inputs, heads).softmax(-1)
+    at = _tokens(inputs, slots)[:, None, None, None].expand(*weights.shape[:-1], -1)
+    worth = torch.einsum("nsgjk,nsgja->nkga", weights.gather(-1, at), _grouped(walker, slope, heads))
+    worth = worth * _fresh(slots)[:, :, None, None]
+
+    def weigh(read: Float[Tensor, "n k e g a"]) -> Float[Tensor, "n e"]:
+        return torch.einsum("nkega,nkga->ne", read.to(worth.dtype), worth)
+
+    return weigh
+
+
+def _clean_scores(
+    walker: Walker, layer: int, inputs: AttentionInputs, heads: Int[Tensor, "g"]
+) -> Float[Tensor, "n s g j t"]:
+    """Attention scores of the clean run, for the query heads of some key-value heads."""
+    q = _grouped(walker, inputs.q, heads)
+    scores = walker.attention_scores(layer, torch.einsum("nsgja,ntga->nsgjt", q, inputs.k[:, :, heads]))
+    return scores + inputs.sees[:, :, None, None]
+
+
+def _tokens(inputs: AttentionInputs, slots: Int[Tensor, "n k"]) -> Int[Tensor, "n k"]:
+    """Where slots are among the keys: behind the background."""
+    return inputs.k.shape[1] - inputs.q.shape[1] + slots
 
 
 def _grouped(walker: Walker, x: Float[Tensor, "n s h a"], heads: Int[Tensor, "g"]) -> Float[Tensor, "n s g j a"]:

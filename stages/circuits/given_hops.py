@@ -8,7 +8,7 @@ import torch
 from stages.circuits.circuit import LOGITS, Circuit, Component
 from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric
-from stages.circuits.search import Found, Hop, Report, circuit_of, name_of, scored, with_scores
+from stages.circuits.search import Found, Hop, Report, circuit_of, name_of, with_scores
 from stages.circuits.selection import Head, Rule, select_heads
 from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
@@ -67,13 +67,13 @@ def given_hops(
     for number, spec in enumerate(specs):
         component = None if spec.component is None else Component(spec.component)
         if component is not None and not feeding[spec.receiver]:
-            nothing = scored(patcher, metric, torch.zeros_like(patcher.clean))
+            nothing = patcher.scored(metric, torch.zeros_like(patcher.clean))
             hop = Hop(spec.name, spec.position, spec.receiver, component, nothing)
         else:
             target = Receivers(component, feeding[spec.receiver])
             together = patcher.joint_effects(spec.position, [target])[0]
             alone = patcher.head_effects(spec.position, [target])[0]
-            joint = scored(patcher, metric, together)
+            joint = patcher.scored(metric, together)
             hop = Hop(spec.name, spec.position, spec.receiver, component, joint, target.heads)
             hop = with_scores(patcher, metric, hop, alone)
             if receivers is None or heads is None:

@@ -1,7 +1,7 @@
 """What every path patcher answers: over prompts of one length, of many lengths, or in several processes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,8 +75,8 @@ class Patcher(ABC):
     @abstractmethod
     def estimates(self, position: str, receivers: Sequence[Receivers]) -> list[Float[Tensor, "layers h n"]]:
         """What `head_effects` gives, estimated at the cost of a few patches: what a head changes in the input of the
-        receivers is exact, what that does to the measure is of first order (`circuits.estimates`). On the logits the
-        estimates are the effects.
+        receivers and what their attention then puts out are exact, and only what is behind these outputs is a slope,
+        that of the clean run (`circuits.estimates`). On the logits the estimates are the effects.
 
         Raises:
             Invalid: as `effects`.
@@ -108,13 +108,29 @@ class Patcher(ABC):
         Raises:
             Invalid: as `effects` and `scores.score`.
         """
-        effects = self.head_effects(position, [Receivers() if to == "logits" else to])[0]
+        return self.scored(metric, self.head_effects(position, [Receivers() if to == "logits" else to])[0])
+
+    def scored(self, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
+        """Scores of effects on these examples.
+
+        Raises:
+            Invalid: as `scores.score`.
+        """
         return score(metric, effects, self.clean, self.corrupt)
 
 
 def every_head(layers: int, heads: int) -> Bool[Tensor, "e layers h"]:
     """Every head as a set of its own."""
     return torch.eye(layers * heads, dtype=torch.bool, device="cpu").view(-1, layers, heads)
+
+
+def head_sets(sets: Sequence[Iterable[tuple[int, int]]], layers: int, heads: int) -> Bool[Tensor, "e layers h"]:
+    """Sets of (layer, head) pairs."""
+    masks = torch.zeros(len(sets), layers, heads, dtype=torch.bool, device="cpu")
+    for mask, chosen in zip(masks, sets, strict=True):
+        for head in chosen:
+            mask[head] = True
+    return masks
 
 
 def check_paths(

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -96,14 +97,15 @@ class PathEnds:
         each = gradient_bytes(self._walker, length, batch.length, layers) + layers * length * self._walker.width * 4
         for few, here in tails(each):
             index = batch.index[few]
-            for number, receiver in heads:
+            most, size = self._pass(len(index), batch.at.shape[1] * self._sizes.in_layer())
+            for alike in _with_same_slopes(heads):
                 measured = partial(self.measured, index=index)
-                of = slopes(self._walker, receiver, batch.sweep.chains.select(few), here, self.tokens(index), measured)
-                for some, part in self._passes(len(index), sets, batch.at.shape[1] * self._sizes.in_layer()):
+                of = slopes(self._walker, alike[0][1], here, self.tokens(index), measured)
+                for (number, receiver), some in product(alike, parts(len(index), most)):
                     inside = slice(few.start + some.start, few.start + some.stop)
                     slope = {layer: slope[some] for layer, slope in of.items()}
-                    found = estimated(self._walker, receiver, batch.sweep, inside, here.select(some), slope, part)
-                    yield number, inside, part, found.to(self._walker.logits_dtype).cpu()
+                    found = estimated(self._walker, receiver, batch.sweep, inside, here.select(some), slope, size)
+                    yield number, inside, slice(0, found.shape[1]), found.cpu()
 
     def tokens(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n k"] | None:
         """The tokens whose logits the measure reads; None: all."""
@@ -163,15 +165,28 @@ class PathEnds:
 
     def _passes(self, n: int, sets: int, size: int) -> Iterator[tuple[slice, slice]]:
         """Parts of n examples by sets of senders, of which one of one takes `size` bytes, that fit a pass."""
+        some, several = self._pass(n, size)
+        yield from product(parts(n, some), parts(sets, several))
+
+    def _pass(self, n: int, size: int) -> tuple[int, int]:
+        """How many of n examples, by how many sets of senders, of which one of one takes `size` bytes, fit a pass."""
         limit = pass_limit(self._walker, self._budget.limit)
         few = min(n, at_least_one(limit, size))
-        for some in parts(n, few):
-            for part in parts(sets, at_least_one(limit, few * size)):
-                yield some, part
+        return few, at_least_one(limit, few * size)
 
     def _change(self, logits: Float[Tensor, "n e tokens"], index: Int[Tensor, "n"]) -> Float[Tensor, "n e"]:
         """Effects: the measure less that of the clean runs."""
         return self.measured(logits, index) - self._clean[index, None]
+
+
+def _with_same_slopes(heads: Sequence[tuple[int, Receivers]]) -> list[list[tuple[int, Receivers]]]:
+    """Receivers, with their numbers, by their slopes: those of one layer have the same, whichever of its heads they are
+    and whatever they read."""
+    found: dict[int | Receivers, list[tuple[int, Receivers]]] = {}
+    for number, receiver in heads:
+        lowest, *upper = receiver.layers(0)
+        found.setdefault(receiver if upper else lowest, []).append((number, receiver))
+    return list(found.values())
 
 
 def _to_heads(receivers: Sequence[Receivers], joined: list[int]) -> tuple[list[tuple[int, Receivers]], int]:

@@ -47,6 +47,10 @@ class Scores:
     noise: Float[Tensor, "*senders"]
     strength: Float[Tensor, "*senders"]
 
+    def __getitem__(self, number: int) -> "Scores":
+        """Those of one entry of the first axis."""
+        return Scores(self.score[number], self.noise[number], self.strength[number])
+
     def strongest(self, k: int) -> list[tuple[tuple[int, ...], float]]:
         """The k senders with the largest scores, whatever their sign: ((layer, head), score), strongest first; ties in
         the order of layers and heads."""

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.patcher import Patcher
-from stages.circuits.scores import Metric, Scores, score
+from stages.circuits.patcher import Patcher, head_sets
+from stages.circuits.scores import Metric
 from stages.circuits.selection import Head, Rule, top_layer
 from stages.circuits.sweep import Receivers
 
@@ -53,9 +53,7 @@ def patch_alone(
     patched: Bool[Tensor, "layers h"],
 ) -> None:
     """Put effects in the place of the estimates of some heads, and note so."""
-    sets = torch.zeros(len(heads), *patched.shape, dtype=torch.bool, device="cpu")
-    for one, head in zip(sets, heads, strict=True):
-        one[head] = True
+    sets = head_sets([[head] for head in heads], *patched.shape)
     for head, effects in zip(heads, patcher.effects(position, sets, [receiver])[0], strict=True):
         alone[head], patched[head] = effects, True
 
@@ -66,7 +64,7 @@ def _in_full(
     """Without estimates."""
     shape = (patcher.walker.n_layers, patcher.walker.n_heads)
     gates = patcher.effects(position, gate_sets(*shape, receivers[0]), receivers)
-    counting = [n for n, gate in enumerate(gates) if rule.counts_either(_scored(patcher, metric, gate))]
+    counting = [n for n, gate in enumerate(gates) if rule.counts_either(patcher.scored(metric, gate))]
     effects = dict(zip(counting, patcher.head_effects(position, [receivers[n] for n in counting]), strict=True))
     for number, gate in enumerate(gates):
         yield gate, effects.get(number), torch.full(shape, number in effects, device="cpu")
@@ -79,13 +77,13 @@ def _screened(
     assert rule.screen is not None
     below = gate_sets(patcher.walker.n_layers, patcher.walker.n_heads, receivers[0])[0]
     for receiver, alone in zip(receivers, patcher.estimates(position, receivers), strict=True):
-        strength = _scored(patcher, metric, alone).strength
+        strength = patcher.scored(metric, alone).strength
         patched = strength.abs() >= rule.screen * rule.minimum_head_effect
         sets = [below, strength > 0, strength < 0]
         if float(strength.abs().sum()) < FAINT * rule.minimum_effect:
             sets = sets[:1]
         gate = patcher.effects(position, torch.stack(sets), [receiver])[0]
-        if rule.counts_either(_scored(patcher, metric, gate)):
+        if rule.counts_either(patcher.scored(metric, gate)):
             patch_alone(
                 patcher,
                 position,
@@ -97,7 +95,3 @@ def _screened(
             yield gate, alone, patched
         else:
             yield gate, None, torch.zeros_like(patched)
-
-
-def _scored(patcher: Patcher, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
-    return score(metric, effects, patcher.clean, patcher.corrupt)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stages.circuits.circuit import LOGITS, Circuit, Component, Group
 from stages.circuits.patcher import Patcher
-from stages.circuits.scores import Metric, Scores, half_scores, score, split_half
+from stages.circuits.scores import Metric, Scores, half_scores, split_half
 from stages.circuits.screening import heads_alone, patch_alone
 from stages.circuits.selection import Head, Rule, Selection, select_heads, strongest
 from stages.circuits.sweep import Receivers
@@ -195,7 +195,8 @@ def _ask(
     found = heads_alone(patcher, metric, rule, position, receivers)
     hops: list[Hop] = []
     for target, receiver, (gate, alone, patched) in zip(targets, receivers, found, strict=True):
-        joint, scores = scored(patcher, metric, gate[0]), scored(patcher, metric, gate)
+        scores = patcher.scored(metric, gate)
+        joint = scores[0]
         hop = Hop(target.name, position, target.receiver, target.component, joint, target.heads, target.sign, scores)
         if alone is not None:
             chosen = select_heads(patcher, metric, rule, position, receiver, gate[0], alone, target.sign, patched)
@@ -210,16 +211,11 @@ def _ask(
 
 def with_scores(patcher: Patcher, metric: Metric, hop: Hop, alone: Float[Tensor, "layers h n"]) -> Hop:
     """The hop with the scores of single heads."""
-    hop = replace(hop, scores=scored(patcher, metric, alone))
+    hop = replace(hop, scores=patcher.scored(metric, alone))
     if len(patcher.clean) < 4:
         return hop
     halves = half_scores(metric, alone, patcher.clean, patcher.corrupt)
     return replace(hop, halves=halves, split_half=split_half(halves))
-
-
-def scored(patcher: Patcher, metric: Metric, effects: Float[Tensor, "*senders n"]) -> Scores:
-    """Scores of effects that a patcher gave."""
-    return score(metric, effects, patcher.clean, patcher.corrupt)
 
 
 def name_of(hop: Hop, sign: int) -> str:

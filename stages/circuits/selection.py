@@ -53,13 +53,14 @@ the run of step 2 is long: about 2 a more.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.patcher import Patcher
-from stages.circuits.scores import Metric, Scores, score
+from stages.circuits.patcher import Patcher, head_sets
+from stages.circuits.scores import Metric, Scores
 from stages.circuits.sweep import Receivers
 
 Head = tuple[int, int]  # (layer, head)
@@ -167,10 +168,7 @@ def select_heads(
         patched: which of these are effects; the others are estimates, which only put heads in order. None: all are.
         first: sign of the side that is looked for first; it gets the heads that could be on either.
     """
-
-    def scored(effects: Float[Tensor, "*sets n"]) -> Scores:
-        return score(metric, effects, patcher.clean, patcher.corrupt)
-
+    scored = partial(patcher.scored, metric)
     effect = _JointEffects(patcher, position, receivers)
     singles, top = scored(alone), top_layer(alone.shape[0], receivers)
     order = {sign: [head for head in strongest(singles, sign) if head[0] < top] for sign in (1, -1)}
@@ -309,10 +307,7 @@ class _JointEffects:
         new = [heads for heads in dict.fromkeys(sets) if heads not in self.known]
         if new:
             walker = self._patcher.walker
-            senders = torch.zeros(len(new), walker.n_layers, walker.n_heads, dtype=torch.bool)
-            for number, heads in enumerate(new):
-                for head in heads:
-                    senders[number][head] = True
+            senders = head_sets(new, walker.n_layers, walker.n_heads)
             effects = self._patcher.effects(self._position, senders, [self._receivers])[0]
             self.known |= dict(zip(new, effects, strict=True))
         return torch.stack([self.known[heads] for heads in sets])

@@ -1,6 +1,6 @@
 """Path patching spread over forked processes, each with its own share of the examples.
 
-EdgeScores are per example, so the shares are independent; each process keeps the runs and sweeps of its own. Several
+Effects are per example, so the shares are independent; each process keeps the runs and sweeps of its own. Several
 processes of one thread do this faster than threads, which wait for each other after every small matrix.
 """
 

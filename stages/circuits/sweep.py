@@ -9,9 +9,8 @@ tokens from the earliest of the k on are run again: the *tail*.
 Shapes: n examples, k tokens each, e sets of senders, s slots of a tail, d residual width, h query heads, a head width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,6 +84,13 @@ class Tails:
         prefix = Prefix(self.prefix.keys[:, part], self.prefix.values[:, part])
         return Tails(self.slots[part], self.length, lambda layer: self.residual(layer)[part], prefix)
 
+    @property
+    def window(self) -> Window:
+        """Their slots, as a pass computes them."""
+        keys = self.prefix.keys
+        n, start = keys.shape[1], keys.shape[3]
+        return Window.tail(n, start, start + self.length, keys.dtype, keys.device)
+
 
 class Sweep:
     """Chains with their senders patched; grows from layer to layer as receivers ask for it.
@@ -152,13 +158,18 @@ Read = dict[int, tuple[Int[Tensor, "r"], Float[Tensor, "n k e r a"]]]
 def read_heads(
     walker: Walker, receivers: Receivers, layer: int, residual: Float[Tensor, "n k e d"]
 ) -> tuple[Int[Tensor, "r"], Float[Tensor, "n k e r a"]]:
-    """The receiving heads of one layer, and what they read from the stream that enters it."""
+    """The `receiving_heads` of one layer, and what they read from the stream that enters it."""
     assert receivers.component is not None
+    heads = receiving_heads(walker, receivers, layer)
+    return heads, walker.project(layer, receivers.component, residual)[..., heads, :]
+
+
+def receiving_heads(walker: Walker, receivers: Receivers, layer: int) -> Int[Tensor, "r"]:
+    """The receivers of one layer: query heads for q, key-value heads for k and v."""
     heads = {head for at, head in receivers.heads if at == layer}
     if receivers.component != Component.Q:
         heads = {walker.kv_head(head) for head in heads}
-    chosen = torch.tensor(sorted(heads), device=residual.device)
-    return chosen, walker.project(layer, receivers.component, residual)[..., chosen, :]
+    return torch.tensor(sorted(heads), device=walker.device)
 
 
 def reached(walker: Walker, receivers: Receivers, joined: Sequence[int]) -> list[int]:
@@ -177,7 +188,6 @@ def tail_logits(
     entries: Sequence[int],
     part: slice,
     tokens: Int[Tensor, "n j"] | None,
-    added: Mapping[int, Float[Tensor, "n #f s h a"]] | None = None,
 ) -> Float[Tensor, "n f logits"]:
     """Logits of clean runs into which is written what heads have read.
 
@@ -190,41 +200,28 @@ def tail_logits(
         entries: see `reached`.
         part: the sets of senders that the pass carries.
         tokens: whose logits; None for all.
-        added: layer -> what is added to its heads' outputs.
     """
     lowest = next(layer for layer in receivers.layers(walker.n_layers) if entries[layer] > part.start)
-    n = len(tails.slots)
-    start = tails.prefix.keys.shape[3]
-    window = Window.tail(n, start, start + tails.length, walker.dtype, walker.device)
 
     def join(layer: int, x: Tensor) -> Tensor:
         more = min(entries[layer], part.stop) - part.start - x.shape[1]
         return x if more <= 0 else torch.cat([x, tails.residual(layer)[:, None].expand(-1, more, -1, -1)], dim=1)
 
     nothing = tails.residual(lowest)[:, None, :][:, :0]
-    edit = _write(receivers.component, read, tails.slots, part, added or {})
-    return walker.continue_from(tails.prefix, window, nothing, lowest, edit, join, tokens)
+    edit = _write(receivers.component, read, tails.slots, part)
+    return walker.continue_from(tails.prefix, tails.window, nothing, lowest, edit, join, tokens)
 
 
-def _write(
-    component: Component | None,
-    read: Read,
-    slots: Int[Tensor, "n k"],
-    part: slice,
-    added: Mapping[int, Float[Tensor, "n #f s h a"]] = MappingProxyType({}),
-) -> Edit:
-    """An edit that writes what was read on the chains at their slots, and adds to heads' outputs."""
+def _write(component: Component | None, read: Read, slots: Int[Tensor, "n k"], part: slice) -> Edit:
+    """An edit that writes what was read on the chains at their slots; in place, since what an edit is given was made
+    for it."""
     alone = slots.shape[1] == 1  # then it is the first slot of the window
 
     def edit(layer: int, site: str, x: Tensor, first: int) -> Tensor:
         """first > 0: queries of the last layer at any but the last token are not used by anything."""
-        if site == "z" and layer in added:
-            return x + added[layer][:, :, first:]
         if site != component or layer not in read:
             return x
         heads, values = read[layer]
-        # in place: what an edit is given was made for it; but gradients do not allow it with views of one matrix
-        x = x.clone() if x.requires_grad else x
         if alone:
             if first == 0:
                 x[:, :, 0, heads] = values[:, 0, part]

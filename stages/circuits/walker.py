@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stages.circuits.architecture import Rotary
 from stages.circuits.architectures import architecture_of
-from stages.circuits.attention import Window, attend
+from stages.circuits.attention import Window, attend, soft_capped
 from stages.circuits.checks import Padding, check_padding, check_tokens, padding_of
 from stages.circuits.load_check import check_reproduces
 from stages.pipeline.stage import Invalid
@@ -274,13 +274,10 @@ class Walker:
         """Projected q or k of window slots as attention compares them."""
         return self.architecture.place(layer, component, x, rotary)
 
-    def capped(self, layer: int, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+    def attention_scores(self, layer: int, products: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Attention scores from products of queries and keys, in at least float32."""
-        scores, cap = (
-            products.to(self.logits_dtype) * self.architecture.scaling(layer),
-            self.architecture.softcap(layer),
-        )
-        return scores if cap is None else torch.tanh(scores / cap) * cap
+        scaled = products.to(self.logits_dtype) * self.architecture.scaling(layer)
+        return soft_capped(scaled, self.architecture.softcap(layer))
 
     def attention_output(self, layer: int, z: Float[Tensor, "*rows h a"]) -> Float[Tensor, "*rows d"]:
         """The output projection of head outputs, with its bias."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.circuits.circuit import Component
 from stages.circuits.path_patching import PathPatcher, Receivers
-from stages.circuits.scores import Metric, half_scores, score
+from stages.circuits.scores import Metric, half_scores
 
 
 def retrace(
@@ -37,7 +37,7 @@ def retrace(
     for position in dict.fromkeys(hop["position"] for hop in hops):  # hops at a position share a sweep
         here = [hop for hop in hops if hop["position"] == position]
         for hop, effect in zip(here, patcher.joint_effects(position, [_receivers(hop) for hop in here]), strict=True):
-            joint[hop["name"]] = float(score(metric, effect, patcher.clean, patcher.corrupt).score)
+            joint[hop["name"]] = float(patcher.scored(metric, effect).score)
         single = [hop for hop in here if hop["name"] in scored]
         for hop, effect in zip(
             single, patcher.head_effects(position, [_receivers(hop) for hop in single]), strict=True
