@@ -19,6 +19,7 @@ from stages.measures.readout import Readout, reading
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import read_examples
 
@@ -112,7 +113,7 @@ def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
 
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
-    settings = cell.params("cmap")
+    settings, available = cell.params("cmap"), resources()
     torch.set_num_threads(1)
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     node_sets: dict[str, Sequence[Node]] = {}
@@ -128,10 +129,10 @@ def main(cell: Cell) -> None:
             placed(examples, examples.places(settings.clauses)),
             node_sets,
             settings.random_draws,
-            settings.memory_mib,
+            available.share_mib,
             np.random.default_rng([int(seed), 0]),
             bar.update,
-            settings.processes,
+            available.processes,
             settings.inputs,
         )
     record |= {

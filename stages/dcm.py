@@ -17,6 +17,7 @@ from stages.circuits.masks import Carried, component_masks
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import DesiderataPairs, read_pairs
 
@@ -28,7 +29,7 @@ def read_desiderata(names: Sequence[str], split: str) -> dict[str, DesiderataPai
 
 def main(cell: Cell) -> None:
     model, seed = cell.item["model"], cell.item["seed"]
-    section = cell.params("dcm")
+    section, available = cell.params("dcm"), resources()
     torch.set_num_threads(1)
     settings = MaskSettings(
         steps=section.steps,
@@ -38,7 +39,7 @@ def main(cell: Cell) -> None:
         sparsity=section.sparsity,
         objective=section.objective,
         tolerance=section.tolerance,
-        memory_mib=section.memory_mib,
+        memory_mib=available.share_mib,
     )
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     asked = {"groups": section.desiderata, "additional": section.of_base if model == "base" else ()}
@@ -63,10 +64,10 @@ def main(cell: Cell) -> None:
                     settings,
                     np.random.default_rng([int(seed), number]),
                     advance,
-                    section.processes,
+                    available.processes,
                 )
             if model == "base":
-                again = _again(walker, section.desiderata, circuit, settings, section.processes)
+                again = _again(walker, section.desiderata, circuit, settings, available.processes)
     results: dict[str, dict[str, dict[str, object]]] = {what: {} for what in asked}
     for what, each in found.items():
         for (group, name), result in each.items():

@@ -34,13 +34,14 @@ from stages.circuits.spread import SpreadPatcher
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import Examples, read_examples
 from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
 
 
 def main(cell: Cell) -> None:
-    settings = cell.params("discover")
+    settings, available = cell.params("discover"), resources()
     model, seed = cell.item["model"], cell.item["seed"]
     torch.set_num_threads(1)
     examples = read_examples("data/old/discovery.parquet")
@@ -54,22 +55,22 @@ def main(cell: Cell) -> None:
     def patcher_of(rows: slice) -> PathPatcher:
         part = examples.select(rows)
         measure = measure_of(metric, part.answer, part.others)
-        patcher = PathPatcher(walker, _pairs(part), measure, settings.memory_mib / settings.processes)
+        patcher = PathPatcher(walker, _pairs(part), measure, available.share_mib)
         if not rows.start:  # all processes have equal shares, so the first one tells how far all are
             patcher.watch = _SenderBar()
         return patcher
 
-    if settings.processes == 1:
+    if available.processes == 1:
         patcher = patcher_of(slice(None))
     else:
-        patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, settings.processes)
+        patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, available.processes)
     accuracy = float(patcher.correct.float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
         attention = None
     else:
         attention = mean_attention(
-            walker, examples.input_ids, examples.positions, settings.memory_mib, settings.processes
+            walker, examples.input_ids, examples.positions, available.share_mib, available.processes
         )
         circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.pipeline.files import read_json, write_json, write_npz
+from stages.pipeline.resources import Resources, resources
 from stages.pipeline.stage import Cell, run
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(cell: Cell) -> None:
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)
-    arm, seed, settings = cell.item["arm"], cell.item["seed"], cell.params("drift")
+    arm, seed, settings, available = cell.item["arm"], cell.item["seed"], cell.params("drift"), resources()
     base, tuned = load_model(f"models/base/{seed}"), load_model(f"models/{arm}/{seed}")
     old = read_examples(Path("data/old/evaluation.parquet")).input_ids[: settings.n_examples]
     new_file = Path("data/new") / cell.params("new_task") / "evaluation.parquet"
@@ -55,9 +56,9 @@ def main(cell: Cell) -> None:
         partial(_relearn, base, tuned, settings.relearning),
     ]
     of_old_base, of_old_tuned, of_new_base, of_new_tuned, base_streams, tuned_streams, relearning = in_processes(
-        lambda part: part(), work, settings.processes
+        lambda part: part(), work, available.processes
     )
-    retraced, arrays = _retraced(walkers[1], settings, seed)
+    retraced, arrays = _retraced(walkers[1], settings, seed, available)
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
     heads = per_head(base, tuned)
@@ -105,7 +106,9 @@ def _relearn(base: Any, tuned: Any, settings: Any) -> dict[str, Any]:
     }
 
 
-def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, Any], dict[str, np.ndarray]]":
+def _retraced(
+    walker: "Walker", settings: Any, seed: str, available: Resources
+) -> "tuple[dict[str, Any], dict[str, np.ndarray]]":
     """The entry of the record and the scores; the settings of the base's discovery hold for the tuned model, too."""
     import numpy as np
 
@@ -128,7 +131,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
         return {"accuracy": None, "identifiable": False, "reason": reason} | nothing, {}
     examples = read_examples("data/old/discovery.parquet").select(slice(0, found["examples"]))
     metric = Metric(found["score"])
-    patcher = _patcher(walker, examples, metric, found["memory_mib"], settings.processes)
+    patcher = _patcher(walker, examples, metric, available)
     accuracy = float(patcher.correct.double().mean())
     if accuracy < found["identifiable_accuracy"]:
         reason = f"old-task accuracy {accuracy:.3f} is below {found['identifiable_accuracy']:g}"
@@ -148,7 +151,7 @@ def _retraced(walker: "Walker", settings: Any, seed: str) -> "tuple[dict[str, An
     }, scores
 
 
-def _patcher(walker: "Walker", examples: Any, metric: Any, memory_mib: float, processes: int) -> Any:
+def _patcher(walker: "Walker", examples: Any, metric: Any, available: Resources) -> Any:
     from stages.circuits.pairs import AlignedPairs
     from stages.circuits.path_patching import PathPatcher
     from stages.circuits.scores import measure_of
@@ -159,9 +162,11 @@ def _patcher(walker: "Walker", examples: Any, metric: Any, memory_mib: float, pr
 
     def make(rows: slice) -> PathPatcher:
         part = examples.select(rows)
-        return PathPatcher(walker, pairs(part), measure_of(metric, part.answer, part.others), memory_mib / processes)
+        return PathPatcher(walker, pairs(part), measure_of(metric, part.answer, part.others), available.share_mib)
 
-    return make(slice(None)) if processes == 1 else SpreadPatcher(walker, pairs(examples), make, processes)
+    if available.processes == 1:
+        return make(slice(None))
+    return SpreadPatcher(walker, pairs(examples), make, available.processes)
 
 
 if __name__ == "__main__":

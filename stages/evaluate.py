@@ -31,6 +31,7 @@ from stages.measures.prompts import in_tail_order, placed, spread, tail_order
 from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
+from stages.pipeline.resources import Resources, resources
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples, Prompts, read_examples, read_prompts
 
@@ -48,6 +49,7 @@ def evaluate(
     new: Prompts,
     settings: Any,
     seed: int,
+    available: Resources,
 ) -> dict[str, Any]:
     """The record of one cell, less its names.
 
@@ -60,8 +62,9 @@ def evaluate(
         new: evaluation prompts of the new task.
         settings: section `evaluate` of params.yaml.
         seed: of the random circuits: the same ones for every model of the seed.
+        available: processes, and their memory beside the model.
     """
-    memory, processes = settings.memory_mib, settings.processes
+    memory, processes = available.share_mib, available.processes
     groups = base_circuit.groups if base_circuit.identifiable else ()
     nodes = frozenset(base_circuit.nodes if base_circuit.identifiable else ())
     own_nodes = frozenset(own_circuit.nodes if own_circuit.identifiable else ())
@@ -128,7 +131,7 @@ def _random_record(kept: list[dict[str, float]], full: dict[str, float]) -> dict
 
 
 def closer_look(
-    walker: Walker, means: Float[Tensor, "layers t h a"], folder: Path, settings: Any, seed: int
+    walker: Walker, means: Float[Tensor, "layers t h a"], folder: Path, settings: Any, seed: int, available: Resources
 ) -> dict[str, Any]:
     """Entry `inspection` of the record.
 
@@ -138,11 +141,13 @@ def closer_look(
         folder: what stage `discover` wrote for its base.
         settings: section `evaluate` of params.yaml.
         seed: of the random sets of heads.
+        available: processes, and their memory beside the model.
     """
     circuit = Circuit.from_json(read_json(folder / "circuit.json"))
     examples = read_examples("data/old/pruning.parquet")
     ranking = _ranking(folder, circuit, examples) if circuit.identifiable and circuit.groups else []
-    return inspect_circuit(walker, means, examples, circuit, ranking, settings, np.random.default_rng([seed, 1]))
+    generator = np.random.default_rng([seed, 1])
+    return inspect_circuit(walker, means, examples, circuit, ranking, settings, generator, available)
 
 
 def inspect_circuit(
@@ -153,6 +158,7 @@ def inspect_circuit(
     ranking: Sequence[Node],
     settings: Any,
     generator: np.random.Generator,
+    available: Resources,
 ) -> dict[str, Any]:
     """`inspection.inspect` of a circuit of entity tracking, with knockouts between the task's positions."""
     groups = circuit.groups if circuit.identifiable else ()
@@ -161,7 +167,7 @@ def inspect_circuit(
     few = spread(examples, settings.greedy_examples)
     paths = knockout_paths(ordered, positions)
     prompts, few = (placed(some, some.places(settings.clauses)) for some in (ordered, few))
-    return inspect(walker, means, prompts, few, groups, ranking, paths, settings, generator)
+    return inspect(walker, means, prompts, few, groups, ranking, paths, settings, generator, available)
 
 
 def knockout_paths(examples: Examples, readers: Collection[str]) -> dict[str, AttentionPath]:
@@ -204,13 +210,13 @@ def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
 
 
 def main(cell: Cell) -> None:
-    model, seed = cell.item["model"], cell.item["seed"]
+    model, seed, available = cell.item["model"], cell.item["seed"], resources()
     walker = Walker(load_model(f"models/{model}/{seed}"))
     circuits = Path("reports/cells/discover")
     settings = cell.params("evaluate")
     torch.set_num_threads(1)
     prompts = read_examples("data/old/means.parquet").input_ids
-    means = mean_outputs(walker, prompts, settings.memory_mib, settings.processes)
+    means = mean_outputs(walker, prompts, available.share_mib, available.processes)
     record = evaluate(
         walker,
         means,
@@ -220,8 +226,9 @@ def main(cell: Cell) -> None:
         read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet"),
         settings,
         int(seed),
+        available,
     )
-    record["inspection"] = closer_look(walker, means, circuits / "base" / seed, settings, int(seed))
+    record["inspection"] = closer_look(walker, means, circuits / "base" / seed, settings, int(seed), available)
     record |= {"model": model, "seed": int(seed)}
     record["settings"] = {"random_circuits": settings.random_circuits, "clauses": str(settings.clauses)}
     write_json(f"reports/cells/evaluate/{model}/{seed}.json", record)

@@ -6,11 +6,12 @@ from pathlib import Path
 from stages.learning.settings import Training
 from stages.learning.workers import Job, run_jobs
 from stages.pipeline.files import replacing_directory, write_csv
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 
 
 def main(cell: Cell) -> None:
-    arm, seed = cell.item["arm"], int(cell.item["seed"])
+    arm, seed, processes = cell.item["arm"], int(cell.item["seed"]), resources().processes
     if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:
         raise Invalid(f"arm = '{arm}': must name a file stages/learning/arms/{arm}.py")
     training = Training(**dict(cell.params("finetune.common")))
@@ -36,7 +37,7 @@ def main(cell: Cell) -> None:
             )
             for index, rate in enumerate(rates)
         ]
-        curves = run_jobs(jobs, training.processes)
+        curves = run_jobs(jobs, processes)
 
         import pandas as pd  # only now: workers should not wait for it
 

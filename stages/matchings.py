@@ -19,6 +19,7 @@ from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.processes import in_processes
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, run
 from stages.tasks.examples import read_examples, read_prompts
 
@@ -27,7 +28,7 @@ MATCHED = Path("models/matched")
 
 def main(cell: Cell) -> None:
     seed, arms = cell.item["seed"], list(cell.params("arms"))
-    memory, clauses = cell.params("evaluate.memory_mib"), cell.params("evaluate.clauses")
+    clauses, available = cell.params("evaluate.clauses"), resources()
     torch.set_num_threads(1)
     model = load_model(f"models/base/{seed}")
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
@@ -42,9 +43,9 @@ def main(cell: Cell) -> None:
 
     def scored(file: Path) -> dict[str, object]:
         model.load_state_dict(load_file(file))
-        return scores(model, nodes, prompts, old, new.input_ids, new.valid, memory)
+        return scores(model, nodes, prompts, old, new.input_ids, new.valid, available.share_mib)
 
-    done = in_processes(scored, files, cell.params("evaluate.processes"))
+    done = in_processes(scored, files, available.processes)
     found = dict(zip(files, tqdm(done, desc="matchings", unit="model", total=len(files)), strict=True))
     with replacing_directory(f"reports/cells/matchings/{seed}") as folder:
         for arm in arms:

@@ -16,13 +16,14 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from stages.learning.pretraining import Progress, Settings, Stuck, measure_base, old_task, train
 from stages.pipeline.checkpoints import load_tokenizer, save_model
 from stages.pipeline.files import write_csv, write_json
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import read_examples
 from stages.tasks.vocabulary import Vocabulary, vocabulary
 
 
 def main(cell: Cell) -> None:
-    settings = cell.params("pretrain")
+    settings, processes = cell.params("pretrain"), resources().processes
     boxes = cell.params("synthesize.boxes")
     seed = int(cell.item["seed"])
     tokenizer = load_tokenizer("data/tokenizer")
@@ -34,7 +35,7 @@ def main(cell: Cell) -> None:
     # Nothing here reads what was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
-    model, curve, stuck = train_with_retries(words, settings, boxes, seed, settings.retries)
+    model, curve, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, processes)
     examples = read_examples("data/old/selection.parquet")
     correct, probability = old_task(model, examples.input_ids, examples.answer)
     record = {
@@ -57,7 +58,7 @@ def main(cell: Cell) -> None:
 
 
 def train_with_retries(
-    words: Vocabulary, settings: Settings, boxes: int, seed: int, retries: int
+    words: Vocabulary, settings: Settings, boxes: int, seed: int, retries: int, processes: int = 1
 ) -> tuple[LlamaForCausalLM, list[Progress], list[str]]:
     """Train one base.
 
@@ -71,7 +72,7 @@ def train_with_retries(
     for attempt in range(retries + 1):
         with _ProgressBar(f"base {seed}") as bar:
             try:
-                model, curve = train(words, settings, boxes, [seed, attempt], bar.show)
+                model, curve = train(words, settings, boxes, [seed, attempt], bar.show, processes)
                 return model, curve, stuck
             except Stuck as error:
                 stuck.append(f"attempt {attempt}: {error}")

@@ -16,6 +16,7 @@ from stages.evaluate import evaluate
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, evaluate_groups, outcomes
 from stages.measures.prompts import AnsweredPrompts, in_tail_order, tail_order
 from stages.measures.readout import Readout, reading
+from stages.pipeline.resources import Resources
 from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Examples, Prompts
 from tests.oracles import FAMILIES, random_model, walker_of
@@ -257,10 +258,10 @@ def test_record_of_the_stage() -> None:
     )
     circuit = Circuit(groups, 3, 4)
     nothing = Circuit((), 3, 4, identifiable=False)
-    settings = SimpleNamespace(random_circuits=4, memory_mib=MEMORY, processes=2, clauses="every")
+    settings, available = SimpleNamespace(random_circuits=4, clauses="every"), Resources(2, MEMORY)
 
     def record(model: Walker, own: Circuit) -> dict[str, Any]:
-        return evaluate(model, mean_outputs(model, IDS, MEMORY), circuit, own, examples, new, settings, 0)
+        return evaluate(model, mean_outputs(model, IDS, MEMORY), circuit, own, examples, new, settings, 0, available)
 
     of_base = record(walker, circuit)
     assert of_base["old_accuracy"] == 1.0
@@ -272,7 +273,7 @@ def test_record_of_the_stage() -> None:
     tuned = record(other, nothing)
     assert tuned["own_circuit"] is None
     assert record(other, nothing) == tuned
-    empty = evaluate(other, mean_outputs(other, IDS, MEMORY), nothing, nothing, examples, new, settings, 0)
+    empty = evaluate(other, mean_outputs(other, IDS, MEMORY), nothing, nothing, examples, new, settings, 0, available)
     assert empty["circuit"] is None and empty["circuit_in_queried_clause"] is None
     assert set(empty["examples"]) == {"model"}
     for entry in (of_base, tuned):

@@ -41,7 +41,6 @@ def tiny(**changes: Any) -> Any:
     until = SimpleNamespace(template="standard", boxes=3, accuracy=0.0)
     optimiser = {"learning_rate": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.02}
     settings = {
-        "processes": 1,
         "model": SimpleNamespace(layers=2, heads=2, head_dim=4, width=8, mlp=16, rope_theta=1e4, init_std=0.02),
         "optimiser": SimpleNamespace(**optimiser, clip=1.0, warmup=2, final=0.1),
         "batch": 20,
@@ -181,7 +180,7 @@ def test_attention_of_the_training_is_the_eager_one() -> None:
 
 def test_the_number_of_processes_changes_no_bit_of_the_base() -> None:
     one, curve = train(VOCABULARY, tiny(), 4, [0, 0])
-    two, other_curve = train(VOCABULARY, tiny(processes=2), 4, [0, 0])
+    two, other_curve = train(VOCABULARY, tiny(), 4, [0, 0], processes=2)
     assert curve == other_curve
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -201,11 +200,11 @@ def test_a_stuck_base_says_so_is_retried_and_given_up(monkeypatch: pytest.Monkey
         pretrain.train_with_retries(VOCABULARY, settings, 3, 3, 1)
     seeds = []
 
-    def second_time(words: Any, settings: Any, boxes: int, seed: list[int], report: Any) -> Any:
+    def second_time(words: Any, settings: Any, boxes: int, seed: list[int], report: Any, processes: int) -> Any:
         seeds.append(seed)
         if len(seeds) == 1:
             raise Stuck("phase 'x' was not passed")
-        return train(words, tiny(), boxes, seed, report)
+        return train(words, tiny(), boxes, seed, report, processes)
 
     monkeypatch.setattr(pretrain, "train", second_time)
     _, curve, stuck = pretrain.train_with_retries(VOCABULARY, settings, 3, 7, 2)

@@ -15,7 +15,9 @@ from stages.learning.probes import last_logits
 from stages.measures.alignment import last_streams, layer_cka
 from stages.measures.divergence import divergences, kl, total_variation
 from stages.measures.weights import per_head, per_matrix, whole
+from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from stages.pipeline.stage import Cell, Invalid
+from tests.comparing import record_difference
 from tests.oracles import (
     FAMILIES,
     head_width,
@@ -162,8 +164,7 @@ def _prepare(folder: Path, identifiable_accuracy: float) -> None:
         {"name": "q_last", "position": "last", "component": "q", "feeds": [[1, 0], [1, 2]], "joint": 0.5},
         {"name": "k_last", "position": "last", "component": "k", "feeds": [[1, 0]], "joint": 0.0},
     ]
-    settings = {"examples": 12, "score": "logit_difference", "memory_mib": 64.0}
-    settings["identifiable_accuracy"] = identifiable_accuracy
+    settings = {"examples": 12, "score": "logit_difference", "identifiable_accuracy": identifiable_accuracy}
     scores = {
         f"{hop}.half{half}": torch.randn(2, 4, generator=torch.Generator().manual_seed(half)).numpy()
         for hop in ("answer", "q_last")
@@ -178,7 +179,7 @@ def _run_stage(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
 
     monkeypatch.chdir(folder)
     relearning = {"examples": 12, "probe_examples": 12, "share": 0.0, "most_steps": 1, "learning_rate": 1e-3}
-    section = {"n_examples": 10, "processes": 1, "strong_edge": 0.05, "permutations": 20, "seed": 0}
+    section = {"n_examples": 10, "strong_edge": 0.05, "permutations": 20, "seed": 0}
     section["relearning"] = SimpleNamespace(**relearning, betas=(0.9, 0.999), weight_decay=0.0)
     params = {"drift": SimpleNamespace(**section), "new_task": "adjacent"}
     monkeypatch.setattr(Cell, "params", lambda cell, path: params[path])
@@ -205,6 +206,12 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with np.load("reports/cells/drift/grpo/0.npz") as arrays:
         assert sorted(arrays) == ["answer.half0", "answer.half1", "q_last.half0", "q_last.half1"]
         assert not arrays["q_last.half0"][1].any() and arrays["q_last.half0"][0].any()
+    for processes, memory_mib in (("1", "512"), ("3", "0.001")):
+        monkeypatch.setenv(PROCESSES, processes)
+        monkeypatch.setenv(MEMORY_MIB, memory_mib)
+        error = record_difference(_run_stage(monkeypatch, tmp_path), record)
+        print(f"{processes} processes, {memory_mib} MiB: max error {error:.1e}")
+        assert error <= 1e-5, "in float32"
 
 
 def test_stage_does_not_retrace_where_the_model_cannot_do_the_task(

@@ -53,7 +53,6 @@ WORDS = [f"w{i}" for i in range(40)]
 VOCAB = 43  # with <pad>, <bos>, <eos>
 LENGTH = 12
 TRAINING = Training(
-    processes=1,
     learning_rates=(1e-3, 3e-3),
     steps=4,
     prompts_per_step=6,

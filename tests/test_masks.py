@@ -151,8 +151,9 @@ def test_masks_find_the_heads_that_carry_the_target() -> None:
     again = component_masks(walker, splits[0], splits[1], splits[2], [group], SETTINGS, np.random.default_rng(0))
     assert again == found
     little = replace(SETTINGS, memory_mib=2.0)
-    parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, np.random.default_rng(0))
-    assert parts == found, "the memory limit changes no result"
+    generator = np.random.default_rng(0)
+    parts = component_masks(walker, splits[0], splits[1], splits[2], [group], little, generator, processes=2)
+    assert parts == found, "neither the memory limit nor the number of processes changes a result"
 
 
 def test_nothing_is_selected_where_nothing_is_carried() -> None:

@@ -16,6 +16,7 @@ from stages.circuits.walker import Walker
 from stages.evaluate import evaluate
 from stages.learning.matching import Matching, matchings, pick
 from stages.measures.checkpoints import record, scores
+from stages.pipeline.resources import Resources
 from stages.statistics.cells import Cells, read_cells
 from stages.statistics.contrasts import Plan
 from stages.statistics.frames import circuits_and_nulls
@@ -72,9 +73,9 @@ def test_a_checkpoint_is_measured_as_in_evaluate() -> None:
     old = Examples(IDS, answer, torch.tensor([[7, 8, 9]] * 6), AT, {}, IDS, AT)
     new = Prompts(IDS, answer[:, None], answer, torch.tensor([[7, 8, 9]] * 6))
     circuit = Circuit((Group("fetch", "last", "logits", None, ((2, 0), (1, 3), (0, 1))),), 3, 4)
-    settings = SimpleNamespace(random_circuits=1, memory_mib=MEMORY, processes=1, clauses="every")
+    settings = SimpleNamespace(random_circuits=1, clauses="every")
     means = mean_outputs(walker, IDS, MEMORY)
-    whole = evaluate(walker, means, circuit, circuit, old, new, settings, 0)
+    whole = evaluate(walker, means, circuit, circuit, old, new, settings, 0, Resources(1, MEMORY))
     of_base, of_tuned = (scores(m, circuit.nodes, IDS, old, new.input_ids, new.valid, MEMORY) for m in (base, tuned))
     found = record(3, of_tuned)
     errors = [abs((found["circuit"][key] or 0.0) - (expected or 0.0)) for key, expected in whole["circuit"].items()]

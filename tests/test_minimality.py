@@ -20,7 +20,9 @@ from stages.measures.minimality import ScoreOf, Trial, by_elimination, by_pairs,
 from stages.measures.prepared import Prepared
 from stages.measures.readout import Readout
 from stages.measures.size_curve import areas, enough, ranked_nodes, share_of_model, sizes
+from stages.pipeline.resources import Resources
 from stages.tasks.examples import Examples
+from tests.comparing import record_difference
 from tests.oracles import random_model, walker_of
 from tests.oracles_ablation import (
     every_node,
@@ -242,24 +244,25 @@ def test_record_of_a_model() -> None:
         Group("bind", "earlier_separator", "fetch", Component.V, ((0, 1),)),
     ]
     settings = SimpleNamespace(
-        memory_mib=MEMORY,
         prune_threshold=THRESHOLD,
         random_subsets=2,
         greedy_steps=2,
         greedy_examples=4,
         knockout_window=1,
         clauses="every",
-        processes=2,
     )
 
-    def record(some: Sequence[Group]) -> dict:
-        generator = np.random.default_rng(0)
-        return inspect_circuit(
-            walker, means, examples, Circuit(tuple(some), 3, 4), every_node(3, 4), settings, generator
-        )
+    def record(some: Sequence[Group], processes: int = 2, memory_mib: float = 2 * MEMORY) -> dict:
+        available = Resources(processes, memory_mib)
+        circuit, generator = Circuit(tuple(some), 3, 4), np.random.default_rng(0)
+        return inspect_circuit(walker, means, examples, circuit, every_node(3, 4), settings, generator, available)
 
     found = record(groups)
     assert found == record(groups)
+    for processes, memory_mib in ((1, MEMORY), (3, 1e-6)):
+        error = record_difference(record(groups, processes, memory_mib), found)
+        print(f"{processes} processes, {memory_mib} MiB: max error {error:.1e}")
+        assert error <= 1e-12
     assert set(found["completeness"]) == {"nothing", "fetch", "bind", "random_1", "random_2", "worst_found"}
     counts = found["minimality"]
     assert counts["core"] + counts["stand_ins"] + counts["idle"] == counts["size"] == len(counts["trials"]) == 3

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from stages.pipeline.parallel import FIRST, _show, dealt, rounds
 from stages.pipeline.params import load_params
+from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from tests.conftest import REPOSITORY
 
 # writes a file for each path, into it where it is a folder, and appends its first argument to the trace
@@ -60,14 +61,16 @@ def traced(tmp_path: Path, dvc_environment: dict[str, str]) -> Path:
     return root
 
 
-def _run(root: Path, environment: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """The finished process and the cells that it ran."""
+def _run(
+    root: Path, environment: dict[str, str], **resources: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The finished process and the cells that it ran, with these variables in its environment, too."""
     trace = root.parent / "trace"
     trace.write_text("")
     result = subprocess.run(
         [sys.executable, "-m", "stages.pipeline.parallel"],
         cwd=root,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        env=environment | {"PYTHONPATH": str(REPOSITORY)} | resources,
         capture_output=True,
         text=True,
     )
@@ -113,8 +116,9 @@ def test_every_cell_runs_once_then_none_then_what_is_stale(traced: Path, dvc_env
     lock = yaml.safe_load((traced / "dvc.lock").read_text())["stages"]
     assert sorted(lock) == sorted(listed)
 
-    result, ran = _run(traced, dvc_environment)
-    assert result.returncode == 0 and not ran and "up to date" in result.stdout
+    for resources in ({}, {PROCESSES: "1", MEMORY_MIB: "64"}):
+        result, ran = _run(traced, dvc_environment, **resources)
+        assert result.returncode == 0 and not ran and "up to date" in result.stdout
 
     params = yaml.safe_load((traced / "params.yaml").read_text())
     params["finetune"]["common"]["steps"] += 1

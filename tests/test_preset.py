@@ -192,11 +192,12 @@ def test_the_report_again_from_the_records_of_the_working_copy(working_copy: Pat
 
 def test_a_failing_cell_is_named_and_nothing_is_published(working_copy: Path) -> None:
     pipeline = toy_pipeline()
-    pipeline["stages"]["cmap"]["cmd"] = "exit 3"
+    pipeline["stages"]["cmap"]["cmd"] = "echo $STAGES_PROCESSES process for each seed && exit 3"
     (working_copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
     result = _run(working_copy)
     assert result.returncode == 1
-    assert "seed0.log" in result.stderr and "cmap" in (working_copy / "build/toy/seed0.log").read_text()
+    log = (working_copy / "build/toy/seed0.log").read_text()
+    assert "seed0.log" in result.stderr and "cmap" in log and "\n1 process for each seed\n" in log
     assert not (working_copy / "reports/toy").exists()
 
 

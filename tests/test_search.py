@@ -18,9 +18,12 @@ from stages.circuits.path_patching import PathPatcher
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Found, Hop, _group_of, search
 from stages.circuits.selection import Rule
+from stages.pipeline.files import read_json
+from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
 from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
+from tests.comparing import record_difference
 from tests.oracles import walker_of
 
 TOKENS, LENGTH = 8, 12
@@ -264,8 +267,6 @@ def stage_cell(**changes: object) -> Cell:
         "merge_overlap": 0.5,
         "max_depth": 4,
         "paper_top": None,
-        "memory_mib": 64.0,
-        "processes": 1,
     } | changes
     settings = SimpleNamespace(**values, model_dump=lambda mode: values)
 
@@ -289,6 +290,13 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def written(folder) -> dict[str, Any]:
+    """The same, read."""
+    with np.load(folder / "scores.npz") as arrays:
+        scores = {name: array.tolist() for name, array in arrays.items()}
+    return {"scores": scores} | {name: read_json(folder / f"{name}.json") for name in ("circuit", "record")}
+
+
 def test_stage_writes_the_same_bytes_again(stage_folder):
     discover.main(stage_cell())
     first = contents(stage_folder)
@@ -309,6 +317,18 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
     assert reads["q_last"] is None and set(reads["fetch_answer"]) == {"position", "share"}
     assert reads["fetch_answer"]["share"] == pytest.approx(1 / LENGTH, abs=1e-5)
     assert reads["v_query_label"]["share"] == pytest.approx(1 / (LENGTH - 2), abs=1e-5)
+
+
+def test_stage_finds_the_same_with_other_resources_but_for_rounding(stage_folder, monkeypatch):
+    discover.main(stage_cell())
+    expected = written(stage_folder)
+    for processes, memory_mib in (("1", "512"), ("3", "0.2")):
+        monkeypatch.setenv(PROCESSES, processes)
+        monkeypatch.setenv(MEMORY_MIB, memory_mib)
+        discover.main(stage_cell())
+        error = record_difference(written(stage_folder), expected)
+        print(f"{processes} processes, {memory_mib} MiB: max error {error:.1e}")
+        assert error <= 1e-5, "in float32"
 
 
 def test_stage_does_not_search_where_the_model_cannot_do_the_task(stage_folder):

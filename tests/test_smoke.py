@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from tests.conftest import Dvc
 
 
@@ -46,6 +48,13 @@ def test_a_second_run_does_nothing(smoke_run: Path, dvc: Dvc) -> None:
     assert result.returncode == 0
     assert "Running stage" not in result.stdout
     assert _stale(dvc, smoke_run) == set()
+
+
+def test_other_resources_make_nothing_stale(smoke_run: Path, dvc_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "dvc", "repro", "--dry"]
+    environment = dvc_environment | {PROCESSES: "1", MEMORY_MIB: "64"}
+    result = subprocess.run(command, cwd=smoke_run, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "Running stage" not in result.stdout, result.stdout + result.stderr
 
 
 def test_only_the_report_and_the_lock_show_up_in_git(smoke_run: Path) -> None:

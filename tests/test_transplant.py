@@ -131,10 +131,11 @@ def test_both_ways() -> None:
     base = random_model("llama")
     walkers = walker_of(base), walker_of(tuned_from(base))
 
-    def record(memory: float) -> dict:
-        return patch_both_ways(*walkers, EXAMPLES, SETS, 2, memory, np.random.default_rng(0), inputs=INPUTS)
+    def record(memory: float, processes: int) -> dict:
+        generator = np.random.default_rng(0)
+        return patch_both_ways(*walkers, EXAMPLES, SETS, 2, memory, generator, processes=processes, inputs=INPUTS)
 
-    found, small = record(MEMORY), record(1e-6)
+    found, small = record(MEMORY, 1), record(1e-6, 2)
     assert set(found["tuned_to_base"]) == set(found["random"]["base_to_tuned"]) == set(SETS)
     for direction in DIRECTIONS:
         assert list(found["inputs"][direction]) == list(INPUTS)

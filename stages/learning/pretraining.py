@@ -89,7 +89,6 @@ class Settings(Protocol):
     """The section `pretrain` of params.yaml, as far as training needs it; `settle` in steps, `stop_at` an
     accuracy or None."""
 
-    processes: int
     model: ModelSize
     optimiser: Optimiser
     batch: int
@@ -175,6 +174,7 @@ def train(
     boxes: int,
     seed: list[int],
     report: Report = lambda *_: None,
+    processes: int = 1,
 ) -> tuple[LlamaForCausalLM, list[Progress]]:
     """Train a base from random weights.
 
@@ -184,6 +184,7 @@ def train(
         boxes: the most boxes that a context has; phases with more are capped.
         seed: weights and batches are a function of it.
         report: called every step with the phase, the step, the most steps of the phase, and the last check.
+        processes: of one thread each; the result does not depend on their number.
 
     Returns:
         the model in eval mode, and the checks.
@@ -194,7 +195,7 @@ def train(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(MATMUL_PRECISION)
     try:
-        return _train(vocabulary, settings, boxes, seed, report)
+        return _train(vocabulary, settings, boxes, seed, report, processes)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -209,7 +210,7 @@ class _Piece:
 
 
 def _train(
-    vocabulary: Vocabulary, settings: Settings, boxes: int, seed: list[int], report: Report
+    vocabulary: Vocabulary, settings: Settings, boxes: int, seed: list[int], report: Report, processes: int
 ) -> tuple[LlamaForCausalLM, list[Progress]]:
     weights_seed, batches_seed, checks_seed = np.random.SeedSequence(seed).generate_state(3)
     model = build_model(vocabulary, settings.model, int(weights_seed)).train()
@@ -222,7 +223,7 @@ def _train(
         return answers / piece.answers + settings.language_model_weight * language / piece.following
 
     most_pieces = math.ceil(settings.batch / ROWS_AT_ONCE)
-    with SharedGradient(model, loss, most_pieces, settings.processes) as gradient:
+    with SharedGradient(model, loss, most_pieces, processes) as gradient:
         optimiser = torch.optim.AdamW(
             [gradient.weights],
             lr=settings.optimiser.learning_rate,

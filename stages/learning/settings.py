@@ -11,7 +11,6 @@ class Training:
     """Everything that must be equal between arms, so that only the arm differs.
 
     Attributes:
-        processes: runs at the same time, of one thread each.
         learning_rates: the grid; one run for each.
         steps: gradient steps of a run.
         prompts_per_step: different new-task prompts in each step.
@@ -25,7 +24,6 @@ class Training:
         lora: train adapters with these settings (`adapters.LoraSettings`), or None: all weights.
     """
 
-    processes: int
     learning_rates: tuple[float, ...]
     steps: int
     prompts_per_step: int

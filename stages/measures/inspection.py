@@ -22,6 +22,7 @@ from stages.measures.prepared import Prepared
 from stages.measures.prompts import Prompts
 from stages.measures.size_curve import areas, enough, share_of_model, sizes
 from stages.pipeline.processes import in_processes
+from stages.pipeline.resources import Resources
 
 WORST = "worst_found"  # the set K that the greedy search ends with
 ENOUGH = 0.9  # share of the model's accuracy from which on a circuit counts as large enough
@@ -52,6 +53,7 @@ def inspect(
     paths: Mapping[str, Path],
     settings: Any,
     generator: np.random.Generator,
+    available: Resources,
 ) -> dict[str, Any]:
     """The record of one model.
 
@@ -63,11 +65,12 @@ def inspect(
         groups: of the circuit; without one, only what needs no circuit is measured.
         ranking: all nodes, strongest first; empty where there is no circuit.
         paths: of attention between positions of `prompts`, by name.
-        settings: `memory_mib`, `processes`, `prune_threshold`, `random_subsets`, `greedy_steps`, `knockout_window`.
+        settings: `prune_threshold`, `random_subsets`, `greedy_steps`, `knockout_window`.
         generator: of the random sets.
+        available: processes, and their memory beside the model.
     """
     circuit = frozenset(node for group in groups for node in group.nodes)
-    model, searched = (Prepared(walker, means, some, settings.memory_mib / 2) for some in (prompts, few))
+    model, searched = (Prepared(walker, means, some, available.share_mib / 2) for some in (prompts, few))
     model.make_runs()
 
     def completeness_of_circuit() -> dict[str, Any]:
@@ -84,7 +87,7 @@ def inspect(
         parts["minimality"] = lambda: minimality(model, circuit, settings.prune_threshold)
         parts["size_curve"] = lambda: size_curve(model, ranking, len(circuit))
     parts["knockout"] = lambda: knockout(model, paths, settings.knockout_window)
-    found = in_processes(lambda name: parts[name](), list(parts), settings.processes)
+    found = in_processes(lambda name: parts[name](), list(parts), available.processes)
     record: dict[str, Any] = {"n": len(prompts), "completeness": None, "minimality": None, "size_curve": None}
     return record | dict(zip(parts, found, strict=True))
 

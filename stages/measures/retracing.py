@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from stages.circuits.circuit import Component
-from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.patcher import Patcher
 from stages.circuits.scores import Metric, half_scores
+from stages.circuits.sweep import Receivers
 
 
 def retrace(
-    patcher: PathPatcher, metric: Metric, hops: Sequence[Mapping[str, Any]], scored: Sequence[str]
+    patcher: Patcher, metric: Metric, hops: Sequence[Mapping[str, Any]], scored: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Measure the hops of a record of stage `discover`.
 

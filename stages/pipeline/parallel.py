@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.params import load_params
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WAITING = [*DVC, "--wait-for-lock"]  # which the other workers hold for a second now and then
@@ -51,6 +52,7 @@ def dealt(jobs: Sequence[Job], workers: int) -> list[list[str]]:
 def bring_up_to_date(workers: int) -> int:
     """Run whatever is stale; returns the exit status."""
     params = load_params(PARAMS_FILE)
+    resources()  # what the cells would refuse is refused here
     stale = _stale()
     if not stale:
         print("Data and pipelines are up to date.")

@@ -170,7 +170,6 @@ class Phase(Section):
 class Pretrain(Section):
     """The base."""
 
-    processes: Count
     retries: NotNegativeCount
     batch: Count
     language_model_weight: NotNegative
@@ -207,7 +206,6 @@ class Lora(Section):
 class Common(Section):
     """What all arms share."""
 
-    processes: Count
     learning_rates: Rates
     steps: Count
     prompts_per_step: Count
@@ -294,7 +292,6 @@ class PaperTop(Section):
 
 
 class Discover(Section):
-    processes: Count
     hops: Literal["auto", "paper"]
     score: Literal["logit_difference", "relative_probability"]
     examples: Count
@@ -306,11 +303,9 @@ class Discover(Section):
     max_depth: Count
     identifiable_accuracy: Fraction
     paper_top: PaperTop | None
-    memory_mib: Positive
 
 
 class Evaluate(Section):
-    processes: Count
     clauses: Literal["every", "queried"]
     random_circuits: Annotated[int, Field(ge=20)]
     prune_threshold: Positive
@@ -318,7 +313,6 @@ class Evaluate(Section):
     greedy_steps: Count
     greedy_examples: Count
     knockout_window: Count
-    memory_mib: Positive
 
 
 def _desiderata(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -336,7 +330,6 @@ _Desiderata = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), AfterValida
 
 
 class Dcm(Section):
-    processes: Count
     desiderata: Annotated[_Desiderata, Field(min_length=1)]
     of_base: _Desiderata
     steps: Count
@@ -346,15 +339,12 @@ class Dcm(Section):
     sparsity: NotNegative
     objective: Literal["log_probability", "logit"]
     tolerance: NotNegative
-    memory_mib: Positive
 
 
 class Cmap(Section):
-    processes: Count
     clauses: Literal["every", "queried"]
     random_draws: Count
     inputs: Annotated[tuple[Literal["q", "k", "v"], ...], BeforeValidator(_as_tuple), _DISTINCT]
-    memory_mib: Positive
 
 
 class Relearning(Section):
@@ -368,7 +358,6 @@ class Relearning(Section):
 
 
 class Drift(Section):
-    processes: Count
     n_examples: Annotated[int, Field(ge=4)]  # the unbiased CKA needs four
     strong_edge: Positive
     permutations: Count

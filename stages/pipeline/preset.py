@@ -6,9 +6,9 @@
 
 A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so
 every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run at the
-same time as there are cores. When they are done their locks are put together in one more clone, whose `dvc repro` finds
-every cell done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the cells that it was
-at. Before it starts it says what it will cost.
+same time as there are cores, with one process each unless STAGES_PROCESSES says otherwise. When they are done their
+locks are put together in one more clone, whose `dvc repro` finds every cell done and writes the report. Stopped at any
+time (Ctrl-C), the same command goes on with the cells that it was at. Before it starts it says what it will cost.
 
 Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed, which is written
 as soon as the seed is done. With --recorded a seed that has them is not run, where code and params are the same: so the
@@ -36,6 +36,7 @@ from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
 from stages.pipeline.params import load_params, parse_yaml
 from stages.pipeline.records import CELL_STAGES, CELLS, FIRST_STAGES, LOCK, pack, restore
+from stages.pipeline.resources import PROCESSES, resources
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
@@ -109,6 +110,7 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
         workers: cells that run at the same time, of different seeds.
         recorded: seeds that have not run here and have records in reports/<name>/records are taken from these.
     """
+    resources()  # what the cells would refuse is refused here
     folder, file = Path("build") / name, PRESETS / f"{preset}.yaml"
     whole = folder / "whole"
     copy_with_preset(whole, file, changes)
@@ -167,6 +169,7 @@ def _run_cells(
     among the archives. A seed that fails leaves the others alone; those whose records are known are only counted.
     """
     waiting, running, failed = [seed for seed in clones if seed not in known], {}, []
+    environment = {PROCESSES: "1"} | os.environ  # a core for each seed
     # drawn anew at every cell: they are few, and minutes lie between them
     with tqdm(total=total, initial=done, miniters=1, desc=folder.name, unit="cell") as bar:
         try:
@@ -176,7 +179,7 @@ def _run_cells(
                     with clones[seed].with_suffix(".log").open("a", encoding="utf-8") as log:
                         command = [*REPRO, *CELL_STAGES]
                         running[seed] = subprocess.Popen(
-                            command, cwd=clones[seed], stdout=log, stderr=log, process_group=0
+                            command, cwd=clones[seed], env=environment, stdout=log, stderr=log, process_group=0
                         )
                 time.sleep(5)
                 bar.update(max(0, _cells(clones.values()) - bar.n))
