@@ -158,6 +158,32 @@ def test_a_base_in_several_files_and_in_bfloat16_is_read_in_float32(tmp_path: Pa
     assert all(np.array_equal(found[name], weight.float().numpy()) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_matrix_that_embedding_and_head_share_is_kept_once(lora: bool, tmp_path: Path) -> None:
+    model: Any = tiny_model()
+    model.lm_head.weight, model.config.tie_word_embeddings = model.model.embed_tokens.weight, True
+    save_model(model, tiny_tokenizer(), tmp_path / "base")
+    start, tuned = stored_weights(tmp_path / "base/model.safetensors"), load_model(tmp_path / "base")
+    trained: Any = adapters.with_adapters(tuned, WIDE_LORA, seed=0) if lora else tuned
+    probe = Probe.of(trained, tiny_examples(), tiny_prompts())
+    recorder = Recorder(trained, probe, (1,), lambda step, row: None, tmp_path / "lr0")
+    with torch.no_grad():
+        for weight in trained.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn_like(weight))
+    recorder.keep(1, gradient_steps=1, completions=0)
+    found, plain = read_checkpoint(tmp_path / "lr0", 1, start), load_model(tmp_path / "base")
+    assert "lm_head.weight" not in found
+    set_weights(plain, found)
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    ids = tiny_prompts().input_ids
+    with torch.no_grad():
+        error = (plain(input_ids=ids).logits - trained(input_ids=ids).logits).abs().max().item()
+    print(f"maximum error {error:.1e}")
+    assert error < 1e-4
+    assert distance(start, found) == pytest.approx(recorder.rows[-1]["weight_norm"], rel=1e-5)
+
+
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base and the data of stages `finetune` and `match`, in a folder that is now the working directory."""
     monkeypatch.chdir(folder)
