@@ -2,8 +2,8 @@
 
 The primary one, at the frozen new-task level, is written as a model folder, which the stages below read. The ones of
 the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
-which matching picked which; stage `matchings` tests the circuit in them. The record holds what every matching picked at
-every learning rate of the grid.
+which matching picked which; stage `matchings` tests the circuit in them. Both are plain weights, with any adapters
+merged. The record holds what every matching picked at every learning rate of the grid.
 """
 
 import math
@@ -13,17 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from stages.learning.checkpoints import (
+    Weights,
+    checkpoint_file,
+    read_checkpoint,
+    run_folder,
+    set_weights,
+    stored_weights,
+)
 from stages.learning.matching import (
     ACCURACY,
     Matching,
-    Weights,
     distance,
     matchings,
     moved_as_far,
     pick,
-    read_checkpoint,
     read_curve,
     rule,
 )
@@ -41,22 +47,21 @@ class Source:
 
     Attributes:
         base: weights of the base.
-        checkpoints: of the run at the learning rate of the matching.
+        run: folder of the run at the learning rate of the matching.
         direction: of an arm without training: weights whose direction from the base is followed as far as the
             checkpoint went; else None.
     """
 
     base: Weights
-    checkpoints: Path
+    run: Path
     direction: Weights | None
 
     def weights(self, step: int) -> Weights:
-        found = read_checkpoint(self.checkpoints, step)
-        if self.direction is not None:
-            found = moved_as_far(self.base, self.direction, found)
-        if found.keys() != self.base.keys():
-            raise RuntimeError(f"{self.checkpoints} and the base hold different parameters")
-        return {name: found[name] for name in self.base}
+        found = read_checkpoint(self.run, step, self.base)
+        return found if self.direction is None else moved_as_far(self.base, self.direction, found)
+
+    def save(self, step: int, path: Path) -> None:
+        save_file(dict(self.weights(step)), path, metadata={"format": "pt"})
 
 
 def main(cell: Cell) -> None:
@@ -69,37 +74,37 @@ def main(cell: Cell) -> None:
     _refuse_shortcut_levels(settings.levels, new_task)
 
     base_folder, target = Path(f"models/base/{seed}"), Path(f"models/{arm}/{seed}")
-    base = load_file(base_folder / MODEL_FILE)
+    base = stored_weights(*sorted(base_folder.glob("*.safetensors")))
     curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
     untrained = set(curves) == {0.0}
     like = settings.noise_like if untrained else arm
     if untrained:
         last = int(max(row["step"] for row in curves[0.0]))
-        direction = read_checkpoint(Path(f"models/runs/{arm}/{seed}/lr0.safetensors"), last)
+        direction = read_checkpoint(run_folder(Path(f"models/runs/{arm}/{seed}"), 0), last, base)
         curves = read_curve(Path(f"reports/cells/finetune/{like}/{seed}.csv"))
     else:
         direction = None
     index, rows = _at_rate(curves, rate)
-    source = Source(base, Path(f"models/runs/{like}/{seed}/lr{index}.safetensors"), direction)
+    source = Source(base, run_folder(Path(f"models/runs/{like}/{seed}"), index), direction)
     picks = {matching: pick(rows, matching, confirm) for matching in wanted}
     picked = picks[primary]
-    weights = source.weights(picked.step)
 
     with replacing_directory(target) as folder:
         for file in sorted(base_folder.glob("*.json")):  # config and tokenizer
-            shutil.copyfile(file, folder / file.name)
-        save_file(weights, folder / MODEL_FILE, metadata={"format": "pt"})
+            if not file.name.endswith(".index.json"):  # of a base in several files
+                shutil.copyfile(file, folder / file.name)
+        source.save(picked.step, folder / MODEL_FILE)
 
-    others = {m.name: _file_name(p.step) for m, p in picks.items() if p.reached and p.step != picked.step}
+    others = {m: p.step for m, p in picks.items() if p.reached and p.step != picked.step}
     with replacing_directory(f"models/matched/{seed}/{arm}") as folder:
-        for step in sorted({picks[m].step for m in wanted if m.name in others}):
-            save_file(source.weights(step), folder / _file_name(step), metadata={"format": "pt"})
-        write_json(folder / "index.json", others)
+        for step in sorted(set(others.values())):
+            source.save(step, checkpoint_file(folder, step))
+        write_json(folder / "index.json", {m.name: checkpoint_file(folder, step).name for m, step in others.items()})
 
     by_rate: dict[Matching, dict[str, Any]]
     if untrained:
         steps = {picks[m].step for m in wanted}
-        scored = _scores(base_folder, {step: source.weights(step) for step in steps}, new_task)
+        scored = _scores(base_folder, source, steps, new_task)
         own = scored[picked.step]
         by_rate = {m: {f"{rate:g}": {"reached": p.reached} | scored[p.step]} for m, p in picks.items()}
         text = f"each tensor moved as far as in the picked checkpoint of '{like}', along a random direction"
@@ -119,7 +124,7 @@ def main(cell: Cell) -> None:
         "step": None if untrained else picked.step,
         "new_accuracy_selection": own["new_accuracy"],
         "old_accuracy_selection": own["old_accuracy"],
-        "weight_norm": distance(base, weights),
+        "weight_norm": distance(base, source.weights(picked.step)),
         "matchings": {
             m.name: {
                 "by": m.by,
@@ -149,10 +154,6 @@ def _numbers(rows: list[CurveRow], matching: Matching, confirm: int) -> dict[str
     return {"reached": picked.reached, "step": picked.step, "furthest": picked.furthest} | row
 
 
-def _file_name(step: int) -> str:
-    return f"{step:06d}.safetensors"
-
-
 def _refuse_shortcut_levels(levels: tuple[float, ...], new_task: str) -> None:
     shortcuts = read_json("data/tasks.json")["new_tasks"][new_task]["shortcuts"]
     name, score = max(shortcuts.items(), key=lambda item: item[1])
@@ -161,7 +162,7 @@ def _refuse_shortcut_levels(levels: tuple[float, ...], new_task: str) -> None:
             raise Invalid(f"match.levels: {level} must be above {score:.3f}, which '{name}' scores on {new_task}")
 
 
-def _scores(base_folder: Path, checkpoints: Mapping[int, Weights], new_task: str) -> dict[int, dict[str, float]]:
+def _scores(base_folder: Path, source: Source, steps: set[int], new_task: str) -> dict[int, dict[str, float]]:
     """What a training curve would say of models that no training has scored, by step."""
     import torch  # heavy, and needed for untrained arms only
 
@@ -175,8 +176,8 @@ def _scores(base_folder: Path, checkpoints: Mapping[int, Weights], new_task: str
     new = read_prompts(Path("data/new") / new_task / "selection.parquet")
     probe = Probe.of(model, old, new)
     scored = {}
-    for step, weights in checkpoints.items():
-        model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+    for step in sorted(steps):
+        set_weights(model, source.weights(step))
         measured = probe.measure(model) | {"gradient_steps": 0.0}
         scored[step] = {column: measured[column] for column in _COLUMNS}
     return scored

@@ -10,10 +10,10 @@ All arms of a seed are one cell, so that Python's imports are paid for once.
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
+from stages.learning.checkpoints import set_weights, stored_weights
 from stages.measures.checkpoints import record, scores
 from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_model
@@ -42,7 +42,7 @@ def main(cell: Cell) -> None:
     files = [MATCHED / seed / arm / name for arm in arms for name in sorted(set(index[arm].values()))]
 
     def scored(file: Path) -> dict[str, object]:
-        model.load_state_dict(load_file(file))
+        set_weights(model, stored_weights(file))
         return scores(model, nodes, prompts, old, new.input_ids, new.valid, available.share_mib)
 
     done = in_processes(scored, files, available.processes)

@@ -24,7 +24,7 @@ from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
 from stages.tasks.examples import Examples, Prompts
-from tests.test_learning import SECTION, TRAINING, largest_difference
+from tests.test_learning import SECTION, TRAINING, largest_difference, new_folder
 
 TEXTS = [f"When {a} and {b} went to the {place}, {b} gave a drink to" for a, b, place in (
     ("Mary", "John", "store"), ("Anna", "Paul", "park"), ("Tom", "Kate", "school"), ("Lisa", "Mark", "garden"),
@@ -95,7 +95,8 @@ def bpe_run(arm: str, model: LlamaForCausalLM | None = None) -> Run:
     ids = prompts.input_ids
     old = Examples(ids, prompts.canonical, ids[:, [2, 4]], last, {"last": last["last"][:, None]}, ids.flip(0), last)
     training = replace(TRAINING, prompts_per_step=4)
-    recorder = Recorder(base, Probe.of(base, old, prompts), checkpoint_steps(training), lambda step, row: None)
+    probe, steps = Probe.of(base, old, prompts), checkpoint_steps(training)
+    recorder = Recorder(base, probe, steps, lambda step, row: None, new_folder())
     order = prompt_order(n, training, seed=5)
     return Run(arm, 5, 1e-3, training, SECTION, base, TOKENIZER, prompts, prompts, order, recorder)
 

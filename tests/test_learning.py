@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.grpo_config import GRPOConfig
@@ -34,8 +35,9 @@ from stages.learning.arms import (
     sft_oracle,
     sft_replay,
 )
+from stages.learning.checkpoints import checkpoint_file, run_folder
 from stages.learning.last_layer import last_layer_at_the_end
-from stages.learning.matching import Matching, moved_as_far, pick, read_checkpoint, read_curve
+from stages.learning.matching import Matching, moved_as_far, pick, read_curve
 from stages.learning.probes import Probe, is_valid, last_log_probs, last_logits, valid_mass
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
@@ -68,6 +70,7 @@ TRAINING = Training(
     seed=0,
 )
 SECTION = SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=0.0)
+RUNS = tempfile.TemporaryDirectory(prefix="runs-")  # gone when the tests end
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,13 +110,28 @@ def tiny_examples(n: int = 24) -> Examples:
     )  # fmt: skip
 
 
-def tiny_run(arm: str, rate: float = 1e-3, section: object = SECTION, training: Training = TRAINING) -> Run:
+def new_folder() -> Path:
+    """For the checkpoints of one run."""
+    return Path(tempfile.mkdtemp(dir=RUNS.name))
+
+
+def tiny_run(
+    arm: str,
+    rate: float = 1e-3,
+    section: object = SECTION,
+    training: Training = TRAINING,
+    folder: Path | None = None,
+) -> Run:
     base, prompts = tiny_model(), tiny_prompts()
-    recorder = Recorder(
-        base, Probe.of(base, tiny_examples(), prompts), checkpoint_steps(training), lambda step, row: None
-    )
+    probe, folder = Probe.of(base, tiny_examples(), prompts), folder or new_folder()
+    recorder = Recorder(base, probe, checkpoint_steps(training), lambda step, row: None, folder)
     order = prompt_order(len(prompts), training, seed=5)
     return Run(arm, 5, rate, training, section, base, tiny_tokenizer(), prompts, tiny_prompts(30), order, recorder)
+
+
+def checkpoint(run: Run, step: int) -> dict[str, torch.Tensor]:
+    """What is written of a run after a step."""
+    return load_file(checkpoint_file(run.recorder.folder, step))
 
 
 def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
@@ -378,16 +396,16 @@ def test_rehearsed_prompts_are_the_old_task_s_with_their_answers(
 def test_noise_moves_every_tensor_by_its_fraction_along_one_direction() -> None:
     run = tiny_run("noise", section=SimpleNamespace(scales=[0.1, 0.2]))
     noise.train(run)
-    weights = run.recorder.weights
+    first, second = checkpoint(run, 1), checkpoint(run, 2)
     for name, weight in tiny_model().named_parameters():
-        one, two = weights[f"000001/{name}"] - weight, weights[f"000002/{name}"] - weight
+        one, two = first[name] - weight, second[name] - weight
         assert (one.norm() / weight.norm()).item() == pytest.approx(0.1, rel=1e-4)
         assert (two.norm() / weight.norm()).item() == pytest.approx(0.2, rel=1e-4)
         assert torch.cosine_similarity(one.flatten(), two.flatten(), 0).item() == pytest.approx(1.0, abs=1e-4)
     assert [row["gradient_steps"] for row in run.recorder.rows] == [0, 0, 0]
 
 
-def test_recorder_keeps_what_the_model_was_at_each_checkpoint() -> None:
+def test_recorder_writes_what_the_model_was_at_each_checkpoint() -> None:
     run = tiny_run("sft_gold")
     sft_gold.train(run)
     rows = run.recorder.rows
@@ -395,12 +413,12 @@ def test_recorder_keeps_what_the_model_was_at_each_checkpoint() -> None:
     assert [row["completions"] for row in rows] == [0, 6, 12, 24]
     assert rows[0]["weight_norm"] == 0.0 and rows[0]["kl_new"] == pytest.approx(0.0, abs=1e-12)
     model = tiny_model()
-    final = {name: run.recorder.weights[f"000004/{name}"] for name, _ in model.named_parameters()}
+    final = checkpoint(run, 4)
     model.load_state_dict(final)
     probe = Probe.of(tiny_model(), tiny_examples(), run.train)
     assert largest_difference(model, run.model) == 0.0
     assert probe.measure(model) == {key: rows[-1][key] for key in probe.measure(model)}
-    assert not torch.equal(run.recorder.weights["000001/lm_head.weight"], final["lm_head.weight"])
+    assert not torch.equal(checkpoint(run, 1)["lm_head.weight"], final["lm_head.weight"])
 
 
 def test_dropout_is_refused() -> None:
@@ -478,9 +496,11 @@ def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: 
     run = tiny_run("grpo", job.learning_rate)
     with last_layer_at_the_end(run.model, tokens=2):  # as a worker does; another order of additions
         grpo.train(run)
-    written = load_file(tmp_path / "lr1.safetensors")
-    assert written.keys() == run.recorder.weights.keys()
-    assert all(torch.equal(written[name], weight) for name, weight in run.recorder.weights.items())
+    names = sorted(path.name for path in run.recorder.folder.iterdir())
+    assert names == ["000001.safetensors", "000002.safetensors", "000004.safetensors"]
+    assert names == sorted(path.name for path in (tmp_path / "lr1").iterdir())
+    for name in names:
+        assert (tmp_path / "lr1" / name).read_bytes() == (run.recorder.folder / name).read_bytes()
     assert [row["step"] for row in curve] == [0, 1, 2, 4]
     assert [row["completions"] for row in curve] == [0, 24, 48, 96]
 
@@ -496,13 +516,11 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     monkeypatch.chdir(workplace)
     Path("data/tasks.json").write_text(json.dumps({"new_tasks": {"adjacent": {"shortcuts": {"any_object": 0.286}}}}))
     for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
-        folder = Path(f"models/runs/{arm}/5")
-        folder.mkdir(parents=True, exist_ok=True)
+        runs = Path(f"models/runs/{arm}/5")
         lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
         for index, rate in enumerate(rates):
-            run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]))
+            run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]), folder=run_folder(runs, index))
             module.train(run)
-            save_file(run.recorder.weights, folder / f"lr{index}.safetensors")
             # Skill is invented: the tiny model learns nothing in four steps.
             lines += [
                 f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}"
@@ -532,17 +550,17 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         assert index == {"kl_0_25": "000004.safetensors", "norm_3": "000004.safetensors"}
         assert len(list(Path(f"models/matched/5/{arm}").iterdir())) == 2
     last, twin_of_last = (load_file(f"models/matched/5/{arm}/000004.safetensors") for arm in ("sft_gold", "noise"))
-    of_run = read_checkpoint(Path("models/runs/sft_gold/5/lr1.safetensors"), 4)
-    assert last.keys() == of_run.keys() and all(np.array_equal(last[name].numpy(), of_run[name]) for name in last)
+    of_run = load_file("models/runs/sft_gold/5/lr1/000004.safetensors")
+    assert last.keys() == of_run.keys() and all(torch.equal(last[name], of_run[name]) for name in last)
     start = dict(tiny_model().named_parameters())
     for name, weight in last.items():
         far = (weight - start[name]).norm().item()
         assert (twin_of_last[name] - start[name]).norm().item() == pytest.approx(far, rel=1e-3)
     tuned, twin = load_model("models/sft_gold/5"), load_model("models/noise/5")
-    kept = read_checkpoint(Path("models/runs/sft_gold/5/lr1.safetensors"), 2)
+    kept = load_file("models/runs/sft_gold/5/lr1/000002.safetensors")
     base = tiny_model()
     for name, weight in tuned.named_parameters():
-        assert np.array_equal(weight.detach().numpy(), kept[name])
+        assert torch.equal(weight, kept[name])
         far = (weight - dict(base.named_parameters())[name]).norm().item()
         twin_far = (dict(twin.named_parameters())[name] - dict(base.named_parameters())[name]).norm().item()
         assert twin_far == pytest.approx(far, rel=1e-3)

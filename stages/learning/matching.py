@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
+from stages.learning.checkpoints import LazyWeights, Weights
 from stages.learning.settings import CurveRow
-
-Weights = dict[str, np.ndarray]
 
 ACCURACY, KL, NORM, STEPS = "new_accuracy", "kl_new", "weight_norm", "gradient_steps"  # columns of a training curve
 _SHORT = {ACCURACY: "accuracy", KL: "kl", NORM: "norm", STEPS: "steps"}
@@ -103,22 +101,17 @@ def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
     return Pick(False, trained[-1], furthest)
 
 
-def read_checkpoint(path: Path, step: int) -> Weights:
-    """Weights of one checkpoint from a run's `lr<k>.safetensors`, by parameter name."""
-    prefix = f"{step:06d}/"
-    with safe_open(path, framework="np") as file:
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-
-
 def moved_as_far(base: Weights, direction: Weights, reference: Weights) -> Weights:
     """The base moved along `direction` - base, each tensor by the norm of `reference` - base."""
-    moved = {}
-    for name, weight in base.items():
+
+    def moved(name: str) -> np.ndarray:
+        weight = base[name]
         along = direction[name].astype(np.float64) - weight
         far = np.linalg.norm(reference[name].astype(np.float64) - weight)
         length = np.linalg.norm(along)
-        moved[name] = (weight + along * (far / length if length > 0 else 0.0)).astype(weight.dtype)
-    return moved
+        return (weight + along * (far / length if length > 0 else 0.0)).astype(weight.dtype)
+
+    return LazyWeights(base, moved)
 
 
 def distance(base: Weights, weights: Weights) -> float:

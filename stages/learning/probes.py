@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stages.learning.adapters import plain_weights
+from stages.learning.adapters import adapter_layers, squared_change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,8 @@ class Probe:
         old: examples of the old task.
         new: prompts of the new task.
         base_log_probs: log-probabilities of the base at the last token of `new`, float64.
-        base_weights: parameters of the base by name.
+        base_weights: copies of the base's parameters by name; of a base with adapters none, since what they add is the
+            change.
     """
 
     old: "Examples"
@@ -49,12 +50,8 @@ class Probe:
 
     @classmethod
     def of(cls, base: "PreTrainedModel", old: "Examples", new: "Prompts") -> "Probe":
-        return cls(
-            old,
-            new,
-            last_log_probs(base, new.input_ids),
-            {name: weight.clone() for name, weight in plain_weights(base).items()},
-        )
+        kept = {} if adapter_layers(base) else {name: w.detach().clone() for name, w in base.named_parameters()}
+        return cls(old, new, last_log_probs(base, new.input_ids), kept)
 
     def measure(self, model: "PreTrainedModel") -> dict[str, float]:
         """The measured columns of a training curve.
@@ -66,7 +63,6 @@ class Probe:
         model.eval()
         old, new = last_log_probs(model, self.old.input_ids), last_log_probs(model, self.new.input_ids)
         model.train(was_training)
-        change = [(w - self.base_weights[n]).double().square().sum() for n, w in plain_weights(model).items()]
         kl = (self.base_log_probs.exp() * (self.base_log_probs - new)).sum(-1)
         return {
             "old_accuracy": (old.argmax(-1) == self.old.answer).double().mean().item(),
@@ -74,8 +70,17 @@ class Probe:
             "new_accuracy": is_valid(new, self.new.valid).double().mean().item(),
             "new_valid_mass": valid_mass(new, self.new.valid).mean().item(),
             "kl_new": kl.mean().item(),
-            "weight_norm": torch.stack(change).sum().sqrt().item(),
+            "weight_norm": self._squared_change(model).sqrt().item(),
         }
+
+    @torch.no_grad()
+    def _squared_change(self, model: "PreTrainedModel") -> Float[Tensor, ""]:
+        """Sum of squares of the change of all weights, in float64; one tensor at a time."""
+        if adapter_layers(model):
+            return squared_change(model)
+        return torch.stack(
+            [(w - self.base_weights[n]).double().square_().sum() for n, w in model.named_parameters()]
+        ).sum()
 
 
 def valid_mass(log_probs: Float[Tensor, "n vocab"], valid: Int[Tensor, "n v"]) -> Float[Tensor, "n"]:

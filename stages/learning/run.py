@@ -14,16 +14,19 @@ Arms do not import each other.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from safetensors.torch import save_file
 
-from stages.learning.adapters import plain_weights
+from stages.learning.adapters import adapter_config, adapter_layers, adapter_weights
+from stages.learning.checkpoints import ADAPTER_CONFIG, checkpoint_file
 from stages.learning.probes import Probe
 from stages.learning.settings import CurveRow, Training
+from stages.pipeline.files import replacing_file, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -32,12 +35,13 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Keeps weights and scores at the checkpoints of a run and reports its progress.
+    """Writes weights and keeps scores at the checkpoints of a run, and reports its progress.
 
     Attributes:
         rows: one dict per checkpoint, the base first (step 0): the columns of the curve after
             `learning_rate`.
-        weights: "<step:06d>/<parameter name>" -> tensor.
+        probe: what they are scored by.
+        folder: where the weights are (see `stages/learning/checkpoints.py`); none are kept in memory.
     """
 
     def __init__(
@@ -46,10 +50,11 @@ class Recorder:
         probe: Probe,
         steps: tuple[int, ...],
         report: Callable[[int, CurveRow], None],
+        folder: Path,
     ) -> None:
         self.rows: list[CurveRow] = []
-        self.weights: dict[str, Tensor] = {}
-        self._model, self._probe, self._steps, self._report = model, probe, frozenset(steps), report
+        self.probe, self.folder = probe, folder
+        self._model, self._steps, self._report = model, frozenset(steps), report
         self._add_row(0, 0, 0)
 
     def after(self, step: int, completions: int) -> None:
@@ -59,16 +64,20 @@ class Recorder:
         self._report(step, self.rows[-1])
 
     def keep(self, step: int, gradient_steps: int, completions: int) -> None:
-        """Keep the model as it is now as checkpoint `step`."""
-        # Clones of the parameters, not a deep copy of the model: TRL patches `forward` on the instance, and
-        # a copy would go on answering with the weights of the original.
-        for name, weight in plain_weights(self._model).items():
-            self.weights[f"{step:06d}/{name}"] = weight.clone()
+        """Write the model as it is now as checkpoint `step`."""
+        if adapter_layers(self._model):
+            weights = adapter_weights(self._model)
+            if not (self.folder / ADAPTER_CONFIG).is_file():
+                write_json(self.folder / ADAPTER_CONFIG, adapter_config(self._model))
+        else:
+            weights = {name: weight.detach() for name, weight in self._model.named_parameters()}
+        with replacing_file(checkpoint_file(self.folder, step)) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
         self._add_row(step, gradient_steps, completions)
 
     def _add_row(self, step: int, gradient_steps: int, completions: int) -> None:
         counts = {"step": step, "gradient_steps": gradient_steps, "completions": completions}
-        self.rows.append(counts | self._probe.measure(self._model))
+        self.rows.append(counts | self.probe.measure(self._model))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a worker process does: load, run the arm, write the checkpoints."""
+"""What a worker process does: load the base, and run the arm, which writes its checkpoints as it goes."""
 
 import importlib
 import logging
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from stages.learning.adapters import with_adapters
+from stages.learning.checkpoints import run_folder
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe
 from stages.learning.run import Recorder, Run
@@ -21,7 +21,7 @@ from stages.tasks.examples import read_examples, read_prompts
 
 
 def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]:
-    """Run one arm at one learning rate; writes `lr<index>.safetensors`, returns the rows of its curve."""
+    """Run one arm at one learning rate; writes the folder `lr<index>`, returns the rows of its curve."""
     torch.set_num_threads(1)
     _silence()
     model, tokenizer, train = load_model(job.base), load_tokenizer(job.base), read_prompts(job.train)
@@ -33,7 +33,8 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
     old, new = read_examples(job.old), read_prompts(job.new)
     old = old.select(torch.arange(min(len(old), job.training.probe_examples)))
     new = new.select(torch.arange(min(len(new), job.training.probe_examples)))
-    recorder = Recorder(model, Probe.of(model, old, new), checkpoint_steps(job.training), report)
+    probe, folder = Probe.of(model, old, new), run_folder(job.folder, job.index)
+    recorder = Recorder(model, probe, checkpoint_steps(job.training), report, folder)
     run = Run(
         arm=job.arm,
         seed=job.seed,
@@ -49,7 +50,6 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
     )
     with last_layer_at_the_end(plain, tokens=2):  # the answer and the token before it
         importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
-    save_file(recorder.weights, job.folder / f"lr{job.index}.safetensors", metadata={"format": "pt"})
     return recorder.rows
 
 

@@ -29,7 +29,7 @@ class Job:
     """One run, as it is sent to a worker.
 
     Attributes:
-        index: of the learning rate in the grid; names the file `lr<index>.safetensors` in `folder`.
+        index: of the learning rate in the grid; names the folder `lr<index>` in `folder`.
         section: params of the arm.
         base, train, rehearsal, old, new: paths of the base, the training splits of the new and the old task, and both
             selection splits.

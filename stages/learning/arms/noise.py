@@ -11,13 +11,11 @@ from stages.learning.run import Run
 
 @torch.no_grad()
 def train(run: Run) -> None:
-    generator = run.draw("direction")
-    start = {name: weight.clone() for name, weight in run.model.named_parameters()}
-    unit = {}
-    for name, weight in start.items():
-        gaussian = torch.randn(weight.shape, generator=generator)
-        unit[name] = gaussian * (weight.norm() / gaussian.norm())
+    start = run.recorder.probe.base_weights
     for rung, scale in enumerate(run.section.scales, start=1):
+        generator = run.draw("direction")  # the same draws for every rung, so that the direction need not be kept
         for name, weight in run.model.named_parameters():
-            weight.copy_(start[name] + scale * unit[name])
+            gaussian = torch.randn(weight.shape, generator=generator)
+            unit = gaussian * (start[name].norm() / gaussian.norm())
+            weight.copy_(start[name] + scale * unit)
         run.recorder.keep(rung, gradient_steps=0, completions=0)
