@@ -108,6 +108,7 @@ def _find(patcher: Patcher, metric: Metric, settings: Any, title: str) -> tuple[
         settings.coverage,
         settings.merge_overlap,
         settings.max_depth,
+        settings.screen,
     )
     with tqdm(desc=title, unit="hop", mininterval=0.5) as bar:
 

@@ -1,64 +1,115 @@
-"""Stage `pretrain`: train the small base of one seed.
+"""Stage `pretrain`: the base of one seed: trained from nothing, or pretrained and taught the old task.
 
-A seed whose training gets stuck is tried again, at most `pretrain.retries` times, from the next derived seed:
+With `source.kind: curriculum` a small model is trained (`learning/pretraining.py`). Else the base is the model in
+models/source, which is taught the old task if `teach` says so, with the seed's own prompts (`learning/teaching.py`);
+bases of other seeds differ in that alone. A base that is taught must do it to `teach.level`.
+
+A small model whose training gets stuck is tried again, at most `pretrain.retries` times, from the next derived seed:
 attempt k of seed s draws weights and batches from (s, k). The record says how often that happened.
 """
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from stages.learning.pretraining import Progress, Settings, Stuck, measure_base, old_task, train
-from stages.pipeline.checkpoints import load_tokenizer, save_model
+from stages.learning.knowledge import measure_base, old_task
+from stages.learning.pretraining import Progress, Settings, Stuck, train
+from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
 from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
-from stages.tasks.examples import read_examples
-from stages.tasks.vocabulary import Vocabulary, vocabulary
+from stages.tasks.examples import Examples, read_examples, read_prompts
+from stages.tasks.vocabulary import WordVocabulary, vocabulary_of
+
+SOURCE = Path("models/source")
+THREADS = 2  # of teaching; its rounding depends on their number, so it is not what the environment says
+FEWER = 48  # prompts of each kind that a pretrained base is measured on, which cost more
 
 
 def main(cell: Cell) -> None:
-    settings, processes = cell.params("pretrain"), resources().processes
+    settings, source = cell.params("pretrain"), cell.params("source")
     boxes = cell.params("synthesize.boxes")
     seed = int(cell.item["seed"])
-    tokenizer = load_tokenizer("data/tokenizer")
-    words = vocabulary()
-    if tokenizer.get_vocab() != words.ids:
-        raise Invalid("data/tokenizer has another vocabulary than stages/tasks/vocabulary.py; run stage synthesize")
-    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(SOURCE)
+    words = vocabulary_of(tokenizer, source.bos)
     torch.use_deterministic_algorithms(True)
     # Nothing here reads what was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
-    model, curve, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, processes)
     examples = read_examples("data/old/selection.parquet")
+    if source.kind == "curriculum":
+        if not isinstance(words, WordVocabulary):
+            raise Invalid(f"{SOURCE} has another tokenizer than stages/tasks/tokenizer.py; run stage source")
+        torch.set_num_threads(1)
+        model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, resources().processes)
+        curve = pd.DataFrame([asdict(check) for check in checks])
+        how = {
+            "attempts": len(stuck) + 1,
+            "stuck": stuck,
+            "steps": checks[-1].step,
+            "settle": settings.settle,
+            "stop_at": settings.stop_at,
+            "phase_ends": {check.phase: check.step for check in checks},
+        }
+        n = len(examples)
+    else:
+        teaching = cell.params("teach")
+        torch.set_num_threads(THREADS)
+        model = load_model(SOURCE)
+        curve = pd.DataFrame(_taught(model, tokenizer, examples, teaching, seed))
+        how = {
+            "taught": None if teaching is None else teaching.model_dump(mode="json"),
+            "steps": int(curve["step"].iloc[-1]),
+        }
+        n = min(len(examples), FEWER)
     correct, probability = old_task(model, examples.input_ids, examples.answer)
     record = {
         "seed": seed,
-        "attempts": len(stuck) + 1,
-        "stuck": stuck,
-        "steps": curve[-1].step,
-        "settle": settings.settle,
-        "stop_at": settings.stop_at,
-        "phase_ends": {check.phase: check.step for check in curve},
+        "source": source.kind,
+        **how,
         "parameters": model.num_parameters(),
         "old_accuracy": float(correct.mean()),
         "old_p_correct": float(probability.mean()),
-        **measure_base(model, words, boxes, len(examples), np.random.default_rng([seed, 1])),
+        **measure_base(model, words, boxes, n, np.random.default_rng([seed, 1])),
     }
     folder = Path("reports/cells/pretrain", str(seed))
-    write_csv(folder / "curve.csv", pd.DataFrame([asdict(check) for check in curve]))
+    write_csv(folder / "curve.csv", curve)
     write_json(folder / "record.json", record)
     save_model(model, tokenizer, Path("models/base", str(seed)))
 
 
+def _taught(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Examples, teaching: Any, seed: int
+) -> list[dict[str, float]]:
+    """The checks of a pretrained model that is taught the old task, in place; one of a model that is taken as it is."""
+    if teaching is None:
+        correct, probability = old_task(model, examples.input_ids, examples.answer)
+        return [{"step": 0, "accuracy": float(correct.mean()), "p_correct": float(probability.mean())}]
+    from stages.learning.teaching import teach  # TRL, which takes seconds
+
+    train = read_prompts("data/new/contains/train.parquet")
+    model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
+    with tqdm(total=teaching.most_steps, desc=f"teach base {seed}", unit="step") as bar:
+
+        def show(step: int, check: dict[str, float]) -> None:
+            bar.set_postfix(accuracy=f"{check['accuracy']:.2f}", refresh=False)
+            bar.update(step - bar.n)
+
+        checks = teach(model, tokenizer, train, examples, teaching, seed, show)
+    model.set_attn_implementation("eager")
+    return checks
+
+
 def train_with_retries(
-    words: Vocabulary, settings: Settings, boxes: int, seed: int, retries: int, processes: int = 1
+    words: WordVocabulary, settings: Settings, boxes: int, seed: int, retries: int, processes: int = 1
 ) -> tuple[LlamaForCausalLM, list[Progress], list[str]]:
     """Train one base.
 

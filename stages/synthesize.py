@@ -1,10 +1,13 @@
-"""Stage `synthesize`: tokenizer, entity tracking and new-task sets, and desiderata pairs, in disjoint splits.
+"""Stage `synthesize`: entity tracking and new-task sets, and desiderata pairs, in disjoint splits, for the tokenizer of
+the base.
 
 Which contexts may occur in which file (a context has one split, see `tasks/contexts.py`):
 
     old/{selection,discovery,pruning,evaluation,relearning}   the split of that name;  old/means: pruning
     new/<task>/{train,selection,evaluation}                   the split of that name
     desiderata/<name>/{train,selection,test}                  discovery, selection, evaluation
+
+A new task that the tokenizer is not made for has no folder in new/; `tasks.json` says why.
 """
 
 from pathlib import Path
@@ -12,17 +15,17 @@ from zlib import crc32
 
 import numpy as np
 
+from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.files import replacing_directory, write_json
-from stages.pipeline.stage import Cell, run
-from stages.tasks.arithmetic import prompt_tokens
+from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.contexts import SPLITS, Split
 from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import write_examples, write_pairs, write_prompts
 from stages.tasks.new_tasks import NEW_TASKS
-from stages.tasks.tokenizer import build_tokenizer
-from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary
+from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary_of
 
+SOURCE = Path("models/source")
 DATA = Path("data")
 OLD_SPLITS = {
     "selection": Split.SELECTION,
@@ -37,30 +40,39 @@ PAIR_SPLITS = {"train": Split.DISCOVERY, "selection": Split.SELECTION, "test": S
 
 def main(cell: Cell) -> None:
     settings = cell.params("synthesize")
-    words, boxes = vocabulary(), settings.boxes
+    tokenizer = load_tokenizer(SOURCE)
+    words, boxes = vocabulary_of(tokenizer, cell.params("source.bos")), settings.boxes
+    chosen = cell.params("new_task")
 
     def rng(name: str) -> np.random.Generator:
         """One stream a file, so that the size of one set changes no other set."""
         return np.random.default_rng([settings.seed, crc32(name.encode())])
 
-    with replacing_directory(DATA / "tokenizer") as folder:
-        build_tokenizer().save_pretrained(folder)
+    prompt_tokens = 0
     with replacing_directory(DATA / "old") as folder:
         for name, split in OLD_SPLITS.items():
             size = settings.old[name]
             examples = draw_examples(rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means")
             write_examples(folder / f"{name}.parquet", examples)
-    tasks = {}
+            prompt_tokens = examples.input_ids.shape[1]
+    tasks, impossible = {}, {}
     with replacing_directory(DATA / "new") as folder:
         for name, task in NEW_TASKS.items():
+            try:
+                task.draw(rng(f"new/{name}"), words, Split.TRAIN, 1, boxes)
+            except Invalid as error:
+                if name == chosen:
+                    raise Invalid(f"new_task = '{name}': {error}") from None
+                impossible[name] = str(error)
+                continue
             (folder / name).mkdir()
             for split, size in settings.new.items():
                 prompts = task.draw(rng(f"new/{name}/{split}"), words, Split(split), size, boxes)
                 write_prompts(folder / name / f"{split}.parquet", prompts)
                 if split == "train":
-                    scores = task.shortcuts(prompts)
+                    scores = task.shortcuts(prompts, words)
                     tasks[name] = {
-                        "sign": task.sign,
+                        "sign": task.sign(words),
                         "valid_answers": prompts.valid.shape[1],
                         "shortcuts": scores,
                         "best_shortcut": max(scores.values()),
@@ -75,13 +87,17 @@ def main(cell: Cell) -> None:
                 pairs = draw_pairs(stream, words, desideratum, PAIR_SPLITS[name], size, boxes)
                 write_pairs(folder / desideratum / f"{name}.parquet", pairs)
                 if name == "test":
-                    chance[desideratum] = floors(pairs, boxes)
+                    chance[desideratum] = floors(pairs, words, boxes)
     write_json(
         DATA / "tasks.json",
         {
-            "vocabulary": {"tokens": len(words), "objects": list(OBJECTS), "labels": list(LABELS)},
+            "vocabulary": {
+                "tokens": len(tokenizer),
+                "objects": [word for word, usable in zip(OBJECTS, words.pool.objects, strict=True) if usable],
+                "labels": [word for word, usable in zip(LABELS, words.pool.labels, strict=True) if usable],
+            },
             "boxes": boxes,
-            "prompt_tokens": prompt_tokens(boxes),
+            "prompt_tokens": prompt_tokens,
             "splits": list(SPLITS),
             "sizes": {
                 "old": dict(settings.old),
@@ -89,6 +105,7 @@ def main(cell: Cell) -> None:
                 "desiderata": dict(settings.desiderata),
             },
             "new_tasks": tasks,
+            "impossible": impossible,
             "desiderata": {name: {"floors": chance[name]} for name in desiderata},
         },
     )

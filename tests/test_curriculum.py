@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from stages import pretrain
-from stages.learning import pretraining
-from stages.learning.curriculum import draw_batch, draw_queries
-from stages.learning.pretraining import Stuck, build_model, loss_sums, new_task, old_task, train
+from stages.learning import knowledge, pretraining
+from stages.learning.curriculum import draw_batch
+from stages.learning.knowledge import new_task, old_task
+from stages.learning.pretraining import Stuck, build_model, loss_sums, train
 from stages.pipeline.checkpoints import load_model, save_model
 from stages.pipeline.stage import Invalid
 from stages.tasks import arithmetic
 from stages.tasks.contexts import Contexts, Split, splits
+from stages.tasks.entity_tracking import draw_queries
 from stages.tasks.relations import RELATIONS, draw_prompts
 from stages.tasks.templates import TEMPLATES
 from stages.tasks.tokenizer import build_tokenizer
@@ -273,7 +275,7 @@ def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytes
         p[:, VOCABULARY.ids["The"]] = 0.75
         return p.scatter(1, prompts.canonical[:, None], 0.25).log()
 
-    monkeypatch.setattr(pretraining, "last_log_probs", quarter)
+    monkeypatch.setattr(knowledge, "last_log_probs", quarter)
     model = build_model(VOCABULARY, tiny().model, 0)
     found = new_task(model, prompts)
     assert found["valid_mass"] == pytest.approx(0.25, abs=1e-6)

@@ -3,6 +3,7 @@ uses them to find the same circuits (for planted ones see test_selection)."""
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,8 @@ def test_estimates_on_the_logits_are_the_effects():
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gemma2"])
 def test_estimates_in_half_precision_are_no_less_exact_than_effects(kind):
-    half = torch.nn.Module.to(random_model(kind), torch.bfloat16)
-    models = half, torch.nn.Module.to(deepcopy(half), torch.float32)
+    half: Any = torch.nn.Module.to(random_model(kind), torch.bfloat16)
+    models: list[Any] = [half, torch.nn.Module.to(deepcopy(half), torch.float32)]
     patchers = [PathPatcher(walker_of(model), random_pairs(), difference, 64.0) for model in models]
     estimates = zip(*(patcher.estimates("earlier", RECEIVERS) for patcher in patchers), strict=True)
     effects = zip(*(patcher.head_effects("earlier", RECEIVERS) for patcher in patchers), strict=True)

@@ -19,7 +19,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import match
-from stages.learning import reinforcement, supervised
+from stages.learning import answers, reinforcement, supervised
 from stages.learning.arms import (
     grpo,
     grpo_kl,
@@ -304,11 +304,16 @@ def test_sft_oracle_equals_a_plain_loop_on_the_base_restricted_to_valid_answers(
     assert error < 1e-6 < 1e-3 < moved
 
 
-def test_restriction_keeps_token_0_only_where_it_is_valid() -> None:
+def test_restriction_is_to_the_valid_answers_of_the_rows_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
-    found = sft_oracle.restricted(logits, torch.tensor([[2, -1], [0, 2]]))
-    assert found[0].tolist() == [0, 0, 1] and found[1, 1] == 0
-    assert found[1, 0].item() == pytest.approx(math.exp(2) / (math.exp(2) + math.exp(1)))
+    monkeypatch.setattr(answers, "last_logits", lambda model, ids: logits[: len(ids)])
+    run = tiny_run("sft_oracle")
+    valid = torch.tensor([[2, -1], [0, 2], [1, -1]])
+    train = replace(run.train, valid=valid, input_ids=run.train.input_ids[:3])
+    run = replace(run, train=train, order=np.array([[0, 1]]))
+    found = sft_oracle.restricted(run)
+    assert found[0].tolist() == [1, 0] and found[2].tolist() == [0, 0]
+    assert found[1].tolist() == pytest.approx([math.exp(2) / (math.exp(2) + math.exp(1)), 1 / (1 + math.exp(1))])
 
 
 def test_iterative_sft_with_one_draw_learns_fixed_valid_answers() -> None:

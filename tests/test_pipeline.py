@@ -21,7 +21,9 @@ from tests.conftest import REPOSITORY, Dvc
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
 PRESETS = sorted((REPOSITORY / "stages" / "presets").glob("*.yaml"))
-STAGES = "code synthesize pretrain finetune match discover evaluate matchings dcm cmap drift contrast report".split()
+STAGES = (
+    "code source synthesize pretrain finetune match discover evaluate matchings dcm cmap drift contrast report".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def test_matrix_cells_do_not_collide(dvc: Dvc) -> None:
     names = listed.stdout.split()
     arms, models, seeds = len(PARAMS["arms"]), len(PARAMS["models"]), len(PARAMS["seeds"])
     per_seed = 2 + 4 * arms + 3 * models  # pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
-    assert len(names) == len(set(names)) == 4 + per_seed * seeds
+    assert len(names) == len(set(names)) == 5 + per_seed * seeds
 
 
 def _keys(value: Any, prefix: str = "") -> set[str]:
@@ -183,6 +185,10 @@ BAD = [
     ("pretrain.stop_at", 1.5, "pretrain.stop_at"),
     ("pretrain", PARAMS["pretrain"] | {"stop_at": 0.66, "settle": 400}, "settle = 400: must be 0 with stop_at"),
     ("pretrain.curriculum.final.tasks", {"lacks": {"share": 0.1, "own": 0.4}}, "'adjacent': must be a task of"),
+    ("source.kind", "hub", "source: model = None: must be a folder or the id of a model on the hub with kind: hub"),
+    ("source.model", "owner/name", "source: model = owner/name: must be"),
+    ("source.adapter", "owner/name", "revision and adapter belong to a model with kind: hub"),
+    ("teach", {"level": 0.8}, "teach.most_steps is missing"),
     ("dcm.desiderata", [], "dcm.desiderata"),
     ("dcm.desiderata", ["positional", "positional"], "must not name a value twice"),
     ("dcm.of_base", ["positional-loudly"], "'positional-loudly': must be one of positional, object_value"),

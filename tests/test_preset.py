@@ -31,13 +31,13 @@ COLLECT = (
 def toy_pipeline() -> dict[str, Any]:
     first: dict[str, Any] = {
         name: {"cmd": f"mkdir -p data && cp input data/{name}", "deps": ["input"], "outs": [f"data/{name}"]}
-        for name in ("code", "synthesize")
+        for name in ("code", "source", "synthesize")
     }
     first["pretrain"] = {
         "matrix": {"seed": "${seeds}"},
         "cmd": "mkdir -p models/base models/matched/${item.seed} && echo ${item.seed} | tee models/base/${item.seed} "
         "> models/matched/${item.seed}/own && echo x > models/matched/${item.seed}/equal",
-        "deps": ["data/code", "data/synthesize"],
+        "deps": ["data/code", "data/source", "data/synthesize"],
         "outs": ["models/base/${item.seed}"] + [f"models/matched/${{item.seed}}/{arm}" for arm in ("own", "equal")],
     }
     stages: dict[str, Any] = first | {
@@ -106,7 +106,7 @@ def test_every_cell_runs_once_and_the_report_has_all(working_copy: Path) -> None
     traced = (working_copy / "build/toy/trace").read_text() if (working_copy / "build/toy/trace").exists() else None
     again = _run(working_copy)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "18 of" in again.stdout
+    assert "19 of" in again.stdout
     if traced is not None:
         assert (working_copy / "build/toy/trace").read_text() == traced, "restored from the cache, not run again"
 
@@ -140,7 +140,7 @@ def test_records_stand_in_for_cells_until_what_made_them_changes(working_copy: P
     before = forget_all_but_records()
     again = _run(working_copy, "--recorded", *two)
     assert again.returncode == 0 and "from records: [0, 1]" in again.stdout, again.stdout + again.stderr
-    assert _traced(working_copy) == [] and "14 of" in again.stdout
+    assert _traced(working_copy) == [] and "15 of" in again.stdout
     assert forget_all_but_records() == before, "report and records are the same bytes"
     # one more seed, on a machine that has nothing but the records; the second time there is nothing to do
     for _ in range(2):
@@ -232,8 +232,9 @@ def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     params = load_params(REPOSITORY / "params.yaml")
     costs = estimate(params)
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
-    # code, synthesize, contrast, report; pretrain, matchings; finetune, match, cmap, drift; discover, evaluate, dcm
-    assert costs["dvc"][0] == 4 + seeds * (2 + 4 * arms + 3 * models)
+    # code, source, synthesize, contrast, report; pretrain, matchings;
+    # finetune, match, cmap, drift; discover, evaluate, dcm
+    assert costs["dvc"][0] == 5 + seeds * (2 + 4 * arms + 3 * models)
     more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}))
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
     twice = estimate(params, slower=2.0)

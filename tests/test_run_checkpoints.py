@@ -175,7 +175,8 @@ def test_a_matrix_that_embedding_and_head_share_is_kept_once(lora: bool, tmp_pat
     found, plain = read_checkpoint(tmp_path / "lr0", 1, start), load_model(tmp_path / "base")
     assert "lm_head.weight" not in found
     set_weights(plain, found)
-    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    head: Any = plain.get_output_embeddings()
+    assert head.weight is plain.get_input_embeddings().weight
     ids = tiny_prompts().input_ids
     with torch.no_grad():
         error = (plain(input_ids=ids).logits - trained(input_ids=ids).logits).abs().max().item()

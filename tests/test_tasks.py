@@ -181,7 +181,10 @@ def test_files_of_different_splits_share_no_context(tmp_path: Path, monkeypatch:
         "synthesize": SimpleNamespace(seed=0, boxes=3, **sizes),
         "dcm.desiderata": HYPOTHESES[:2],
         "dcm.of_base": HYPOTHESES[2:],
+        "source.bos": "<bos>",
+        "new_task": "adjacent",
     }
+    build_tokenizer().save_pretrained("models/source")
     monkeypatch.setattr(Cell, "params", lambda self, path: params[path])
     synthesize.main(Cell("synthesize", {}))
     allowed = {f"old/{name}": split for name, split in OLD_SPLITS.items()}
@@ -261,14 +264,15 @@ def test_soft_targets_sum_to_one() -> None:
 def test_shortcuts_are_scored_from_the_prompts() -> None:
     expected = {"adjacent": 2 / 7, "lacks": 6 / 7, "precedes": 1 / 7, "contains": 1 / 7}
     for task, chance in expected.items():
-        scores = shortcut_scores(draw_prompts(RELATIONS[task], rng(4), VOCABULARY, Split.TRAIN, 4200, 7))
+        scores = shortcut_scores(draw_prompts(RELATIONS[task], rng(4), VOCABULARY, Split.TRAIN, 4200, 7), VOCABULARY)
         print(task, scores)
         assert scores["random_context_object"] == pytest.approx(chance)
         assert scores.get("own_object") == (None if task == "contains" else 0)  # there it is the task itself
         assert max(scores.values()) < chance + 0.05
     # worked by hand: three boxes, always the first one asked for, so its neighbours are clauses 1 and 2
     contexts = draw_contexts(rng(), Split.TRAIN, 8, 3)
-    by_hand = shortcut_scores(make_prompts(VOCABULARY, RELATIONS["adjacent"], contexts, np.zeros(8, np.int64)))
+    prompts = make_prompts(VOCABULARY, RELATIONS["adjacent"], contexts, np.zeros(8, np.int64))
+    by_hand = shortcut_scores(prompts, VOCABULARY)
     assert by_hand["first_object"] == by_hand["own_object"] == 0
     assert by_hand["last_object"] == by_hand["most_frequent_canonical_clause"] == 1
     assert by_hand["random_context_object"] == pytest.approx(2 / 3)
@@ -319,7 +323,7 @@ def test_questions_belong_to_one_split_each_for_ever() -> None:
 
 def test_shortcuts_of_arithmetic() -> None:
     prompts = arithmetic.draw_prompts(rng(4), VOCABULARY, Split.TRAIN, 3000, 7)
-    scores = arithmetic.shortcut_scores(prompts)
+    scores = arithmetic.shortcut_scores(prompts, VOCABULARY)
     print(scores)
     sums = [read_sums(ids)[1] for ids in prompts.input_ids]
     assert scores["last_result"] == pytest.approx(np.mean([s[-2][-1] == sum(s[-1]) for s in sums]))
@@ -370,8 +374,8 @@ def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
         others = 5 if desideratum == "next_clause" else 6  # of the control, not the one before the base's own either
         assert len(shift) == others
         assert max(shift.values()) < 2 * 126 / others
-    assert floors(pairs, boxes)["clean_answer"] == 0
-    in_base = floors(pairs, boxes)["random_base_object"]
+    assert floors(pairs, VOCABULARY, boxes)["clean_answer"] == 0
+    in_base = floors(pairs, VOCABULARY, boxes)["random_base_object"]
     assert in_base == pytest.approx(0 if desideratum == "object_value" else 1 / boxes)
 
 

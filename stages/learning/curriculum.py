@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.tasks.arithmetic import QUESTION, SOLVED, draw_sums, prompt_tokens, render_sums
-from stages.tasks.contexts import Contexts, Split, draw_absent_label, draw_clauses, draw_contexts
+from stages.tasks.contexts import Contexts, Split, draw_absent_label, draw_contexts
 from stages.tasks.new_tasks import ARITHMETIC
-from stages.tasks.relations import CONTAINS, RELATIONS, Relation, query_words, render_queries, target_weights
+from stages.tasks.relations import CONTAINS, RELATIONS, Relation, query_words, target_weights
 from stages.tasks.templates import context_pattern, render
-from stages.tasks.vocabulary import BOS, PAD, SPECIAL, Vocabulary
+from stages.tasks.vocabulary import BOS, PAD, SPECIAL, WordVocabulary
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ REPEAT_LENGTHS = (
 )  # of the string that is said twice; shorter than a context, long enough to rule out guessing
 
 
-def draw_batch(rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, rows: int, most_boxes: int) -> Batch:
+def draw_batch(rng: np.random.Generator, vocabulary: WordVocabulary, phase: Phase, rows: int, most_boxes: int) -> Batch:
     """Draw one training batch of the train split.
 
     Args:
@@ -140,7 +140,7 @@ class _Part:
     weights: Float[np.ndarray, "m k"]
 
 
-def _repeat(rng: np.random.Generator, vocabulary: Vocabulary) -> _Part:
+def _repeat(rng: np.random.Generator, vocabulary: WordVocabulary) -> _Part:
     length = int(rng.integers(REPEAT_LENGTHS[0], REPEAT_LENGTHS[1] + 1))
     ids = draw_repeats(rng, vocabulary, 1, length)
     column = np.arange(length + 1, 2 * length)  # predicts the second copy from its second token on
@@ -148,13 +148,15 @@ def _repeat(rng: np.random.Generator, vocabulary: Vocabulary) -> _Part:
     return _Part(ids, np.zeros_like(column), column, options, np.ones_like(options, dtype=np.float64))
 
 
-def draw_repeats(rng: np.random.Generator, vocabulary: Vocabulary, rows: int, length: int) -> Int[np.ndarray, "rows t"]:
+def draw_repeats(
+    rng: np.random.Generator, vocabulary: WordVocabulary, rows: int, length: int
+) -> Int[np.ndarray, "rows t"]:
     """`<bos>` and a random string of words, said twice."""
     string = rng.integers(len(SPECIAL), len(vocabulary), size=(rows, length))
     return np.concatenate([np.full((rows, 1), vocabulary.ids[BOS]), string, string], axis=1)
 
 
-def _sums(rng: np.random.Generator, vocabulary: Vocabulary, own: float, n: int, boxes: int) -> _Part:
+def _sums(rng: np.random.Generator, vocabulary: WordVocabulary, own: float, n: int, boxes: int) -> _Part:
     """Prompts of arithmetic, whose every whole sum is trained."""
     tokens = prompt_tokens(boxes)
     sums = draw_sums(rng, Split.TRAIN, n, tokens)
@@ -172,7 +174,7 @@ def _sums(rng: np.random.Generator, vocabulary: Vocabulary, own: float, n: int, 
 
 
 def _queries(
-    rng: np.random.Generator, vocabulary: Vocabulary, phase: Phase, template: str, contexts: Contexts
+    rng: np.random.Generator, vocabulary: WordVocabulary, phase: Phase, template: str, contexts: Contexts
 ) -> _Part:
     n, boxes = contexts.objects.shape
     objects = vocabulary.objects[contexts.objects]
@@ -196,7 +198,7 @@ def _queries(
     clause = int(rng.integers(boxes))
     pattern = context_pattern(template, boxes, clause)
     context = render(vocabulary, pattern.words, contexts, draw_absent_label(rng, contexts))
-    verbs = np.array([vocabulary.ids[relation.verb] for relation in relations])[asked]
+    verbs = np.array([vocabulary.ids[relation.verb(vocabulary)] for relation in relations])[asked]
     labels = np.take_along_axis(vocabulary.labels[contexts.labels], order, axis=1)
     box, the, stop = (np.full((n, boxes), vocabulary.ids[word]) for word in ("Box", "the", "."))
     queries = np.stack([box, labels, verbs, the, answers, stop], axis=2).reshape(n, 6 * boxes)
@@ -243,15 +245,3 @@ def _join(parts: list[_Part], pad: int) -> Batch:
         weights[start:stop, : part.options.shape[1]] = part.weights
         row, start = row + len(part.ids), stop
     return Batch(*(torch.from_numpy(array) for array in (ids, place, options, weights, lengths)))
-
-
-def draw_queries(
-    rng: np.random.Generator, vocabulary: Vocabulary, template: str, split: Split, n: int, boxes: int
-) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n"]]:
-    """Prompts with one `contains` query in any template, and their answers, to test a model with."""
-    contexts = draw_contexts(rng, split, n, boxes)
-    clauses = draw_clauses(rng, n, boxes)
-    extra = draw_absent_label(rng, contexts)
-    ids = render_queries(vocabulary, template, contexts, clauses, CONTAINS.verb, extra_label=extra)
-    answers = vocabulary.objects[contexts.objects][np.arange(n), clauses]
-    return torch.from_numpy(ids), torch.from_numpy(answers)

@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -30,14 +30,13 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from stages.learning.curriculum import Batch, Phase, draw_batch, draw_queries, draw_repeats
-from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.learning.curriculum import Batch, Phase, draw_batch, draw_repeats
+from stages.learning.knowledge import old_task
 from stages.learning.shared_gradient import SharedGradient
 from stages.tasks.contexts import Split
-from stages.tasks.examples import Prompts
-from stages.tasks.new_tasks import NEW_TASKS
-from stages.tasks.templates import STANDARD, TEMPLATES
-from stages.tasks.vocabulary import BOS, EOS, PAD, Vocabulary
+from stages.tasks.entity_tracking import draw_queries
+from stages.tasks.templates import STANDARD
+from stages.tasks.vocabulary import BOS, EOS, PAD, WordVocabulary
 
 
 @runtime_checkable
@@ -129,7 +128,7 @@ SETTLE = "settle"  # the name of the steps after the last phase, in the checks
 _INDUCTION_LENGTH = 16
 
 
-def build_model(vocabulary: Vocabulary, size: ModelSize, seed: int) -> LlamaForCausalLM:
+def build_model(vocabulary: WordVocabulary, size: ModelSize, seed: int) -> LlamaForCausalLM:
     """A model with random weights that are a function of the seed."""
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -169,7 +168,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 def train(
-    vocabulary: Vocabulary,
+    vocabulary: WordVocabulary,
     settings: Settings,
     boxes: int,
     seed: list[int],
@@ -210,7 +209,7 @@ class _Piece:
 
 
 def _train(
-    vocabulary: Vocabulary, settings: Settings, boxes: int, seed: list[int], report: Report, processes: int
+    vocabulary: WordVocabulary, settings: Settings, boxes: int, seed: list[int], report: Report, processes: int
 ) -> tuple[LlamaForCausalLM, list[Progress]]:
     weights_seed, batches_seed, checks_seed = np.random.SeedSequence(seed).generate_state(3)
     model = build_model(vocabulary, settings.model, int(weights_seed)).train()
@@ -311,7 +310,7 @@ def loss_sums(logits: Float[Tensor, "b t v"], batch: Batch, pad: int) -> tuple[F
 class _Checks:
     """Prompts of the selection split, drawn once, that phases are ended by."""
 
-    def __init__(self, vocabulary: Vocabulary, settings: Settings, boxes: int, rng: np.random.Generator):
+    def __init__(self, vocabulary: WordVocabulary, settings: Settings, boxes: int, rng: np.random.Generator):
         self.boxes = boxes
         self.prompts: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         wanted = [(STANDARD, boxes)]
@@ -343,46 +342,3 @@ class _Checks:
     def _induction(self, model: LlamaForCausalLM) -> float:
         predicted = model(self.repeats, use_cache=False).logits[:, _INDUCTION_LENGTH + 1 : -1].argmax(dim=-1)
         return float((predicted == self.repeats[:, _INDUCTION_LENGTH + 2 :]).double().mean())
-
-
-def old_task(
-    model: LlamaForCausalLM, ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """For each prompt, whether the most probable token is the answer (1 or 0), and its probability."""
-    log_p = last_log_probs(model, ids)
-    return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
-
-
-def new_task(model: LlamaForCausalLM, prompts: Prompts) -> dict[str, float]:
-    """How much of a new task a model knows: greedy accuracy, probability of right answers, and pass@8.
-
-    pass@8 is the mean over prompts of 1 - (1 - m)^8, with m the probability of all right answers together:
-    the chance that one of eight samples is right.
-    """
-    log_p = last_log_probs(model, prompts.input_ids)
-    mass = valid_mass(log_p, prompts.valid)
-    on_objects = log_p.exp().gather(1, prompts.objects).sum(dim=1)
-    return {
-        "accuracy": float(is_valid(log_p, prompts.valid).double().mean()),
-        "valid_mass": float(mass.mean()),
-        "context_mass": float(on_objects.mean()),
-        "pass_at_8": float((1 - (1 - mass).clamp(min=0) ** 8).mean()),
-    }
-
-
-def measure_base(
-    model: LlamaForCausalLM, vocabulary: Vocabulary, boxes: int, n: int, rng: np.random.Generator
-) -> dict[str, Any]:
-    """Accuracy of every template and of fewer boxes, and knowledge of every new task (selection split)."""
-    templates = {}
-    for template in TEMPLATES:
-        correct, probability = old_task(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
-        templates[template] = {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
-    fewer = {}
-    for size in range(2, boxes):
-        correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
-        fewer[str(size)] = float(correct.mean())
-    tasks = {}
-    for name, task in NEW_TASKS.items():
-        tasks[name] = new_task(model, task.draw(rng, vocabulary, Split.SELECTION, n, boxes))
-    return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -33,6 +33,36 @@ def fit(
     if extra_ids is not None and extra_answers is not None:
         ids, targets = torch.cat([ids, extra_ids], 1), torch.cat([targets, extra_answers], 1)
     fit_sequences(run, torch.cat([ids, targets[..., None]], -1), targets)
+
+
+class SoftTargetTrainer(SFTTrainer):
+    """SFTTrainer whose target is a distribution over a few next tokens; the label of a prompt is its row number.
+
+    Args:
+        options: the tokens of each training row that have some probability.
+        weights: their probabilities.
+    """
+
+    def __init__(self, *args: Any, options: Int[Tensor, "n k"], weights: Float[Tensor, "n k"], **kwargs: Any) -> None:
+        self.options, self.weights = options, weights
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        logits = model(input_ids=inputs["input_ids"], logits_to_keep=1, use_cache=False).logits[:, -1]
+        rows = inputs["labels"][:, -1].cpu()
+        options, weights = (part[rows].to(logits.device) for part in (self.options, self.weights))
+        return -(weights * logits.log_softmax(-1).gather(1, options)).sum(-1).mean()
+
+
+def fit_soft(run: Run, options: Int[Tensor, "n k"], weights: Float[Tensor, "n k"]) -> None:
+    """Train `run.model` by cross-entropy with a distribution over the answer token.
+
+    Args:
+        options: tokens of each row of `run.train`.
+        weights: their probabilities; 0 for what pads a row.
+    """
+    rows = torch.from_numpy(run.order)
+    fit_sequences(run, run.train.input_ids[rows], rows, SoftTargetTrainer, options=options, weights=weights)
 
 
 def fit_sequences(

@@ -62,10 +62,11 @@ def train_quietly(trainer: Trainer) -> None:
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Tells the recorder of every gradient step of a TRL trainer."""
+    """Tells the recorder of every gradient step of a TRL trainer; ends the training where it says so."""
 
     def __init__(self, recorder: Recorder, completions_per_step: int) -> None:
         self._recorder, self._completions_per_step = recorder, completions_per_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._recorder.after(state.global_step, state.global_step * self._completions_per_step)
+        if self._recorder.after(state.global_step, state.global_step * self._completions_per_step):
+            control.should_training_stop = True

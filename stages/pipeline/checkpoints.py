@@ -176,6 +176,24 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
+def load_pretrained_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model in a folder or on the hub.
+
+    Raises:
+        Invalid: it cannot be had, or there is no fast one.
+    """
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    settings: dict[str, Any] = {"local_files_only": True} if Path(model).is_dir() else {"revision": revision or "main"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False, **settings)
+    except (OSError, ValueError) as error:
+        raise Invalid(f"the tokenizer of '{model}' cannot be had: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise Invalid(f"the tokenizer of '{model}' is a slow one: must have a fast one (tokenizer.json)")
+    return tokenizer
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Save model and tokenizer as a folder that `from_pretrained` loads; same weights give same bytes."""
     with replacing_directory(folder) as temporary:

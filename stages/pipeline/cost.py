@@ -58,6 +58,7 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
     seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
     found = {
         "code": (1, 2.0),
+        "source": (1, 2.0),
         "synthesize": (1, 10.0),
         "pretrain": (seeds, seeds * _pretrain(params.pretrain)),
         "finetune": (arms * seeds, seeds * sum(_finetune(params.finetune, arm) for arm in params.arms)),

@@ -58,7 +58,7 @@ def bring_up_to_date(workers: int) -> int:
         print("Data and pipelines are up to date.")
         return 0
     first, second = rounds(params)
-    if any(cell.partition("@")[0] in (FIRST, "synthesize", "code") for cell in stale):
+    if any(cell.partition("@")[0] in (FIRST, "synthesize", "source", "code") for cell in stale):
         status = subprocess.run([*WAITING, "repro", FIRST]).returncode
         if status:
             return status

@@ -106,6 +106,41 @@ WORDINGS = (
 MOST_BOXES = 25  # one letter fewer than there are: the query of a corrupt partner needs one that no box has
 
 
+class Source(Section):
+    """What bases are made of."""
+
+    kind: Literal["curriculum", "package", "hub"]
+    model: str | None
+    revision: str | None
+    adapter: str | None
+    bos: str | None
+
+    @model_validator(mode="after")
+    def _name_a_model_of_the_hub(self) -> "Source":
+        if (self.model is None) == (self.kind == "hub"):
+            raise ValueError(
+                f"model = {self.model}: must be a folder or the id of a model on the hub with kind: hub, else null"
+            )
+        if self.kind != "hub" and (self.revision is not None or self.adapter is not None):
+            raise ValueError("revision and adapter belong to a model with kind: hub, else they must be null")
+        return self
+
+
+class Teach(Section):
+    """The old task, taught to a pretrained model."""
+
+    level: Fraction
+    most_steps: Count
+    prompts_per_step: Count
+    learning_rate: Positive
+    warmup_steps: NotNegativeCount
+    spread: Annotated[float, Field(ge=0, lt=1)]
+    check_every: Count
+    check_prompts: Count
+    weight_decay: NotNegative
+    clip: Positive
+
+
 class Synthesize(Section):
     """Data sets."""
 
@@ -297,6 +332,7 @@ class Discover(Section):
     examples: Count
     minimum_effect: Fraction
     minimum_head_effect: Fraction
+    screen: Annotated[float, Field(gt=0, le=1)] | None
     noise_z: NotNegative
     coverage: Fraction
     merge_overlap: Fraction
@@ -395,8 +431,10 @@ class Params(Section):
     arms: list[str]
     models: list[str]
     new_task: str
+    source: Source
     synthesize: Synthesize
     pretrain: Pretrain
+    teach: Teach | None
     finetune: Finetune
     match: Match
     discover: Discover
@@ -452,7 +490,7 @@ def _check_axes(params: Params) -> None:
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
     learned = {task for phase in params.pretrain.curriculum.values() for task in phase.tasks}
-    if params.new_task not in {*learned, "contains"}:
+    if params.source.kind == "curriculum" and params.new_task not in {*learned, "contains"}:
         raise Invalid(
             f"params.yaml: new_task = '{params.new_task}': must be a task of a phase of pretrain.curriculum "
             f"({', '.join(sorted(learned))}), so that the base is right now and then"
@@ -476,7 +514,7 @@ def _check_axes(params: Params) -> None:
 
 def _check_sizes(params: Params) -> None:
     common, synthesize = params.finetune.common, params.synthesize
-    for name, phase in params.pretrain.curriculum.items():
+    for name, phase in params.pretrain.curriculum.items() if params.source.kind == "curriculum" else ():
         if phase.boxes[1] > synthesize.boxes:
             raise Invalid(
                 f"params.yaml: pretrain.curriculum.{name}.boxes = {list(phase.boxes)}: "
@@ -522,7 +560,11 @@ def _check_levels(params: Params) -> None:
     if max(match.steps) > most:
         raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
     stop_at = params.pretrain.stop_at
-    if params.new_task == "contains" and (stop_at is None or stop_at >= match.level):
+    if (
+        params.source.kind == "curriculum"
+        and params.new_task == "contains"
+        and (stop_at is None or stop_at >= match.level)
+    ):
         raise Invalid(
             f"params.yaml: pretrain.stop_at = {'null' if stop_at is None else stop_at}: must be below "
             f"match.level = {match.level} where the new task is the old one, or nothing is left to learn"

@@ -21,7 +21,7 @@ from stages.pipeline.stage import Invalid
 
 LOCK, CELLS, BASES = Path("dvc.lock"), Path("reports/cells"), Path("models/base")
 ARCHIVE = Path("reports/records.tar.xz")
-FIRST_STAGES = ("code", "synthesize")  # that are no cells of a seed
+FIRST_STAGES = ("code", "source", "synthesize")  # that are no cells of a seed
 # what the statistics read; DVC runs what they need, too
 CELL_STAGES = ("evaluate", "matchings", "dcm", "cmap", "drift")
 

@@ -17,10 +17,11 @@ from hashlib import sha256
 import numpy as np
 from jaxtyping import Int
 
+from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
 from stages.tasks.templates import STANDARD, context_pattern
-from stages.tasks.vocabulary import BOS, LARGEST_NUMBER, Vocabulary
+from stages.tasks.vocabulary import BOS, LARGEST_NUMBER, Vocabulary, WordVocabulary
 
 NUMBERS = 5  # that are added
 LARGEST = LARGEST_NUMBER // NUMBERS  # of them; the smallest is 1, so that no number of a question is its answer
@@ -65,7 +66,7 @@ def draw_sums(rng: np.random.Generator, split: Split, n: int, tokens: int) -> In
 
 
 def render_sums(
-    vocabulary: Vocabulary, sums: Int[np.ndarray, "n sums numbers"], tokens: int
+    vocabulary: WordVocabulary, sums: Int[np.ndarray, "n sums numbers"], tokens: int
 ) -> Int[np.ndarray, "n tokens"]:
     """Token ids of `<bos>` and the last tokens of the text, up to the `=` of the last sum."""
     n, count, _ = sums.shape
@@ -84,7 +85,13 @@ def prompt_tokens(boxes: int) -> int:
 
 
 def draw_prompts(rng: np.random.Generator, vocabulary: Vocabulary, split: Split, n: int, boxes: int) -> Prompts:
-    """Draw prompts as long as those of entity tracking with so many boxes; `objects` are all possible results."""
+    """Draw prompts as long as those of entity tracking with so many boxes; `objects` are all possible results.
+
+    Raises:
+        Invalid: numbers are not one token each.
+    """
+    if not isinstance(vocabulary, WordVocabulary):
+        raise Invalid("new task 'arithmetic': its numbers must be one token each, as with the word-level tokenizer")
     tokens = prompt_tokens(boxes)
     sums = draw_sums(rng, split, n, tokens)
     answer = vocabulary.numbers[sums[:, -1].sum(axis=1) - 1]
@@ -92,7 +99,7 @@ def draw_prompts(rng: np.random.Generator, vocabulary: Vocabulary, split: Split,
     return Prompts.from_numpy(render_sums(vocabulary, sums, tokens), answer[:, None], answer, results)
 
 
-def shortcut_scores(prompts: Prompts) -> dict[str, float]:
+def shortcut_scores(prompts: Prompts, vocabulary: Vocabulary) -> dict[str, float]:
     """Mean probability of a right answer under rules that do not add, read from the prompts.
 
     Returns:

@@ -11,7 +11,8 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Bool, Int
 
-from stages.tasks.vocabulary import LABELS, OBJECTS
+from stages.pipeline.stage import Invalid
+from stages.tasks.vocabulary import EVERY_WORD, OBJECTS, Pool
 
 
 class Split(StrEnum):
@@ -78,6 +79,7 @@ def draw_contexts(
     without_objects: Int[np.ndarray, "n used"] | None = None,
     without_labels: Int[np.ndarray, "n unused"] | None = None,
     fixed: Callable[[Contexts], Contexts] | None = None,
+    pool: Pool = EVERY_WORD,
 ) -> Contexts:
     """Draw contexts of one split, uniformly.
 
@@ -90,19 +92,20 @@ def draw_contexts(
         without_labels: labels (indices) that row i must not use.
         fixed: edits all n rows, drawn or kept, before their split is looked up; it must be a function of the
             row's own content and place only.
+        pool: the objects and labels that any row may use.
 
     Raises:
-        ValueError: too few objects or labels are left for that many boxes.
+        Invalid: too few objects or labels are left for that many boxes.
     """
-    used = 0 if without_objects is None else without_objects.shape[1]
-    unused = 0 if without_labels is None else without_labels.shape[1]
-    if boxes + used > len(OBJECTS) or boxes + unused > len(LABELS):
-        raise ValueError(f"boxes = {boxes}: {len(OBJECTS) - used} objects and {len(LABELS) - unused} labels are left")
+    objects_left = int(pool.objects.sum()) - (0 if without_objects is None else without_objects.shape[1])
+    labels_left = int(pool.labels.sum()) - (0 if without_labels is None else without_labels.shape[1])
+    if boxes > objects_left or boxes > labels_left:
+        raise Invalid(f"boxes = {boxes}: {objects_left} objects and {labels_left} labels are left")
     objects, labels = np.empty((n, boxes), np.int64), np.empty((n, boxes), np.int64)
     todo = np.arange(n)
     while len(todo):
-        objects[todo] = _distinct(rng, len(OBJECTS), boxes, len(todo), _rows(without_objects, todo))
-        labels[todo] = _distinct(rng, len(LABELS), boxes, len(todo), _rows(without_labels, todo))
+        objects[todo] = _distinct(rng, pool.objects, boxes, len(todo), _rows(without_objects, todo))
+        labels[todo] = _distinct(rng, pool.labels, boxes, len(todo), _rows(without_labels, todo))
         contexts = Contexts(objects, labels)
         if fixed is not None:
             contexts = fixed(contexts)
@@ -111,10 +114,10 @@ def draw_contexts(
     return Contexts(objects, labels)
 
 
-def draw_absent_label(rng: np.random.Generator, *contexts: Contexts) -> Int[np.ndarray, "n"]:
-    """One label (index) per row that none of the contexts of that row uses."""
+def draw_absent_label(rng: np.random.Generator, *contexts: Contexts, pool: Pool = EVERY_WORD) -> Int[np.ndarray, "n"]:
+    """One label (index) of the pool per row that none of the contexts of that row uses."""
     present = np.concatenate([c.labels for c in contexts], axis=1)
-    return _distinct(rng, len(LABELS), 1, len(present), present)[:, 0]
+    return _distinct(rng, pool.labels, 1, len(present), present)[:, 0]
 
 
 def draw_clauses(rng: np.random.Generator, n: int, clauses: int) -> Int[np.ndarray, "n"]:
@@ -131,10 +134,11 @@ def draw_other_clauses(rng: np.random.Generator, boxes: int, *taken: Int[np.ndar
 
 
 def _distinct(
-    rng: np.random.Generator, of: int, k: int, n: int, without: Int[np.ndarray, "n m"] | None
+    rng: np.random.Generator, of: Bool[np.ndarray, "values"], k: int, n: int, without: Int[np.ndarray, "n m"] | None
 ) -> Int[np.ndarray, "n k"]:
-    """k distinct values of 0..of-1 per row, in random order, none of the row's `without`."""
-    keys = rng.random((n, of))
+    """k distinct values per row of those that `of` marks, in random order, none of the row's `without`."""
+    keys = rng.random((n, len(of)))
+    keys[:, ~of] = 2.0
     if without is not None:
         np.put_along_axis(keys, without, 2.0, axis=1)  # sorts last
     return np.argsort(keys, axis=1)[:, :k]

@@ -34,7 +34,7 @@ from stages.tasks.contexts import (
 from stages.tasks.entity_tracking import old_prompts, positions
 from stages.tasks.examples import DesiderataPairs
 from stages.tasks.templates import STANDARD, TEMPLATES
-from stages.tasks.vocabulary import OBJECTS, Vocabulary
+from stages.tasks.vocabulary import Vocabulary
 
 HYPOTHESES = ("positional", "object_value", "box_label_value", "next_clause")
 WORDINGS = tuple(name for name in TEMPLATES if name != STANDARD)
@@ -76,7 +76,8 @@ def draw_pairs(
     if boxes < LEAST_BOXES:
         raise Invalid(f"synthesize.boxes = {boxes}: must be at least {LEAST_BOXES}, so that desiderata differ")
     rows = np.arange(n)
-    base = draw_contexts(rng, split, n, boxes)
+    pool = vocabulary.pool
+    base = draw_contexts(rng, split, n, boxes, pool=pool)
     base_clause = draw_clauses(rng, n, boxes)
     # the clause after the source's must not be the base's own, or the control's target would be the clean answer
     taken = (base_clause, (base_clause - 1) % boxes) if hypothesis == "next_clause" else (base_clause,)
@@ -85,7 +86,7 @@ def draw_pairs(
     if hypothesis == "box_label_value":
         query_label = base.labels[rows, label_clause]
     else:
-        query_label = draw_absent_label(rng, base)
+        query_label = draw_absent_label(rng, base, pool=pool)
 
     def ask_for_label(source: Contexts) -> Contexts:
         """Give the queried clause its label; a clause that had it takes the one that becomes free."""
@@ -95,7 +96,7 @@ def draw_pairs(
         labels[rows, source_clause] = query_label
         return Contexts(source.objects, labels)
 
-    source = draw_contexts(rng, split, n, boxes, without_objects=base.objects, fixed=ask_for_label)
+    source = draw_contexts(rng, split, n, boxes, without_objects=base.objects, fixed=ask_for_label, pool=pool)
     base_objects = vocabulary.objects[base.objects]
     target = {
         "positional": base_objects[rows, source_clause],
@@ -105,19 +106,20 @@ def draw_pairs(
     }[hypothesis]
     return DesiderataPairs(
         old_prompts(vocabulary, base, base_clause),
-        old_prompts(vocabulary, source, source_clause, wording, draw_absent_label(rng, source)),
+        old_prompts(vocabulary, source, source_clause, wording, draw_absent_label(rng, source, pool=pool)),
         torch.from_numpy(target),
         torch.from_numpy(base_objects[rows, base_clause]),
-        positions(boxes, base_clause),
-        positions(boxes, source_clause, wording),
+        positions(vocabulary, boxes, base_clause),
+        positions(vocabulary, boxes, source_clause, wording),
     )
 
 
-def floors(pairs: DesiderataPairs, boxes: int) -> dict[str, float]:
+def floors(pairs: DesiderataPairs, vocabulary: Vocabulary, boxes: int) -> dict[str, float]:
     """What the desideratum scores without any information.
 
     Args:
         pairs: the pairs.
+        vocabulary: what they are said in.
         boxes: number of clauses.
 
     Returns:
@@ -132,7 +134,7 @@ def floors(pairs: DesiderataPairs, boxes: int) -> dict[str, float]:
         "clean_answer": float((pairs.target == pairs.clean_answer).double().mean()),
         "random_base_object": float(in_base.double().mean()) / boxes,
         "random_context_object": float((in_base | in_source).double().mean()) / (2 * boxes),
-        "random_object": 1 / len(OBJECTS),
+        "random_object": 1 / int(vocabulary.pool.objects.sum()),
     }
 
 

@@ -17,19 +17,19 @@ class NewTask:
     """What a model may be fine-tuned on.
 
     Attributes:
-        sign: the word that says what is asked for.
+        sign: the word that says what is asked for, in a vocabulary.
         draw: (randomness, vocabulary, split, number of prompts, boxes) -> prompts, as long as those of entity
-            tracking with so many boxes.
+            tracking with so many boxes. Raises Invalid where the tokenizer is not one for this task.
         shortcuts: name of a rule that does not solve the task -> how often it is right on these prompts.
     """
 
-    sign: str
+    sign: Callable[[Vocabulary], str]
     draw: Callable[[np.random.Generator, Vocabulary, Split, int, int], Prompts]
-    shortcuts: Callable[[Prompts], dict[str, float]]
+    shortcuts: Callable[[Prompts, Vocabulary], dict[str, float]]
 
 
 ARITHMETIC = "arithmetic"
 NEW_TASKS = {
     name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
     for name, relation in relations.RELATIONS.items()
-} | {ARITHMETIC: NewTask("=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}
+} | {ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}

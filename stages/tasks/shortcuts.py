@@ -1,21 +1,25 @@
 """What a new task yields to a model that ignores the binding of objects to boxes.
 
 A level of accuracy certifies that a task was learned only above the best of these scores. They are computed
-from the prompts, not from the task's definition.
+from the prompts, not from the task's definition: the last label of a prompt is the one that is asked for, and the
+object in its box is the last one before that label's first place.
 """
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.tasks.examples import Prompts
+from stages.tasks.vocabulary import Vocabulary
 
-_LABEL_AFTER_OBJECT = 4  # `the <object> is in Box <label>`
 
-
-def shortcut_scores(prompts: Prompts) -> dict[str, float]:
+def shortcut_scores(prompts: Prompts, vocabulary: Vocabulary) -> dict[str, float]:
     """Mean probability of a right answer under rules that need no binding, or only that of the old task.
+
+    Args:
+        prompts: of a relation, standard wording.
+        vocabulary: what they are said in.
 
     Returns:
         `random_context_object`: a random object of the context;
@@ -28,10 +32,9 @@ def shortcut_scores(prompts: Prompts) -> dict[str, float]:
         `most_frequent_answer`: always the same word, the best one.
     """
     right = _is_right(prompts)
-    own = _own_clause(prompts)
+    labels, own = _asked_for(prompts, vocabulary)
     own_is_asked_for = (prompts.valid == prompts.objects.gather(1, own[:, None])).all()
     canonical = (prompts.objects == prompts.canonical[:, None]).double().mean(dim=0).argmax()
-    labels = prompts.input_ids[:, -3]
     half = torch.arange(len(prompts)) % 2 == 0  # the rule is fitted on one half and scored on the other
     by_label = _fit_by_label(right[half], labels[half])
     chosen = torch.tensor([by_label.get(int(label), 0) for label in labels[~half]])
@@ -55,12 +58,16 @@ def _is_right(prompts: Prompts) -> Float[Tensor, "n k"]:
     return (prompts.objects[:, :, None] == prompts.valid[:, None, :]).any(dim=2).double()
 
 
-def _own_clause(prompts: Prompts) -> Tensor:
-    """The queried clause, read from the prompt: four tokens before the queried label is its object."""
-    context = prompts.input_ids[:, :-4]
-    label = (context == prompts.input_ids[:, -3:-2]).double().argmax(dim=1)
-    word = prompts.input_ids.gather(1, label[:, None] - _LABEL_AFTER_OBJECT)
-    return (prompts.objects == word).double().argmax(dim=1)
+def _asked_for(prompts: Prompts, vocabulary: Vocabulary) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """The queried label, and its clause, read from the prompts."""
+    ids = prompts.input_ids
+    place = torch.arange(ids.shape[1])
+    known = torch.from_numpy(vocabulary.labels[vocabulary.pool.labels])
+    label = ids.gather(1, (torch.isin(ids, known) * place).argmax(dim=1, keepdim=True))
+    said = (ids == label).double().argmax(dim=1, keepdim=True)
+    is_object = (ids[:, :, None] == prompts.objects[:, None, :]).any(dim=2) & (place < said)
+    own = ids.gather(1, (is_object * place).argmax(dim=1, keepdim=True))
+    return label[:, 0], (prompts.objects == own).double().argmax(dim=1)
 
 
 def _fit_by_label(right: Tensor, labels: Tensor) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """How a context is said: the paper's template and its variants, written as text with slots.
 
 A template is a text whose slots are `o3` (object of clause 3), `l3` (its label), and `x` (a label that the
-context does not use); a pattern is that text as indices, so a batch of contexts is turned into token ids by
+context does not use); a pattern is that text as words, so a batch of contexts is turned into token ids by
 one indexing operation. The variants are those of Prakash et al. (ICLR 2024), appendix on additional
 desiderata, and the easy order `clause`.
 """
@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Int
 
 from stages.tasks.contexts import Contexts
-from stages.tasks.vocabulary import BOS, SPLIT, Vocabulary
+from stages.tasks.vocabulary import BOS, LABELS, OBJECTS, SPLIT, Vocabulary
 
 _SLOT = re.compile(r"([ol])(\d+)|x")
 
@@ -131,17 +132,29 @@ def context_pattern(template: str, boxes: int, clause: int) -> Pattern:
 
 
 @cache
-def _codes(words: tuple[str, ...], boxes: int) -> tuple[tuple[str, int], ...]:
-    codes = []
+def _slots(words: tuple[str, ...], boxes: int) -> tuple[int | None, ...]:
+    """For each word, what it stands for: object of clause i is i, its label boxes + i, `x` 2 boxes; None: itself."""
+    slots: list[int | None] = []
     for word in words:
         slot = _SLOT.fullmatch(word)
         if slot is None:
-            codes.append((word, -1))
-        elif word == "x":
-            codes.append(("", 2 * boxes))
+            slots.append(None)
         else:
-            codes.append(("", int(slot[2]) + (boxes if slot[1] == "l" else 0)))
-    return tuple(codes)
+            slots.append(2 * boxes if word == "x" else int(slot[2]) + (boxes if slot[1] == "l" else 0))
+    return tuple(slots)
+
+
+def _pieces(vocabulary: Vocabulary, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Token ids of the words; a slot is one token, whatever stands in it: -1."""
+    fixed = [OBJECTS[0] if _SLOT.fullmatch(word) else word for word in words]
+    pieces = vocabulary.pieces(fixed)
+    return [(-1,) if _SLOT.fullmatch(word) else piece for word, piece in zip(words, pieces, strict=True)]
+
+
+def places(vocabulary: Vocabulary, words: tuple[str, ...]) -> Int[np.ndarray, "words_and_end"]:
+    """Index of the first token of each word of a text with slots; then the number of tokens."""
+    lengths = [len(piece) for piece in _pieces(vocabulary, words)]
+    return np.array([0, *accumulate(lengths)])
 
 
 def render(
@@ -163,10 +176,22 @@ def render(
     """
     boxes = contexts.boxes
     extra = np.zeros(len(contexts), np.int64) if extra_label is None else extra_label
-    table = np.concatenate(
-        [vocabulary.objects[contexts.objects], vocabulary.labels[np.c_[contexts.labels, extra]]], axis=1
-    )  # [n, 2 boxes + 1]
-    codes = _codes(words, boxes)
-    slots = np.array([slot for _, slot in codes])
-    fixed = np.array([vocabulary.ids[word] if slot < 0 else 0 for word, slot in codes])
-    return np.where(slots < 0, fixed, table[:, np.maximum(slots, 0)])
+    labels = np.c_[contexts.labels, extra]
+    table = np.concatenate([vocabulary.objects[contexts.objects], vocabulary.labels[labels]], axis=1)  # 2 boxes + 1
+    columns: list[int] = []  # of the table; -1: a fixed token
+    fixed: list[int] = []
+    for slot, piece in zip(_slots(words, boxes), _pieces(vocabulary, words), strict=True):
+        columns += [-1 if slot is None else slot] * len(piece)
+        fixed += piece
+    slots = np.array(columns)
+    ids = np.where(slots < 0, np.array(fixed), table[:, np.maximum(slots, 0)])
+    if len(ids):
+        vocabulary.check(_filled(words, contexts, labels), ids[0])
+    return ids
+
+
+def _filled(words: tuple[str, ...], contexts: Contexts, labels: Int[np.ndarray, "n more"]) -> list[str]:
+    """The words of the first context's text."""
+    said = [OBJECTS[index] for index in contexts.objects[0]] + [LABELS[index] for index in labels[0]]
+    slots = _slots(words, contexts.boxes)
+    return [word if slot is None else said[slot] for word, slot in zip(words, slots, strict=True)]

@@ -1,11 +1,20 @@
-"""The words of the tasks: objects, box labels, numbers and the few words of the templates, each one token."""
+"""The words of the tasks: objects, box labels, numbers and the few words of the templates, as tokens.
+
+Texts are written as words: a word-level tokenizer of the project's own (`tokenizer.py`) makes each one token, and any
+other one what it makes of them where they stand. Objects and labels are asked for and answered, so they must be one
+token; those that are several for a tokenizer are not used with it. Other words may be several.
+"""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+
+from stages.pipeline.stage import Invalid
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
@@ -32,24 +41,85 @@ WORDS = (*SPECIAL, *FUNCTION, *OBJECTS, *LABELS, *SIGNS, *NUMBERS)
 SPLIT = re.compile(r"<\w+>|\w+|[^\w\s]")  # how the tokenizer cuts text: special tokens, words, single marks
 
 
+MARKS = frozenset(",.;:?!")  # written without a space before them
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Which objects and labels contexts are made of.
+
+    Attributes:
+        objects: for each of OBJECTS.
+        labels: for each of LABELS.
+    """
+
+    objects: Bool[np.ndarray, "objects"]
+    labels: Bool[np.ndarray, "labels"]
+
+
+EVERY_WORD = Pool(np.ones(len(OBJECTS), dtype=bool), np.ones(len(LABELS), dtype=bool))
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids of the words.
+    """Token ids of the tasks' words.
+
+    Attributes:
+        objects: token id of every object, in the order of OBJECTS; -1 where it is not one token.
+        labels: token id of every box label, in the order of LABELS; likewise.
+    """
+
+    objects: Int[np.ndarray, "objects"]
+    labels: Int[np.ndarray, "labels"]
+
+    @property
+    def pool(self) -> Pool:
+        """The objects and labels that can be used."""
+        return Pool(self.objects >= 0, self.labels >= 0)
+
+    def pieces(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of the words of a text, one by one. BOS stands for what is put in front of a prompt, if anything.
+
+        Raises:
+            Invalid: the tokenizer does not know a word.
+        """
+        raise NotImplementedError
+
+    def is_one_token(self, word: str) -> bool:
+        """Whether a word inside a text is one token."""
+        try:
+            return len(self.pieces((BOS, "Box", word))[2]) == 1
+        except Invalid:
+            return False
+
+    def check(self, words: Sequence[str], ids: Int[np.ndarray, "t"]) -> None:
+        """Refuse ids that are not what the tokenizer makes of the words as one text.
+
+        Raises:
+            Invalid: they are not.
+        """
+
+
+@dataclass(frozen=True)
+class WordVocabulary(Vocabulary):
+    """That of the word-level tokenizer: every word is one token, wherever it stands.
 
     Attributes:
         ids: word -> token id.
-        objects: token id of every object, in the order of OBJECTS.
-        labels: token id of every box label, in the order of LABELS.
         numbers: token id of every number, from 1 on.
     """
 
     ids: dict[str, int]
-    objects: Int[np.ndarray, "objects"]
-    labels: Int[np.ndarray, "labels"]
     numbers: Int[np.ndarray, "numbers"]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pieces(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        unknown = [word for word in words if word not in self.ids]
+        if unknown:
+            raise Invalid(f"the word-level tokenizer has no token for '{unknown[0]}': must be one of its words")
+        return [(self.ids[word],) for word in words]
 
     def encode(self, words: Sequence[str]) -> list[int]:
         """Token ids of words that are all in the vocabulary.
@@ -60,12 +130,83 @@ class Vocabulary:
         return [self.ids[word] for word in words]
 
 
-def vocabulary() -> Vocabulary:
+@dataclass(frozen=True)
+class TextVocabulary(Vocabulary):
+    """That of any tokenizer.
+
+    Attributes:
+        tokenizer: of Hugging Face.
+        bos: token id of what is put in front of every prompt; empty: nothing is.
+    """
+
+    tokenizer: Any
+    bos: tuple[int, ...]
+
+    def pieces(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        texts = zip(words, spaced(words), strict=True)
+        return [self.bos if word == BOS else _tokens(self.tokenizer, text) for word, text in texts]
+
+    def check(self, words: Sequence[str], ids: Int[np.ndarray, "t"]) -> None:
+        text = "".join(spaced(words))
+        whole = (*self.bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if whole != tuple(ids.tolist()):
+            raise Invalid(
+                f"the tokenizer makes other tokens of '{text}' as a whole than of its words one by one: must be one "
+                "that cuts text at spaces and marks first, as those of GPT-2, Llama or Qwen do"
+            )
+
+
+@cache
+def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+    if text and (not ids or tokenizer.unk_token_id in ids):
+        raise Invalid(f"the tokenizer does not know '{text.strip()}': must be one with the words of the tasks")
+    return ids
+
+
+def spaced(words: Sequence[str]) -> list[str]:
+    """The words as they are written in a text, with the space before them where there is one; nothing for BOS."""
+    written: list[str] = []
+    for word in words:
+        begins = not "".join(written)
+        written.append("" if word == BOS else word if begins or word in MARKS else f" {word}")
+    return written
+
+
+@cache
+def vocabulary() -> WordVocabulary:
     """The vocabulary of the word-level tokenizer; a word's token id is its place in WORDS."""
     ids = {word: index for index, word in enumerate(WORDS)}
-    return Vocabulary(
-        ids,
-        np.array([ids[word] for word in OBJECTS]),
-        np.array([ids[word] for word in LABELS]),
-        np.array([ids[word] for word in NUMBERS]),
+    objects, labels, numbers = (np.array([ids[word] for word in words]) for words in (OBJECTS, LABELS, NUMBERS))
+    return WordVocabulary(objects, labels, ids, numbers)
+
+
+def vocabulary_of(tokenizer: Any, bos: str | None) -> Vocabulary:
+    """The vocabulary of a tokenizer; its own for the word-level one.
+
+    Args:
+        tokenizer: of Hugging Face.
+        bos: token to put in front of every prompt; None: nothing is.
+
+    Raises:
+        Invalid: `bos` is no token of it.
+    """
+    if tokenizer.get_vocab() == vocabulary().ids:
+        if bos != BOS:
+            raise Invalid(f"bos = {bos!r}: must be '{BOS}' with the word-level tokenizer")
+        return vocabulary()
+    first = () if bos is None else (tokenizer.get_vocab().get(bos),)
+    if None in first:
+        raise Invalid(f"bos = '{bos}': must be one token of the tokenizer's vocabulary, or null for none")
+    return TextVocabulary(
+        np.array([_one_token(tokenizer, word) for word in OBJECTS]),
+        np.array([_one_token(tokenizer, word) for word in LABELS]),
+        tokenizer,
+        first,
     )
+
+
+def _one_token(tokenizer: Any, word: str) -> int:
+    """The one token that a word is inside a text; -1 if it is several, or not known."""
+    ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else -1

@@ -1,0 +1,74 @@
+"""What a base knows of the old task and of the new ones, before any fine-tuning."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.pipeline.stage import Invalid
+from stages.tasks.contexts import Split
+from stages.tasks.entity_tracking import draw_queries
+from stages.tasks.examples import Prompts
+from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.templates import STANDARD, TEMPLATES
+from stages.tasks.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def old_task(
+    model: "PreTrainedModel", ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """For each prompt, whether the most probable token is the answer (1 or 0), and its probability."""
+    log_p = last_log_probs(model, ids)
+    return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
+
+
+def new_task(model: "PreTrainedModel", prompts: Prompts) -> dict[str, float]:
+    """How much of a new task a model knows: greedy accuracy, probability of right answers, and pass@8.
+
+    pass@8 is the mean over prompts of 1 - (1 - m)^8, with m the probability of all right answers together:
+    the chance that one of eight samples is right.
+    """
+    log_p = last_log_probs(model, prompts.input_ids)
+    mass = valid_mass(log_p, prompts.valid)
+    on_objects = log_p.exp().gather(1, prompts.objects).sum(dim=1)
+    return {
+        "accuracy": float(is_valid(log_p, prompts.valid).double().mean()),
+        "valid_mass": float(mass.mean()),
+        "context_mass": float(on_objects.mean()),
+        "pass_at_8": float((1 - (1 - mass).clamp(min=0) ** 8).mean()),
+    }
+
+
+def measure_base(
+    model: "PreTrainedModel", vocabulary: Vocabulary, boxes: int, n: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Accuracy of every template and of fewer boxes, and knowledge of every new task that the tokenizer is made for
+    (selection split).
+
+    Args:
+        vocabulary: what prompts are said in.
+        boxes: of the longest prompts.
+        n: prompts of each kind.
+        rng: draws them.
+    """
+    templates = {}
+    for template in TEMPLATES:
+        correct, probability = old_task(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
+        templates[template] = {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
+    fewer = {}
+    for size in range(2, boxes):
+        correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
+        fewer[str(size)] = float(correct.mean())
+    tasks = {}
+    for name, task in NEW_TASKS.items():
+        try:
+            prompts = task.draw(rng, vocabulary, Split.SELECTION, n, boxes)
+        except Invalid:
+            continue
+        tasks[name] = new_task(model, prompts)
+    return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}
