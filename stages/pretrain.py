@@ -22,6 +22,7 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from stages.learning.knowledge import measure_base, old_task
 from stages.learning.pretraining import Progress, Settings, Stuck, train
+from stages.learning.settings import CurveRow
 from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
 from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.resources import resources
@@ -35,7 +36,7 @@ FEWER = 48  # prompts of each kind that a pretrained base is measured on, which 
 
 
 def main(cell: Cell) -> None:
-    settings, source = cell.params("pretrain"), cell.params("source")
+    settings, source, processes = cell.params("pretrain"), cell.params("source"), resources().processes
     boxes = cell.params("synthesize.boxes")
     seed = int(cell.item["seed"])
     tokenizer = load_tokenizer(SOURCE)
@@ -49,7 +50,7 @@ def main(cell: Cell) -> None:
         if not isinstance(words, WordVocabulary):
             raise Invalid(f"{SOURCE} has another tokenizer than stages/tasks/tokenizer.py; run stage source")
         torch.set_num_threads(1)
-        model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, resources().processes)
+        model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, processes)
         curve = pd.DataFrame([asdict(check) for check in checks])
         how = {
             "attempts": len(stuck) + 1,
@@ -88,7 +89,7 @@ def main(cell: Cell) -> None:
 
 def _taught(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Examples, teaching: Any, seed: int
-) -> list[dict[str, float]]:
+) -> list[CurveRow]:
     """The checks of a pretrained model that is taught the old task, in place; one of a model that is taken as it is."""
     if teaching is None:
         correct, probability = old_task(model, examples.input_ids, examples.answer)
@@ -99,7 +100,7 @@ def _taught(
     model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
     with tqdm(total=teaching.most_steps, desc=f"teach base {seed}", unit="step") as bar:
 
-        def show(step: int, check: dict[str, float]) -> None:
+        def show(step: int, check: CurveRow) -> None:
             bar.set_postfix(accuracy=f"{check['accuracy']:.2f}", refresh=False)
             bar.update(step - bar.n)
 

@@ -48,6 +48,14 @@ def main(cell: Cell) -> None:
         """One stream a file, so that the size of one set changes no other set."""
         return np.random.default_rng([settings.seed, crc32(name.encode())])
 
+    impossible = {}
+    for name, task in NEW_TASKS.items():
+        try:
+            task.draw(rng(f"new/{name}"), words, Split.TRAIN, 1, boxes)
+        except Invalid as error:
+            if name == chosen:
+                raise Invalid(f"new_task = '{name}': {error}") from None
+            impossible[name] = str(error)
     prompt_tokens = 0
     with replacing_directory(DATA / "old") as folder:
         for name, split in OLD_SPLITS.items():
@@ -55,15 +63,10 @@ def main(cell: Cell) -> None:
             examples = draw_examples(rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means")
             write_examples(folder / f"{name}.parquet", examples)
             prompt_tokens = examples.input_ids.shape[1]
-    tasks, impossible = {}, {}
+    tasks = {}
     with replacing_directory(DATA / "new") as folder:
         for name, task in NEW_TASKS.items():
-            try:
-                task.draw(rng(f"new/{name}"), words, Split.TRAIN, 1, boxes)
-            except Invalid as error:
-                if name == chosen:
-                    raise Invalid(f"new_task = '{name}': {error}") from None
-                impossible[name] = str(error)
+            if name in impossible:
                 continue
             (folder / name).mkdir()
             for split, size in settings.new.items():

@@ -309,7 +309,7 @@ def test_restriction_is_to_the_valid_answers_of_the_rows_that_are_used(monkeypat
     monkeypatch.setattr(answers, "last_logits", lambda model, ids: logits[: len(ids)])
     run = tiny_run("sft_oracle")
     valid = torch.tensor([[2, -1], [0, 2], [1, -1]])
-    train = replace(run.train, valid=valid, input_ids=run.train.input_ids[:3])
+    train = replace(run.train.select(slice(0, 3)), valid=valid, canonical=valid[:, 0].clamp(min=0))
     run = replace(run, train=train, order=np.array([[0, 1]]))
     found = sft_oracle.restricted(run)
     assert found[0].tolist() == [1, 0] and found[2].tolist() == [0, 0]

@@ -262,6 +262,7 @@ def stage_cell(**changes: object) -> Cell:
         "identifiable_accuracy": 0.5,
         "minimum_effect": 0.02,
         "minimum_head_effect": 0.005,
+        "screen": None,
         "noise_z": 4.0,
         "coverage": 0.9,
         "merge_overlap": 0.5,

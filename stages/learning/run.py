@@ -57,11 +57,13 @@ class Recorder:
         self._model, self._steps, self._report = model, frozenset(steps), report
         self._add_row(0, 0, 0)
 
-    def after(self, step: int, completions: int) -> None:
-        """To be called after gradient step `step` (from 1); `completions` = answers learned from so far."""
+    def after(self, step: int, completions: int) -> bool:
+        """To be called after gradient step `step` (from 1); `completions` = answers learned from so far. Whether
+        training may end there; that of an arm takes all its steps."""
         if step in self._steps:
             self.keep(step, gradient_steps=step, completions=completions)
         self._report(step, self.rows[-1])
+        return False
 
     def keep(self, step: int, gradient_steps: int, completions: int) -> None:
         """Write the model as it is now as checkpoint `step`."""

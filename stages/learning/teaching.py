@@ -6,16 +6,16 @@ the first check at which the selection prompts are answered to the level.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from stages.learning import supervised
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import last_log_probs
-from stages.learning.run import Run
+from stages.learning.run import Recorder, Run
 from stages.learning.schedule import prompt_order
-from stages.learning.settings import Training
+from stages.learning.settings import CurveRow, Training
 from stages.pipeline.stage import Invalid
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from stages.tasks.examples import Examples, Prompts
 
 
-Row = dict[str, float]  # step, accuracy and p_correct of one check
-Report = Callable[[int, Row], None]  # called with a step and the last check
+Report = Callable[[int, CurveRow], None]  # called with a step and the last check
 
 
+@runtime_checkable
 class Settings(Protocol):
     """Section `teach` of params.yaml."""
 
@@ -43,15 +43,15 @@ class Settings(Protocol):
     clip: float
 
 
-class _Checks:
+class _Checks(Recorder):
     """Takes the place of the recorder of an arm: scores the model every so many steps, and says when it is enough.
 
     Attributes:
-        rows: one a check.
+        rows: one a check: step, accuracy and p_correct.
     """
 
     def __init__(self, model: Any, examples: "Examples", settings: Settings, report: Report) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[CurveRow] = []
         self._model, self._examples, self._settings, self._report = model, examples, settings, report
         self.add(0)
 
@@ -88,7 +88,7 @@ def teach(
     settings: Settings,
     seed: int,
     report: Report,
-) -> list[Row]:
+) -> list[CurveRow]:
     """Train the model in place.
 
     Args:
@@ -119,7 +119,7 @@ def teach(
         seed=seed,
     )
     examples = examples.select(torch.arange(min(len(examples), settings.check_prompts)))
-    checks: Any = _Checks(model, examples, settings, report)
+    checks = _Checks(model, examples, settings, report)
     if checks.enough:
         return checks.rows
     run = Run(
