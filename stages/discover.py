@@ -30,7 +30,7 @@ from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Found, Hop, search
 from stages.circuits.selection import Rule
-from stages.circuits.spread import SpreadPatcher
+from stages.circuits.spread import spread_patcher
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import replacing_directory, write_json, write_npz
@@ -60,10 +60,7 @@ def main(cell: Cell) -> None:
             patcher.watch = _SenderBar()
         return patcher
 
-    if available.processes == 1:
-        patcher = patcher_of(slice(None))
-    else:
-        patcher = SpreadPatcher(walker, _pairs(examples), patcher_of, available.processes)
+    patcher = spread_patcher(walker, _pairs(examples), patcher_of, available.processes)
     accuracy = float(patcher.correct.float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []

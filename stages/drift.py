@@ -155,7 +155,7 @@ def _patcher(walker: "Walker", examples: Any, metric: Any, available: Resources)
     from stages.circuits.pairs import AlignedPairs
     from stages.circuits.path_patching import PathPatcher
     from stages.circuits.scores import measure_of
-    from stages.circuits.spread import SpreadPatcher
+    from stages.circuits.spread import spread_patcher
 
     def pairs(of: Any) -> AlignedPairs:
         return AlignedPairs(of.input_ids, of.corrupt_ids, of.positions, of.corrupt_positions)
@@ -164,9 +164,7 @@ def _patcher(walker: "Walker", examples: Any, metric: Any, available: Resources)
         part = examples.select(rows)
         return PathPatcher(walker, pairs(part), measure_of(metric, part.answer, part.others), available.share_mib)
 
-    if available.processes == 1:
-        return make(slice(None))
-    return SpreadPatcher(walker, pairs(examples), make, available.processes)
+    return spread_patcher(walker, pairs(examples), make, available.processes)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from stages.learning.knowledge import measure_base, old_task
+from stages.learning.knowledge import measure_base, old_scores
 from stages.learning.pretraining import Progress, Settings, Stuck, train
 from stages.learning.settings import CurveRow
 from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
@@ -51,7 +51,7 @@ def main(cell: Cell) -> None:
             raise Invalid(f"{SOURCE} has another tokenizer than stages/tasks/tokenizer.py; run stage source")
         torch.set_num_threads(1)
         model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, processes)
-        curve = pd.DataFrame([asdict(check) for check in checks])
+        rows = [asdict(check) for check in checks]
         how = {
             "attempts": len(stuck) + 1,
             "stuck": stuck,
@@ -65,24 +65,23 @@ def main(cell: Cell) -> None:
         teaching = cell.params("teach")
         torch.set_num_threads(THREADS)
         model = load_model(SOURCE)
-        curve = pd.DataFrame(_taught(model, tokenizer, examples, teaching, seed))
-        how = {
-            "taught": None if teaching is None else teaching.model_dump(mode="json"),
-            "steps": int(curve["step"].iloc[-1]),
-        }
+        rows, how = [], {"taught": None, "steps": 0}
+        if teaching is not None:
+            rows = _taught(model, tokenizer, examples, teaching, seed)
+            how = {"taught": teaching.model_dump(mode="json"), "steps": int(rows[-1]["step"])}
         n = min(len(examples), FEWER)
-    correct, probability = old_task(model, examples.input_ids, examples.answer)
+    old = old_scores(model, examples.input_ids, examples.answer)
     record = {
         "seed": seed,
         "source": source.kind,
         **how,
         "parameters": model.num_parameters(),
-        "old_accuracy": float(correct.mean()),
-        "old_p_correct": float(probability.mean()),
+        "old_accuracy": old["accuracy"],
+        "old_p_correct": old["p_correct"],
         **measure_base(model, words, boxes, n, np.random.default_rng([seed, 1])),
     }
     folder = Path("reports/cells/pretrain", str(seed))
-    write_csv(folder / "curve.csv", curve)
+    write_csv(folder / "curve.csv", pd.DataFrame(rows or [{"step": 0, **old}]))  # a model that is taken as it is
     write_json(folder / "record.json", record)
     save_model(model, tokenizer, Path("models/base", str(seed)))
 
@@ -90,10 +89,7 @@ def main(cell: Cell) -> None:
 def _taught(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Examples, teaching: Any, seed: int
 ) -> list[CurveRow]:
-    """The checks of a pretrained model that is taught the old task, in place; one of a model that is taken as it is."""
-    if teaching is None:
-        correct, probability = old_task(model, examples.input_ids, examples.answer)
-        return [{"step": 0, "accuracy": float(correct.mean()), "p_correct": float(probability.mean())}]
+    """The checks of a pretrained model that is taught the old task, in place."""
     from stages.learning.teaching import teach  # TRL, which takes seconds
 
     train = read_prompts("data/new/contains/train.parquet")

@@ -22,7 +22,7 @@ from stages.tasks.contexts import SPLITS, Split
 from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import write_examples, write_pairs, write_prompts
-from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.new_tasks import NEW_TASKS, impossible
 from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary_of
 
 SOURCE = Path("models/source")
@@ -48,14 +48,9 @@ def main(cell: Cell) -> None:
         """One stream a file, so that the size of one set changes no other set."""
         return np.random.default_rng([settings.seed, crc32(name.encode())])
 
-    impossible = {}
-    for name, task in NEW_TASKS.items():
-        try:
-            task.draw(rng(f"new/{name}"), words, Split.TRAIN, 1, boxes)
-        except Invalid as error:
-            if name == chosen:
-                raise Invalid(f"new_task = '{name}': {error}") from None
-            impossible[name] = str(error)
+    cannot = impossible(words, boxes)
+    if chosen in cannot:
+        raise Invalid(f"new_task = '{chosen}': {cannot[chosen]}")
     prompt_tokens = 0
     with replacing_directory(DATA / "old") as folder:
         for name, split in OLD_SPLITS.items():
@@ -66,7 +61,7 @@ def main(cell: Cell) -> None:
     tasks = {}
     with replacing_directory(DATA / "new") as folder:
         for name, task in NEW_TASKS.items():
-            if name in impossible:
+            if name in cannot:
                 continue
             (folder / name).mkdir()
             for split, size in settings.new.items():
@@ -108,7 +103,7 @@ def main(cell: Cell) -> None:
                 "desiderata": dict(settings.desiderata),
             },
             "new_tasks": tasks,
-            "impossible": impossible,
+            "impossible": cannot,
             "desiderata": {name: {"floors": chance[name]} for name in desiderata},
         },
     )

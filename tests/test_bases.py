@@ -28,6 +28,12 @@ from tests.test_any_tokenizer import STARTS, split_words_tokenizer
 BOXES = 3
 
 
+@pytest.fixture(autouse=True)
+def offline_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage `source` goes online for its own process; here that process runs other tests, too."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @dataclass
 class Teaching:
     """Section `teach`, with the method of a params section that records call."""

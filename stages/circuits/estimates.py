@@ -74,7 +74,7 @@ def estimated(
         few: which examples of the sweep; the tails and slopes are theirs.
         size: how many sets go at once.
     """
-    slots, exact = tails.slots.to(walker.device), walker.logits_dtype  # as attention scores
+    slots, window, exact = tails.slots.to(walker.device), tails.window, walker.logits_dtype  # as attention scores
     reached = sweep.entering(max(of)).shape[2]
     effects = torch.zeros(len(slots), reached, dtype=exact, device=walker.device)
     weighing = {Component.Q: _by_queries, Component.K: _by_keys, Component.V: _by_values}[
@@ -83,7 +83,7 @@ def estimated(
     for layer, slope in of.items():
         streams = sweep.entering(layer)[few]
         heads, clean = read_heads(walker, receivers, layer, sweep.chains.entering[layer, few, :, None])
-        inputs = walker.attention_inputs(tails.prefix, tails.window, tails.residual(layer), layer)
+        inputs = walker.attention_inputs(tails.prefix, window, tails.residual(layer), layer)
         inputs = replace(inputs, v=inputs.v.to(exact))
         weigh = weighing(walker, layer, inputs, slots, slope.to(exact), heads)
         for part in parts(streams.shape[2], size):

@@ -11,7 +11,7 @@ from stages.circuits.pairs import Pairs
 from stages.circuits.patcher import Patcher, Progress
 from stages.circuits.patching_budget import Budget
 from stages.circuits.path_patching import PathPatcher
-from stages.circuits.spread import SpreadPatcher
+from stages.circuits.spread import spread_patcher
 from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
 from stages.pipeline.stage import Invalid
@@ -42,10 +42,8 @@ def path_patcher(
             "anything is run, since a forked process has no threads"
         )
     walker = model if isinstance(model, Walker) else Walker(model)
-    if processes == 1:
-        return GroupedPatcher(walker, pairs, memory_mib)
     share = memory_mib / processes
-    return SpreadPatcher(walker, pairs, lambda rows: GroupedPatcher(walker, pairs.select(rows), share), processes)
+    return spread_patcher(walker, pairs, lambda rows: GroupedPatcher(walker, pairs.select(rows), share), processes)
 
 
 class GroupedPatcher(Patcher):

@@ -73,3 +73,10 @@ class SpreadPatcher(Patcher):
 
     def _ask(self, question: tuple, dim: int) -> list[Tensor]:
         return [torch.cat(shares, dim) for shares in zip(*self._servers.ask(question), strict=True)]
+
+
+def spread_patcher(
+    walker: Walker, pairs: AlignedPairs | Pairs, make: Callable[[slice], Patcher], processes: int
+) -> Patcher:
+    """A patcher over all examples; of one process, in this one. Arguments and errors as `SpreadPatcher`."""
+    return make(slice(None)) if processes == 1 else SpreadPatcher(walker, pairs, make, processes)

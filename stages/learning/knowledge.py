@@ -7,11 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
-from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import Split
 from stages.tasks.entity_tracking import draw_queries
 from stages.tasks.examples import Prompts
-from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.new_tasks import NEW_TASKS, impossible
 from stages.tasks.templates import STANDARD, TEMPLATES
 from stages.tasks.vocabulary import Vocabulary
 
@@ -25,6 +24,12 @@ def old_task(
     """For each prompt, whether the most probable token is the answer (1 or 0), and its probability."""
     log_p = last_log_probs(model, ids)
     return (log_p.argmax(dim=1) == answer).double(), log_p.gather(1, answer[:, None])[:, 0].exp()
+
+
+def old_scores(model: "PreTrainedModel", ids: Int[Tensor, "n t"], answer: Int[Tensor, "n"]) -> dict[str, float]:
+    """`accuracy` and `p_correct`, the means of `old_task`."""
+    correct, probability = old_task(model, ids, answer)
+    return {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
 
 
 def new_task(model: "PreTrainedModel", prompts: Prompts) -> dict[str, float]:
@@ -58,17 +63,13 @@ def measure_base(
     """
     templates = {}
     for template in TEMPLATES:
-        correct, probability = old_task(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
-        templates[template] = {"accuracy": float(correct.mean()), "p_correct": float(probability.mean())}
+        templates[template] = old_scores(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
     fewer = {}
     for size in range(2, boxes):
         correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
         fewer[str(size)] = float(correct.mean())
-    tasks = {}
+    tasks, cannot = {}, impossible(vocabulary, boxes)
     for name, task in NEW_TASKS.items():
-        try:
-            prompts = task.draw(rng, vocabulary, Split.SELECTION, n, boxes)
-        except Invalid:
-            continue
-        tasks[name] = new_task(model, prompts)
+        if name not in cannot:
+            tasks[name] = new_task(model, task.draw(rng, vocabulary, Split.SELECTION, n, boxes))
     return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}

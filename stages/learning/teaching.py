@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from stages.learning import supervised
+from stages.learning.knowledge import old_scores
 from stages.learning.last_layer import last_layer_at_the_end
-from stages.learning.probes import last_log_probs
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import prompt_order
 from stages.learning.settings import CurveRow, Training
@@ -61,16 +61,9 @@ class _Checks(Recorder):
 
     def add(self, step: int) -> None:
         training = self._model.training
-        log_p = last_log_probs(self._model.eval(), self._examples.input_ids)
+        found = old_scores(self._model.eval(), self._examples.input_ids, self._examples.answer)
         self._model.train(training)
-        answer = self._examples.answer
-        self.rows.append(
-            {
-                "step": step,
-                "accuracy": float((log_p.argmax(-1) == answer).double().mean()),
-                "p_correct": float(log_p.gather(1, answer[:, None]).exp().mean()),
-            }
-        )
+        self.rows.append({"step": step, **found})
 
     def after(self, step: int, completions: int) -> bool:
         """To be called after each gradient step; whether training may end."""

@@ -97,7 +97,6 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
     if not is_folder and not (isinstance(model, str) and HUB_ID.fullmatch(model)):
         raise Invalid(f"model '{model}'{needed} is missing: must be a folder, or a model on the hub (owner/name)")
     logging.disable_progress_bar()  # the terminal belongs to the stages' own progress bars
-    settings: dict[str, Any] = {"local_files_only": True} if is_folder else {"revision": revision or "main"}
     try:
         return AutoModelForCausalLM.from_pretrained(
             model,
@@ -105,7 +104,7 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
             attn_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,
-            **settings,
+            **_found_at(model, revision),
         ).eval()
     except (OSError, ValueError) as error:
         if is_folder:
@@ -114,6 +113,11 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
             f"model '{model}'{needed} is no folder here, and cannot be had from the hub"
             f"{'' if revision is None else f' at revision {revision}'} with safetensors weights: {_first_line(error)}"
         ) from error
+
+
+def _found_at(model: str | Path, revision: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told of where to look: in the folder alone, or on the hub at a revision."""
+    return {"local_files_only": True} if Path(model).is_dir() else {"revision": revision or "main"}
 
 
 def _adapter_of(folder: str | Path) -> str | None:
@@ -184,9 +188,9 @@ def load_pretrained_tokenizer(model: str, revision: str | None = None) -> PreTra
     """
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-    settings: dict[str, Any] = {"local_files_only": True} if Path(model).is_dir() else {"revision": revision or "main"}
+    at = _found_at(model, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False, **at)
     except (OSError, ValueError) as error:
         raise Invalid(f"the tokenizer of '{model}' cannot be had: {_first_line(error)}") from error
     if not tokenizer.is_fast:

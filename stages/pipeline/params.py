@@ -468,6 +468,8 @@ def load_params(path: str | Path) -> Params:
     _check_axes(params)
     _check_sizes(params)
     _check_levels(params)
+    if params.source.kind == "curriculum":
+        _check_curriculum(params)
     return params
 
 
@@ -489,12 +491,6 @@ def _check_axes(params: Params) -> None:
         )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
-    learned = {task for phase in params.pretrain.curriculum.values() for task in phase.tasks}
-    if params.source.kind == "curriculum" and params.new_task not in {*learned, "contains"}:
-        raise Invalid(
-            f"params.yaml: new_task = '{params.new_task}': must be a task of a phase of pretrain.curriculum "
-            f"({', '.join(sorted(learned))}), so that the base is right now and then"
-        )
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
         valid = ", ".join(arm for arm in params.arms if arm != "noise")
         raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
@@ -514,12 +510,6 @@ def _check_axes(params: Params) -> None:
 
 def _check_sizes(params: Params) -> None:
     common, synthesize = params.finetune.common, params.synthesize
-    for name, phase in params.pretrain.curriculum.items() if params.source.kind == "curriculum" else ():
-        if phase.boxes[1] > synthesize.boxes:
-            raise Invalid(
-                f"params.yaml: pretrain.curriculum.{name}.boxes = {list(phase.boxes)}: "
-                f"must be at most synthesize.boxes = {synthesize.boxes}"
-            )
     if params.discover.examples > synthesize.old["discovery"]:
         raise Invalid(
             f"params.yaml: discover.examples = {params.discover.examples}: "
@@ -559,20 +549,32 @@ def _check_levels(params: Params) -> None:
     most = params.finetune.common.steps
     if max(match.steps) > most:
         raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
-    stop_at = params.pretrain.stop_at
-    if (
-        params.source.kind == "curriculum"
-        and params.new_task == "contains"
-        and (stop_at is None or stop_at >= match.level)
-    ):
-        raise Invalid(
-            f"params.yaml: pretrain.stop_at = {'null' if stop_at is None else stop_at}: must be below "
-            f"match.level = {match.level} where the new task is the old one, or nothing is left to learn"
-        )
     rates = params.finetune.common.learning_rates
     if match.learning_rate not in rates:
         valid = ", ".join(f"{rate:g}" for rate in rates)
         raise Invalid(f"params.yaml: match.learning_rate = {match.learning_rate:g}: must be one of {valid}")
+
+
+def _check_curriculum(params: Params) -> None:
+    """What only bases that are trained from nothing can get wrong."""
+    learned = {task for phase in params.pretrain.curriculum.values() for task in phase.tasks}
+    if params.new_task not in {*learned, "contains"}:
+        raise Invalid(
+            f"params.yaml: new_task = '{params.new_task}': must be a task of a phase of pretrain.curriculum "
+            f"({', '.join(sorted(learned))}), so that the base is right now and then"
+        )
+    for name, phase in params.pretrain.curriculum.items():
+        if phase.boxes[1] > params.synthesize.boxes:
+            raise Invalid(
+                f"params.yaml: pretrain.curriculum.{name}.boxes = {list(phase.boxes)}: "
+                f"must be at most synthesize.boxes = {params.synthesize.boxes}"
+            )
+    stop_at, level = params.pretrain.stop_at, params.match.level
+    if params.new_task == "contains" and (stop_at is None or stop_at >= level):
+        raise Invalid(
+            f"params.yaml: pretrain.stop_at = {'null' if stop_at is None else stop_at}: must be below "
+            f"match.level = {level} where the new task is the old one, or nothing is left to learn"
+        )
 
 
 def _sentence(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from stages.pipeline.stage import Invalid
 from stages.tasks import arithmetic, relations, shortcuts
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
@@ -33,3 +34,19 @@ NEW_TASKS = {
     name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
     for name, relation in relations.RELATIONS.items()
 } | {ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}
+
+
+def impossible(vocabulary: Vocabulary, boxes: int) -> dict[str, str]:
+    """The tasks that a tokenizer is not made for, and why.
+
+    Args:
+        vocabulary: that of the tokenizer.
+        boxes: of the prompts.
+    """
+    reasons = {}
+    for name, task in NEW_TASKS.items():
+        try:
+            task.draw(np.random.default_rng(0), vocabulary, Split.TRAIN, 1, boxes)
+        except Invalid as error:
+            reasons[name] = str(error)
+    return reasons

@@ -144,11 +144,12 @@ def _slots(words: tuple[str, ...], boxes: int) -> tuple[int | None, ...]:
     return tuple(slots)
 
 
-def _pieces(vocabulary: Vocabulary, words: tuple[str, ...]) -> list[tuple[int, ...]]:
+@cache
+def _pieces(vocabulary: Vocabulary, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """Token ids of the words; a slot is one token, whatever stands in it: -1."""
-    fixed = [OBJECTS[0] if _SLOT.fullmatch(word) else word for word in words]
-    pieces = vocabulary.pieces(fixed)
-    return [(-1,) if _SLOT.fullmatch(word) else piece for word, piece in zip(words, pieces, strict=True)]
+    is_slot = [_SLOT.fullmatch(word) is not None for word in words]
+    pieces = vocabulary.pieces([OBJECTS[0] if slot else word for word, slot in zip(words, is_slot, strict=True)])
+    return tuple((-1,) if slot else piece for piece, slot in zip(pieces, is_slot, strict=True))
 
 
 def places(vocabulary: Vocabulary, words: tuple[str, ...]) -> Int[np.ndarray, "words_and_end"]:

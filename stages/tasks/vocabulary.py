@@ -39,8 +39,6 @@ NUMBERS = tuple(str(number) for number in range(1, LARGEST_NUMBER + 1))
 WORDS = (*SPECIAL, *FUNCTION, *OBJECTS, *LABELS, *SIGNS, *NUMBERS)
 
 SPLIT = re.compile(r"<\w+>|\w+|[^\w\s]")  # how the tokenizer cuts text: special tokens, words, single marks
-
-
 MARKS = frozenset(",.;:?!")  # written without a space before them
 
 
@@ -60,9 +58,9 @@ class Pool:
 EVERY_WORD = Pool(np.ones(len(OBJECTS), dtype=bool), np.ones(len(LABELS), dtype=bool))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Token ids of the tasks' words.
+    """Token ids of the tasks' words. Equal to itself alone, so that what is made of one can be kept by it.
 
     Attributes:
         objects: token id of every object, in the order of OBJECTS; -1 where it is not one token.
@@ -100,7 +98,7 @@ class Vocabulary:
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WordVocabulary(Vocabulary):
     """That of the word-level tokenizer: every word is one token, wherever it stands.
 
@@ -130,7 +128,7 @@ class WordVocabulary(Vocabulary):
         return [self.ids[word] for word in words]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextVocabulary(Vocabulary):
     """That of any tokenizer.
 
@@ -208,5 +206,8 @@ def vocabulary_of(tokenizer: Any, bos: str | None) -> Vocabulary:
 
 def _one_token(tokenizer: Any, word: str) -> int:
     """The one token that a word is inside a text; -1 if it is several, or not known."""
-    ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else -1
+    try:
+        ids = _tokens(tokenizer, f" {word}")
+    except Invalid:
+        return -1
+    return ids[0] if len(ids) == 1 else -1
