@@ -14,8 +14,6 @@ from stages.circuits.scores import Metric
 from stages.circuits.selection import Head, Rule, top_layer
 from stages.circuits.sweep import Receivers
 
-FAINT = 0.25  # share of a rule's smallest effect: where all heads are estimated to do less, only all are patched
-
 # effects of the gate's sets; those of each head alone, and which of these are effects and not estimates; None and none
 # where the hop does not count
 Asked = tuple[Float[Tensor, "sets n"], Float[Tensor, "layers h n"] | None, Bool[Tensor, "layers h"]]
@@ -80,7 +78,7 @@ def _screened(
         strength = patcher.scored(metric, alone).strength
         patched = strength.abs() >= rule.screen * rule.minimum_head_effect
         sets = [below, strength > 0, strength < 0]
-        if float(strength.abs().sum()) < FAINT * rule.minimum_effect:
+        if float(strength.abs().sum()) < rule.screen * rule.minimum_effect:
             sets = sets[:1]
         gate = patcher.effects(position, torch.stack(sets), [receiver])[0]
         if rule.counts_either(patcher.scored(metric, gate)):

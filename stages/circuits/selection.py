@@ -32,7 +32,9 @@ Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the
 - K = one sender, and K = all senders but one: no head outside stands in for that one, or is needed beside it.
 
 1. E of every single head below the highest receiver; it puts the heads in order. One of 0 may have a stand-in;
-2. the shortest run of the strongest heads, found by bisection, that passes the first two tests;
+2. the shortest run of the strongest heads that passes the first two tests: of those that do enough alone, if
+   these pass, else of all. It is looked for from where the single effects add up to enough, in steps that double, and
+   then by bisection;
 3. of these, heads are dropped while both tests still pass: first those that do too little alone, then those whose
    single loss the tests pass. All of them go, or else the weaker and then the stronger half of them, and so on down
    to single heads, or to parts that together do too little by the measure of step 4;
@@ -175,6 +177,7 @@ def select_heads(
     everything = frozenset(order[1])
     effect.known |= {frozenset({head}): alone[head] for head in order[1] if patched is None or patched[head]}
     effect.known[everything] = together
+    effect.strength = singles.strength.cpu()
     sure = {sign: _chosen(rule.adds(singles, sign)) & everything for sign in (1, -1)}
     effect.sure = sure[1] | sure[-1]
     sides, tolerance = _sides(effect, scored, rule, everything, sure, first)
@@ -279,6 +282,25 @@ def top_layer(n_layers: int, receivers: Receivers) -> int:
     return n_layers if receivers.component is None else max(layer for layer, _ in receivers.heads)
 
 
+def shortest_run(longest: int, guess: int, passes: Callable[[int], bool]) -> int:
+    """The shortest run of the first of some things that passes a test, where every longer one passes; the longest one,
+    which is not tested, where no other does.
+
+    Args:
+        guess: where to begin. Steps from there double until the answer is between two of them.
+    """
+    enough, too_few, step, at = longest, 0, 1, min(max(guess, 1), longest - 1)
+    while enough - too_few > 1:
+        if passes(at):
+            enough = at
+            at = max(at - step, too_few + 1) if too_few == 0 else (enough + too_few) // 2
+        else:
+            too_few = at
+            at = min(at + step, enough - 1) if enough == longest else (enough + too_few) // 2
+        step *= 2
+    return enough
+
+
 def _chosen(mask: Bool[Tensor, "layers h"]) -> HeadSet:
     return frozenset((layer, head) for layer, head in mask.nonzero().tolist())
 
@@ -288,10 +310,12 @@ class _JointEffects:
 
     Attributes:
         known: set of heads -> effect per example.
+        strength: of every head alone.
         sure: heads that do enough alone.
     """
 
     known: dict[HeadSet, Tensor]
+    strength: Float[Tensor, "layers h"]
     sure: HeadSet = frozenset()
 
     def __init__(self, patcher: Patcher, position: str, receivers: Receivers) -> None:
@@ -350,15 +374,13 @@ def _needed(
     whole = sign * scored(change([pair(order)[0]])[0]).strength
     if float(whole) <= tolerated:
         return []
-    enough, too_few = len(order), 0
-    while enough - too_few > 1:
-        middle = (enough + too_few) // 2
-        if pass_both([order[:middle]])[0]:
-            enough = middle
-        else:
-            too_few = middle
+    sure = [head for head in order if head in effect.sure and sign * effect.strength[head] > 0]
+    among = sure if sure and pass_both([sure])[0] else list(order)
+    added = torch.cumsum(torch.stack([sign * effect.strength[head] for head in among]), 0)
+    guess = 1 + int((added < float(whole) - tolerated).sum())
+    enough = shortest_run(len(among), guess, lambda run: pass_both([among[:run]])[0])
 
-    kept, idle = list(order[:enough]), set[Head]()
+    kept, idle = among[:enough], set[Head]()
 
     def drop(heads: list[Head]) -> None:
         """Let go of some heads, as many as the tests allow; parts that do nothing together are not looked into."""
