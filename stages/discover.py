@@ -27,9 +27,9 @@ from stages.circuits.pairs import AlignedPairs
 from stages.circuits.patcher import Patcher, Progress
 from stages.circuits.path_patching import PathPatcher
 from stages.circuits.reading import Attention, mean_attention
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, measure_of
 from stages.circuits.search import Found, Hop, search
-from stages.circuits.selection import Rule
 from stages.circuits.spread import spread_patcher
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model

@@ -20,9 +20,10 @@ from torch import Tensor
 from stages.circuits.circuit import Circuit, Component
 from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.search import Hop
-from stages.circuits.selection import Rule, strongest
+from stages.circuits.selection import strongest
 from stages.tasks.hops import PAPER_HOPS
 from tests.conftest import REPOSITORY
 

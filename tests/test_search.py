@@ -15,9 +15,9 @@ from stages.circuits.circuit import Circuit, Component, Node
 from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import PathPatcher
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Found, Hop, _group_of, search
-from stages.circuits.selection import Rule
 from stages.pipeline.files import read_json
 from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from stages.pipeline.stage import Cell, Invalid

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from stages.circuits.circuit import Component, Node
 from stages.circuits.given_hops import HopSpec, given_hops
+from stages.circuits.needed_heads import shortest_run
 from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores
 from stages.circuits.screening import gate_sets
 from stages.circuits.search import Found, search
-from stages.circuits.selection import Rule, Selection, select_heads
+from stages.circuits.selection import Selection, select_heads
 from stages.tasks.hops import DISPLAY, PAPER_HOPS
 from tests.planted import PLANS, planted_patcher
 
@@ -287,3 +289,18 @@ def test_the_gate_sees_two_heads_that_cancel_whichever_they_are(seed):
 
 def test_plans_have_the_nodes_that_they_say():
     assert PLANS["induction"].nodes == {Node(0, 1, "earlier_object"), Node(1, 2, "last")}
+
+
+def test_the_shortest_run_is_found_from_any_guess_in_few_steps():
+    for longest in range(1, 40):
+        for answer in range(1, longest + 1):
+            for guess in range(0, longest + 2):
+                tried: list[int] = []
+
+                def passes(run: int, answer: int = answer, tried: list[int] = tried) -> bool:
+                    tried.append(run)
+                    return run >= answer
+
+                assert shortest_run(longest, guess, passes) == answer
+                assert len(tried) == len(set(tried)) and all(1 <= run < longest for run in tried)
+                assert len(tried) <= 3 + 2 * math.log2(1 + abs(answer - max(1, guess)))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from stages.circuits.loading import load as load
     from stages.circuits.pairs import Pairs as Pairs
     from stages.circuits.patching import path_patcher as path_patcher
+    from stages.circuits.rule import Rule as Rule
     from stages.circuits.scores import Scores as Scores
-    from stages.circuits.selection import Rule as Rule
     from stages.figures.circuit_picture import picture as picture
     from stages.measures.circuit_in_place import faithfulness as faithfulness
 

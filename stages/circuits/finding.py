@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from stages.circuits.circuit import Circuit
 from stages.circuits.patcher import Patcher
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric
 from stages.circuits.search import Hop, search
-from stages.circuits.selection import Rule
 
 # What heads together must do to count, and what is then left out, as shares of what the whole corruption does.
 RULE = Rule(

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.circuits.circuit import LOGITS, Circuit, Component
+from stages.circuits.needed_heads import Head
 from stages.circuits.patcher import Patcher
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric
 from stages.circuits.search import Found, Hop, Report, circuit_of, name_of, with_scores
-from stages.circuits.selection import Head, Rule, select_heads
+from stages.circuits.selection import select_heads
 from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
 

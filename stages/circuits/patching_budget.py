@@ -98,6 +98,10 @@ class Sizes:
         most = max((len(receiver.heads) for receiver in receivers), default=0)
         return most * self._walker.head_dim * tokens * self._walker.dtype.itemsize
 
+    def slopes(self, slots: int, layers: int) -> int:
+        """Slopes of one example's tail, and those of a layer once more, as exact as logits."""
+        return slots * self._heads * (layers * self._walker.dtype.itemsize + self._walker.logits_dtype.itemsize)
+
     def projected(self) -> int:
         """One row while q, k or v are made: its norm, and in families with one matrix, all three."""
         return (self._heads + self._kv + 3 * self._walker.width) * self._working_itemsize

@@ -94,7 +94,7 @@ class PathEnds:
             return
         layers = self._walker.n_layers - min(receiver.layers(0)[0] for _, receiver in heads)
         length = batch.length - batch.start
-        each = gradient_bytes(self._walker, length, batch.length, layers) + layers * length * self._walker.width * 4
+        each = gradient_bytes(self._walker, length, batch.length, layers) + self._sizes.slopes(length, layers)
         for few, here in tails(each):
             index = batch.index[few]
             most, size = self._pass(len(index), batch.at.shape[1] * self._sizes.in_layer())

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stages.circuits.needed_heads import Head
 from stages.circuits.patcher import Patcher, head_sets
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric
-from stages.circuits.selection import Head, Rule, top_layer
+from stages.circuits.selection import top_layer
 from stages.circuits.sweep import Receivers
 
 # effects of the gate's sets; those of each head alone, and which of these are effects and not estimates; None and none

@@ -21,10 +21,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stages.circuits.circuit import LOGITS, Circuit, Component, Group
+from stages.circuits.needed_heads import Head
 from stages.circuits.patcher import Patcher
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores, half_scores, split_half
 from stages.circuits.screening import heads_alone, patch_alone
-from stages.circuits.selection import Head, Rule, Selection, select_heads, strongest
+from stages.circuits.selection import Selection, select_heads, strongest
 from stages.circuits.sweep import Receivers
 from stages.pipeline.stage import Invalid
 

@@ -49,11 +49,11 @@ of what is left out, if that is beyond noise. What is then still outside of the 
 shortfall.
 
 E is remembered, so nothing is patched twice. With a heads of which s are senders, the cost is a joint patches for
-step 1 and about 2 log2 a + 3 s for the rest. Where senders do nothing alone step 1 puts them anywhere in the order, and
-the run of step 2 is long: about 2 a more.
+step 1 and about 3 s for the rest. Where senders do nothing alone step 1 puts them anywhere in the order, and the run of
+step 2 is long: 4 log2 a and about 2 a more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,63 +61,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stages.circuits.patcher import Patcher, head_sets
+from stages.circuits.needed_heads import Head, HeadSet, JointEffects, Scored, needed
+from stages.circuits.patcher import Patcher
+from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores
 from stages.circuits.sweep import Receivers
 
-Head = tuple[int, int]  # (layer, head)
-HeadSet = frozenset[Head]
-_Scored = Callable[[Tensor], Scores]  # effects [*sets n] -> their scores
-
 BEYOND = 2.0  # standard errors over the tolerance at which a last test fails: at the tolerance noise decides
 ROUNDS = 4  # of looking again for what the two sides together leave out; what is found joins, so few are needed
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When a hop counts, and which heads are its senders.
-
-    Attributes:
-        minimum_effect: smallest strength of heads together with which a hop, or a side of it, counts, in the unit of
-            the metric.
-        minimum_head_effect: smallest strength of what a sender adds to the other ones; far below what the coverage
-            asks for, above rounding.
-        noise_z: smallest strength, of sets of heads together and of what each sender adds, in standard errors over
-            examples.
-        coverage: share of the strength of all heads together, or of the stronger side, that the senders must account
-            for.
-        merge_overlap: a hop whose senders have at least this Jaccard index with a group at the same position and of the
-            same sign is no group of its own; its heads join that group.
-        max_depth: longest chain of hops from the logits.
-        screen: heads that are estimated (`estimates`) to do less than this share of `minimum_head_effect` are not
-            patched alone, and only three sets of heads say whether a hop counts: all, those that are estimated to work
-            for the answer, and those against it. None: `gate_sets` say whether it counts, and then every head is
-            patched alone; on large models that is several times the work.
-    """
-
-    minimum_effect: float
-    minimum_head_effect: float
-    noise_z: float
-    coverage: float
-    merge_overlap: float
-    max_depth: int
-    screen: float | None = None
-
-    def counts(self, joint: Scores, sign: int) -> Bool[Tensor, "*sets"]:
-        """Whether heads that are patched together do something, in the direction of a sign."""
-        return self._beats(joint, self.minimum_effect, sign)
-
-    def counts_either(self, sets: Scores) -> bool:
-        """Whether any of several sets of heads does something, in either direction."""
-        return bool((self.counts(sets, 1) | self.counts(sets, -1)).any())
-
-    def adds(self, change: Scores, sign: int) -> Bool[Tensor, "*senders"]:
-        """Whether what a head adds is more than nothing, in the direction of a sign."""
-        return self._beats(change, self.minimum_head_effect, sign)
-
-    def _beats(self, scores: Scores, minimum: float, sign: int) -> Bool[Tensor, "*senders"]:
-        strength = sign * scores.strength
-        return (strength >= minimum) & (strength >= self.noise_z * scores.noise)
 
 
 @dataclass(frozen=True)
@@ -171,7 +122,7 @@ def select_heads(
         first: sign of the side that is looked for first; it gets the heads that could be on either.
     """
     scored = partial(patcher.scored, metric)
-    effect = _JointEffects(patcher, position, receivers)
+    effect = JointEffects(patcher, position, receivers)
     singles, top = scored(alone), top_layer(alone.shape[0], receivers)
     order = {sign: [head for head in strongest(singles, sign) if head[0] < top] for sign in (1, -1)}
     everything = frozenset(order[1])
@@ -193,7 +144,7 @@ def select_heads(
 
 
 def _sides(
-    effect: "_JointEffects", scored: _Scored, rule: Rule, everything: HeadSet, sure: dict[int, HeadSet], first: int
+    effect: "JointEffects", scored: Scored, rule: Rule, everything: HeadSet, sure: dict[int, HeadSet], first: int
 ) -> tuple[dict[int, HeadSet], float]:
     """The heads among which the senders of each side that counts are looked for, and the tolerance.
 
@@ -217,8 +168,8 @@ def _sides(
 
 
 def _complete(
-    effect: "_JointEffects",
-    scored: _Scored,
+    effect: "JointEffects",
+    scored: Scored,
     rule: Rule,
     tolerance: float,
     order: dict[int, list[Head]],
@@ -244,7 +195,7 @@ def _complete(
             if gap and not more and rounds < ROUNDS:
                 sign = 1 if gap > 0 else -1
                 rest = [head for head in order[sign] if head not in senders]
-                more = _needed(effect, scored, rule, tolerance, patched, rest, sign)
+                more = needed(effect, scored, rule, tolerance, patched, rest, sign)
                 found[sign] += more
         if not more:
             break
@@ -252,8 +203,8 @@ def _complete(
 
 
 def _one_side(
-    effect: "_JointEffects",
-    scored: _Scored,
+    effect: "JointEffects",
+    scored: Scored,
     rule: Rule,
     tolerated: float,
     side: Sequence[Head],
@@ -264,7 +215,7 @@ def _one_side(
     whole = scored(effect.of(everything))
     if not rule.counts(whole, sign) or sign * float(whole.strength) <= tolerated:
         return []
-    found = _needed(effect, scored, rule, tolerated, frozenset(), side, sign)
+    found = needed(effect, scored, rule, tolerated, frozenset(), side, sign)
     senders = frozenset(found)
     parts = [part for sender in found for part in (frozenset({sender}), senders - {sender})]
     effect.of_each([*parts, *(everything - (senders - part) for part in parts)])  # in one question, while none joins
@@ -273,7 +224,7 @@ def _one_side(
             gap = scored(effect.of(everything - (set(found) - patched)) - effect.of(patched))
             if rule.counts(gap, sign) and sign * float(gap.strength) > tolerated + BEYOND * float(gap.noise):
                 outside = [head for head in side if head not in found]
-                found += _needed(effect, scored, rule, tolerated, frozenset(patched), outside, sign)
+                found += needed(effect, scored, rule, tolerated, frozenset(patched), outside, sign)
     return found
 
 
@@ -282,132 +233,5 @@ def top_layer(n_layers: int, receivers: Receivers) -> int:
     return n_layers if receivers.component is None else max(layer for layer, _ in receivers.heads)
 
 
-def shortest_run(longest: int, guess: int, passes: Callable[[int], bool]) -> int:
-    """The shortest run of the first of some things that passes a test, where every longer one passes; the longest one,
-    which is not tested, where no other does.
-
-    Args:
-        guess: where to begin. Steps from there double until the answer is between two of them.
-    """
-    enough, too_few, step, at = longest, 0, 1, min(max(guess, 1), longest - 1)
-    while enough - too_few > 1:
-        if passes(at):
-            enough = at
-            at = max(at - step, too_few + 1) if too_few == 0 else (enough + too_few) // 2
-        else:
-            too_few = at
-            at = min(at + step, enough - 1) if enough == longest else (enough + too_few) // 2
-        step *= 2
-    return enough
-
-
 def _chosen(mask: Bool[Tensor, "layers h"]) -> HeadSet:
     return frozenset((layer, head) for layer, head in mask.nonzero().tolist())
-
-
-class _JointEffects:
-    """E: effects of sets of heads at one position on one kind of receivers, each computed once.
-
-    Attributes:
-        known: set of heads -> effect per example.
-        strength: of every head alone.
-        sure: heads that do enough alone.
-    """
-
-    known: dict[HeadSet, Tensor]
-    strength: Float[Tensor, "layers h"]
-    sure: HeadSet = frozenset()
-
-    def __init__(self, patcher: Patcher, position: str, receivers: Receivers) -> None:
-        self.known = {frozenset(): torch.zeros_like(patcher.clean)}
-        self._patcher, self._position, self._receivers = patcher, position, receivers
-
-    def of(self, heads: Iterable[Head]) -> Float[Tensor, "n"]:
-        return self.of_each([frozenset(heads)])[0]
-
-    def of_each(self, sets: Sequence[HeadSet]) -> Float[Tensor, "e n"]:
-        if not sets:
-            return self.known[frozenset()][None][:0]
-        new = [heads for heads in dict.fromkeys(sets) if heads not in self.known]
-        if new:
-            walker = self._patcher.walker
-            senders = head_sets(new, walker.n_layers, walker.n_heads)
-            effects = self._patcher.effects(self._position, senders, [self._receivers])[0]
-            self.known |= dict(zip(new, effects, strict=True))
-        return torch.stack([self.known[heads] for heads in sets])
-
-
-def _needed(
-    effect: _JointEffects,
-    scored: _Scored,
-    rule: Rule,
-    tolerated: float,
-    patched: HeadSet,
-    order: Sequence[Head],
-    sign: int,
-) -> list[Head]:
-    """Steps 2 to 4: which of the heads in `order`, strongest first, account for what all of them do; none where that is
-    tolerated.
-
-    Args:
-        tolerated: strength that need not be accounted for.
-        patched: heads that are patched throughout.
-        sign: the direction that counts as strength.
-    """
-
-    def pair(senders: Sequence[Head]) -> tuple[HeadSet, HeadSet]:
-        """The senders, and all heads but them."""
-        return patched | set(senders), patched | (set(order) - set(senders))
-
-    def change(sets: Iterable[HeadSet]) -> Float[Tensor, "e n"]:
-        return effect.of_each(list(sets)) - effect.of(patched)
-
-    def pass_both(candidates: Sequence[Sequence[Head]]) -> list[bool]:
-        """Whether they pass the first two tests; the second one is asked only where the first one passes."""
-        pairs = [pair(senders) for senders in candidates]
-        passes = sign * scored(change(senders for senders, _ in pairs)).strength >= whole - tolerated
-        enough = [number for number, passed in enumerate(passes.tolist()) if passed]
-        if enough:
-            passes[enough] = sign * scored(change(pairs[number][1] for number in enough)).strength <= tolerated
-        return passes.tolist()
-
-    whole = sign * scored(change([pair(order)[0]])[0]).strength
-    if float(whole) <= tolerated:
-        return []
-    sure = [head for head in order if head in effect.sure and sign * effect.strength[head] > 0]
-    among = sure if sure and pass_both([sure])[0] else list(order)
-    added = torch.cumsum(torch.stack([sign * effect.strength[head] for head in among]), 0)
-    guess = 1 + int((added < float(whole) - tolerated).sum())
-    enough = shortest_run(len(among), guess, lambda run: pass_both([among[:run]])[0])
-
-    kept, idle = among[:enough], set[Head]()
-
-    def drop(heads: list[Head]) -> None:
-        """Let go of some heads, as many as the tests allow; parts that do nothing together are not looked into."""
-        nonlocal kept
-        blocks = [heads] if heads else []
-        while blocks:
-            block = blocks.pop()
-            rest = [head for head in kept if head not in block]
-            if pass_both([rest])[0]:
-                kept = rest
-            elif not adds(block)[0]:
-                idle.update(block)
-            elif len(block) > 1:
-                half = (len(block) + 1) // 2
-                blocks += [block[:half], block[half:]]
-
-    def adds(*parts: Sequence[Head]) -> list[bool]:
-        """Whether parts of what is kept change what it does, or what the others do."""
-        senders, others = pair(kept)
-        lost = change([senders]) - change(senders - set(part) for part in parts)
-        left = change(others | set(part) for part in parts) - change([others])
-        return (rule.adds(scored(lost), sign) | rule.adds(scored(left), sign)).tolist()
-
-    drop([head for head in kept if head not in effect.sure])
-    live = [head for head in kept if head not in idle]
-    passes = pass_both([[head for head in kept if head != left_out] for left_out in live])
-    drop([head for head, passed in zip(live, passes, strict=True) if passed])
-    live = [head for head in kept if head not in idle]
-    stays = adds(*([head] for head in live)) if live else []
-    return [head for head, stay in zip(live, stays, strict=True) if stay]
