@@ -6,8 +6,8 @@ Three questions, all on IOI prompts (`stages/tasks/ioi.py`):
   it the same pass;
 - the whole search for a circuit: how long, and how long the naive side would take for the sets of senders that it
   patches. Each costs it one pass for the logits and two for q, k or v, so its seconds are those of a pass, measured in
-  the same run, times the passes. The estimates that spare ours the other heads are in our seconds and not in its own:
-  without them it would have to patch every head of every hop;
+  the same run, times the passes. The estimates that spare ours the other heads are in our seconds; the naive side has
+  none, so it is also given what it would take with every head that ours estimates patched instead;
 - memory: search, then the circuit and random ones in place, in a process of its own under a stated limit.
 """
 
@@ -77,6 +77,7 @@ def real_model(
     asked = _Asked(patcher)
     circuit, our_search = _timed(lambda: find_circuit(patcher, readout=END))
     naive_search = asked.to_logits * one_pass + asked.to_inputs * two_passes
+    naive_estimates = asked.estimated_to_logits * one_pass + asked.estimated_to_inputs * two_passes
     return {
         "model": MODEL,
         "pairs": pairs,
@@ -100,6 +101,8 @@ def real_model(
             "sets_to_inputs": asked.to_inputs,
             "naive": _round(naive_search),
             "times_faster": _round(naive_search / our_search),
+            "estimated_heads": asked.estimated_to_logits + asked.estimated_to_inputs,
+            "naive_every_head": _round(naive_search + naive_estimates),
             "nodes": len(circuit.nodes),
             "groups": len(circuit.groups),
         },
@@ -111,22 +114,29 @@ class _Asked:
     """Counts the sets of senders that a patcher is asked for, once for each receiver.
 
     Attributes:
-        to_logits, to_inputs: sets on the logits, and on q, k or v.
+        to_logits, to_inputs: sets that are patched, on the logits, and on q, k or v.
+        estimated_to_logits, estimated_to_inputs: single heads that are estimated.
     """
 
     def __init__(self, patcher: Any) -> None:
-        self.to_logits = self.to_inputs = 0
+        self.to_logits = self.to_inputs = self.estimated_to_logits = self.estimated_to_inputs = 0
         effects: Callable[..., list[Tensor]] = patcher.effects
+        estimates: Callable[..., list[Tensor]] = patcher.estimates
+        heads = patcher.walker.n_layers * patcher.walker.n_heads
 
         def counted(position: str, senders: Tensor, receivers: Sequence[Receivers]) -> list[Tensor]:
-            for receiver in receivers:
-                if receiver.component is None:
-                    self.to_logits += len(senders)
-                else:
-                    self.to_inputs += len(senders)
+            logits = sum(receiver.component is None for receiver in receivers)
+            self.to_logits += len(senders) * logits
+            self.to_inputs += len(senders) * (len(receivers) - logits)
             return effects(position, senders, receivers)
 
-        patcher.effects = counted
+        def counted_estimates(position: str, receivers: Sequence[Receivers]) -> list[Tensor]:
+            logits = sum(receiver.component is None for receiver in receivers)
+            self.estimated_to_logits += heads * logits
+            self.estimated_to_inputs += heads * (len(receivers) - logits)
+            return estimates(position, receivers)
+
+        patcher.effects, patcher.estimates = counted, counted_estimates
 
 
 def _memory(folder: Path, pairs: int, memory_mib: float, threads: int) -> dict[str, Any]:
