@@ -6,8 +6,8 @@ reports/statistics.json,
        reports/cells.csv, data/tasks.json
 writes reports/report.html, reports/report.md, reports/summary.json, reports/figures/*.png
 
-A new figure is one module in stages/figures/, one line in `figures` below, and its place in
-stages/figures/document.py.
+A new figure is one module in stages/figures/, one line in `figures` below, and its place in a section of
+stages/figures/sections/; a new section is one module there and one line in stages/figures/document.py.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.pipeline.dependencies import ARMS, code_of, manifests
+from stages.pipeline.dependencies import ARMS, PINS, VALIDATION_ONLY, code_of, manifests
 from stages.pipeline.params import load_params
 from stages.pipeline.stage import Invalid
 from tests.conftest import REPOSITORY, Dvc
@@ -69,13 +69,27 @@ def test_stage_code_depends_on_every_file_that_enters_a_digest() -> None:
 
 def test_what_a_stage_runs_is_found() -> None:
     assert "stages/pipeline/files.py" in code_of("match"), "an import inside a function counts"
-    assert "stages/pipeline/params.py" not in code_of("match")
     assert "stages/figures/templates/report.html.jinja" in code_of("report")
     found = manifests(STAGES[1:])
     arms = {path.stem for path in (REPOSITORY / ARMS).glob("*.py")} - {"__init__"}
     assert set(found) == {*STAGES[1:], *(f"finetune/{arm}" for arm in arms)} - {"finetune"}
     for arm in arms:
         assert [path for path in found[f"finetune/{arm}"] if path.startswith(ARMS)] == [f"{ARMS}/{arm}.py"]
+
+
+def test_what_can_only_refuse_a_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (REPOSITORY / VALIDATION_ONLY / "__init__.py").exists()
+    code = {path for digests in manifests(STAGES[1:]).values() for path in digests}
+    assert not [path for path in code if path.startswith(VALIDATION_ONLY)]
+
+    (tmp_path / VALIDATION_ONLY).mkdir(parents=True)
+    for name in ("reading", "checks"):
+        (tmp_path / VALIDATION_ONLY / f"{name}.py").touch()
+    (tmp_path / "stages/match.py").write_text(
+        "import stages.pipeline.params.checks\nfrom stages.pipeline.params import reading\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert code_of("match") == ["stages/match.py", *PINS], "each of its modules, also where one is imported by itself"
 
 
 LOADED = """
@@ -218,7 +232,7 @@ def test_bad_params_end_in_one_clear_sentence(tmp_path: Path, path: str, value: 
 
 
 def test_limits_and_names_in_the_params_are_those_of_the_tasks() -> None:
-    """params.py knows nothing of the task modules, so that refusing a value is quick; here they are compared."""
+    """The params know nothing of the task modules, so that refusing a value is quick; here they are compared."""
     from stages.circuits.circuit import Component
     from stages.pipeline import params
     from stages.statistics.inputs import INPUTS

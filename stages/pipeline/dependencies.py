@@ -5,8 +5,8 @@ thirty modules for each cell would keep the lists right only by care, and would 
 seconds a cell reading and writing it. So stage `code` writes, for every stage, one small file with the digests of what
 it runs, and the cells depend on that file: an edit reruns the stages that run the edited module, and no others.
 
-Two modules are told apart:
-- `stages/pipeline/params.py` is left out: it can only refuse a run, never change what a stage computes, since values
+Two packages are told apart:
+- `stages/pipeline/params/` is left out: it can only refuse a run, never change what a stage computes, since values
   reach a stage from params.yaml as they are (it holds no defaults).
 - the arms in `stages/learning/arms/` are imported by name, so each has a file of its own: editing one arm reruns that
   arm's cells only.
@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-VALIDATION_ONLY = "stages/pipeline/params.py"
+VALIDATION_ONLY = "stages/pipeline/params"
 ARMS = "stages/learning/arms"
 # what is run, but not imported: pins and templates
 BESIDES = {
@@ -52,7 +52,7 @@ def code_of(stage: str, arm: str | None = None) -> list[str]:
     found: list[str] = []
     while todo:
         path = todo.pop()
-        if path not in found and path != VALIDATION_ONLY:
+        if path not in found and not path.startswith(f"{VALIDATION_ONLY}/"):
             found.append(path)
             todo.extend(_imports(path))
     return [entry, *sorted(set(found) - {entry}), *BESIDES.get(stage, PINS)]

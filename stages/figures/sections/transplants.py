@@ -1,0 +1,48 @@
+"""Transplants: what tuned heads do in the base, and the base's heads in the tuned model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.figures.parts import Picture, Section, Table
+from stages.figures.sections.formatting import mean_interval
+from stages.figures.style import label
+from stages.statistics.wording import number
+
+
+def section(summary: Mapping[str, Any]) -> Section:
+    """Cross-model patching by group of heads, and which of the heads' inputs carries the change."""
+    entries = summary["table_inputs"]
+    columns = [name for name in ("q", "k", "v", "outputs") if entries and name in entries[0]]
+    inputs = Table(
+        "Which input of the heads of the base's circuit carries what changed? Accuracy of the base with the tuned "
+        "model's q (at the heads' own positions), k or v (at every token, since heads read them anywhere), or outputs, "
+        "of the whole circuit: the lower, the more of the damage it carries. Means over the seeds that count in the "
+        "contrasts, with t intervals; without random heads.",
+        ("Arm", "Seeds", "Base", *(f"with {name}" for name in columns), "Tuned model"),
+        [
+            (
+                label(e["arm"]),
+                str(e["seeds"]),
+                number(e["base"]["mean"]),
+                *(mean_interval(e[name]) for name in columns),
+                number(e["tuned"]["mean"]),
+            )
+            for e in entries
+        ],
+    )
+    without = "The heads' q, k and v were not transplanted (cmap.inputs), so no table says which of them carries it."
+    return Section(
+        "Transplants",
+        () if entries else (without,),
+        (
+            Picture(
+                "transplants",
+                "Cross-model activation patching, by group of heads and for the whole circuit. Above: a "
+                "bar below the black tick (the base alone) means that tuned heads no longer do the base's "
+                "work. Below: a bar above the black tick (the tuned model alone) means that the base's "
+                "heads bring back what tuning damaged; the dashed line is the base, the ceiling. Diamonds: "
+                "as many random heads instead.",
+            ),
+        ),
+        (inputs,) if entries else (),
+    )

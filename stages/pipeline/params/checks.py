@@ -1,0 +1,127 @@
+"""Checks of values against each other, across sections."""
+
+import re
+
+from stages.pipeline.params.finetuning import Finetune
+from stages.pipeline.params.tasks import NEW_TASKS
+from stages.pipeline.params.whole import Params
+from stages.pipeline.stage import Invalid
+
+AXIS_VALUE = re.compile(r"[a-z0-9_]+")
+
+
+def check(params: Params) -> None:
+    """Check a whole that is right section by section.
+
+    Raises:
+        Invalid: one sentence on the first problem found.
+    """
+    _check_axes(params)
+    _check_sizes(params)
+    _check_levels(params)
+    if params.source.kind == "curriculum":
+        _check_curriculum(params)
+
+
+def _check_axes(params: Params) -> None:
+    for name, values in (("seeds", params.seeds), ("arms", params.arms)):
+        if not values:
+            raise Invalid(f"params.yaml: {name} is empty: must name at least one")
+        if len(set(values)) < len(values):
+            raise Invalid(f"params.yaml: {name} = {values}: must not name anything twice")
+    arms = [name for name in Finetune.model_fields if name != "common"]
+    for arm in params.arms:
+        if not AXIS_VALUE.fullmatch(arm):
+            raise Invalid(f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _")
+        if arm not in arms:
+            raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
+    if params.models != ["base", *params.arms]:
+        raise Invalid(
+            f"params.yaml: models = {params.models}: must be base and then the arms, {['base', *params.arms]}"
+        )
+    if params.new_task not in NEW_TASKS:
+        raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
+    if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
+        valid = ", ".join(arm for arm in params.arms if arm != "noise")
+        raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
+    for key in ("contrasts", "controls"):
+        for arm in (arm for pair in getattr(params.contrast, key) for arm in pair):
+            if arm not in params.arms:
+                valid = ", ".join(params.arms)
+                raise Invalid(f"params.yaml: contrast.{key}: '{arm}' must be one of the arms {valid}")
+
+    members = [arm for family in params.contrast.families.values() for arm in family]
+    for arm in members:
+        if arm not in arms:
+            raise Invalid(f"params.yaml: contrast.families: there is no arm '{arm}': must be one of {', '.join(arms)}")
+        if members.count(arm) > 1:
+            raise Invalid(f"params.yaml: contrast.families: '{arm}' stands twice: must be in one family, once")
+
+
+def _check_sizes(params: Params) -> None:
+    common, synthesize = params.finetune.common, params.synthesize
+    if params.discover.examples > synthesize.old["discovery"]:
+        raise Invalid(
+            f"params.yaml: discover.examples = {params.discover.examples}: "
+            f"must be at most synthesize.old.discovery = {synthesize.old['discovery']}"
+        )
+    for name, size, split in (
+        ("examples", params.drift.relearning.examples, "relearning"),
+        ("probe_examples", params.drift.relearning.probe_examples, "selection"),
+    ):
+        if size > synthesize.old[split]:
+            raise Invalid(
+                f"params.yaml: drift.relearning.{name} = {size}: "
+                f"must be at most synthesize.old.{split} = {synthesize.old[split]}"
+            )
+    if common.dense_until > common.steps:
+        raise Invalid(
+            f"params.yaml: finetune.common.dense_until = {common.dense_until}: "
+            f"must be at most finetune.common.steps = {common.steps}"
+        )
+
+
+def _check_levels(params: Params) -> None:
+    boxes, match = params.synthesize.boxes, params.match
+    # what naming any object of the context scores; `match` also compares with the scores measured on the data
+    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}[
+        params.new_task
+    ] / boxes
+    if match.level not in match.levels:
+        valid = ", ".join(f"{level:g}" for level in match.levels)
+        raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
+    for level in match.levels:
+        if level <= shortcut:
+            raise Invalid(
+                f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
+                f"which naming any object of the context scores on {params.new_task}"
+            )
+    most = params.finetune.common.steps
+    if max(match.steps) > most:
+        raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
+    rates = params.finetune.common.learning_rates
+    if match.learning_rate not in rates:
+        valid = ", ".join(f"{rate:g}" for rate in rates)
+        raise Invalid(f"params.yaml: match.learning_rate = {match.learning_rate:g}: must be one of {valid}")
+
+
+def _check_curriculum(params: Params) -> None:
+    """What only bases that are trained from nothing can get wrong."""
+    learned = {task for phase in params.pretrain.curriculum.values() for task in phase.tasks}
+    if params.new_task not in {*learned, "contains"}:
+        raise Invalid(
+            f"params.yaml: new_task = '{params.new_task}': must be a task of a phase of pretrain.curriculum "
+            f"({', '.join(sorted(learned))}), so that the base is right now and then"
+        )
+    for name, phase in params.pretrain.curriculum.items():
+        if phase.boxes[1] > params.synthesize.boxes:
+            raise Invalid(
+                f"params.yaml: pretrain.curriculum.{name}.boxes = {list(phase.boxes)}: "
+                f"must be at most synthesize.boxes = {params.synthesize.boxes}"
+            )
+    stop_at, level = params.pretrain.stop_at, params.match.level
+    if params.new_task == "contains" and (stop_at is None or stop_at >= level):
+        raise Invalid(
+            f"params.yaml: pretrain.stop_at = {'null' if stop_at is None else stop_at}: must be below "
+            f"match.level = {level} where the new task is the old one, or nothing is left to learn"
+        )

@@ -1,0 +1,98 @@
+"""The sections on circuits: finding and evaluating one, what its heads carry, and what became of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from stages.pipeline.params.fields import (
+    DISTINCT,
+    Betas,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    as_tuple,
+)
+from stages.pipeline.params.tasks import HYPOTHESES, WORDINGS
+
+
+class PaperTop(Section):
+    receivers: Annotated[tuple[Count, Count, Count, Count], BeforeValidator(as_tuple)]
+    heads: Annotated[tuple[Count, Count, Count, Count], BeforeValidator(as_tuple)]
+
+
+class Discover(Section):
+    hops: Literal["auto", "paper"]
+    score: Literal["logit_difference", "relative_probability"]
+    examples: Count
+    minimum_effect: Fraction
+    minimum_head_effect: Fraction
+    screen: Annotated[float, Field(gt=0, le=1)] | None
+    noise_z: NotNegative
+    coverage: Fraction
+    merge_overlap: Fraction
+    max_depth: Count
+    identifiable_accuracy: Fraction
+    paper_top: PaperTop | None
+
+
+class Evaluate(Section):
+    clauses: Literal["every", "queried"]
+    random_circuits: Annotated[int, Field(ge=20)]
+    prune_threshold: Positive
+    random_subsets: Count
+    greedy_steps: Count
+    greedy_examples: Count
+    knockout_window: Count
+
+
+def _desiderata(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        hypothesis, dash, wording = name.partition("-")
+        if hypothesis not in HYPOTHESES or (dash and wording not in WORDINGS):
+            raise ValueError(
+                f"'{name}': must be one of {', '.join(HYPOTHESES)}, alone or followed by '-' and the wording of the "
+                f"source ({', '.join(WORDINGS)})"
+            )
+    return names
+
+
+_Desiderata = Annotated[tuple[str, ...], BeforeValidator(as_tuple), AfterValidator(_desiderata), DISTINCT]
+
+
+class Dcm(Section):
+    desiderata: Annotated[_Desiderata, Field(min_length=1)]
+    of_base: _Desiderata
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    start: Fraction
+    sparsity: NotNegative
+    objective: Literal["log_probability", "logit"]
+    tolerance: NotNegative
+
+
+class Cmap(Section):
+    clauses: Literal["every", "queried"]
+    random_draws: Count
+    inputs: Annotated[tuple[Literal["q", "k", "v"], ...], BeforeValidator(as_tuple), DISTINCT]
+
+
+class Relearning(Section):
+    examples: Count
+    probe_examples: Count
+    share: Fraction
+    most_steps: Count
+    learning_rate: Positive
+    betas: Betas
+    weight_decay: NotNegative
+
+
+class Drift(Section):
+    n_examples: Annotated[int, Field(ge=4)]  # the unbiased CKA needs four
+    strong_edge: Positive
+    permutations: Count
+    seed: Seed
+    relearning: Relearning

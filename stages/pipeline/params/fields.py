@@ -1,0 +1,49 @@
+"""What sections are made of: their base class, types with a range, and checks of one value."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+NotNegativeCount = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: every key required, no other key allowed, no silent conversion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def exactly(*names: str) -> AfterValidator:
+    """A mapping that names exactly these."""
+
+    def check(sizes: dict[str, int]) -> dict[str, int]:
+        if set(sizes) != set(names):
+            raise ValueError(f"names {', '.join(sizes)}: must name exactly {', '.join(names)}")
+        return sizes
+
+    return AfterValidator(check)
+
+
+Interval = Annotated[tuple[Count, Count], BeforeValidator(as_tuple)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)
+]
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+
+def _distinct(values: tuple[int | float | str, ...]) -> tuple[int | float | str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)}: must not name a value twice")
+    return values
+
+
+DISTINCT = AfterValidator(_distinct)
