@@ -21,11 +21,6 @@ from tests.conftest import REPOSITORY, Dvc
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
 PRESETS = sorted((REPOSITORY / "stages" / "presets").glob("*.yaml"))
-STALE_DEFAULT_RUN = pytest.mark.xfail(
-    strict=True,
-    reason="the committed default run was made before stage source, the streamed checkpoints and the params without "
-    "resources; its data sets are the same bytes, the other stages have not been run again",
-)
 STAGES = (
     "code source synthesize pretrain finetune match discover evaluate matchings dcm cmap drift contrast report".split()
 )
@@ -298,7 +293,6 @@ def test_installed_packages_are_the_pinned_ones() -> None:
             assert version(name) == pinned
 
 
-@STALE_DEFAULT_RUN
 def test_committed_lock_matches_the_pipeline(dvc: Dvc) -> None:
     """dvc.lock describes the committed report: no stage of the default run may be stale, none left over."""
     locked = set(yaml.safe_load((REPOSITORY / "dvc.lock").read_text())["stages"])
@@ -306,7 +300,6 @@ def test_committed_lock_matches_the_pipeline(dvc: Dvc) -> None:
     assert locked == listed
 
 
-@STALE_DEFAULT_RUN
 def test_committed_report_is_not_stale(tmp_path: Path, dvc: Dvc) -> None:
     """In a clone all data are absent, and nothing else may differ from what the committed run has recorded.
 
