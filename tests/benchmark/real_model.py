@@ -14,6 +14,7 @@ Three questions, all on IOI prompts (`stages/tasks/ioi.py`):
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def real_model(
 
     asked = _Asked(patcher)
     circuit, our_search = _timed(lambda: find_circuit(patcher, readout=END))
-    naive_search = asked.to_logits * one_pass + asked.to_inputs * two_passes
-    naive_estimates = asked.estimated_to_logits * one_pass + asked.estimated_to_inputs * two_passes
+    naive_search = asked.patched.seconds(one_pass, two_passes)
+    naive_estimates = asked.estimated.seconds(one_pass, two_passes)
     return {
         "model": MODEL,
         "pairs": pairs,
@@ -97,11 +98,11 @@ def real_model(
         },
         "search": {
             "seconds": _round(our_search),
-            "sets_to_logits": asked.to_logits,
-            "sets_to_inputs": asked.to_inputs,
+            "sets_to_logits": asked.patched.to_logits,
+            "sets_to_inputs": asked.patched.to_inputs,
             "naive": _round(naive_search),
             "times_faster": _round(naive_search / our_search),
-            "estimated_heads": asked.estimated_to_logits + asked.estimated_to_inputs,
+            "estimated_heads": asked.estimated.to_logits + asked.estimated.to_inputs,
             "naive_every_head": _round(naive_search + naive_estimates),
             "nodes": len(circuit.nodes),
             "groups": len(circuit.groups),
@@ -110,30 +111,43 @@ def real_model(
     }
 
 
+@dataclass
+class _Passes:
+    """Sets of senders, once for each receiver, by what one costs the naive side: a pass for the logits, two for q, k or
+    v."""
+
+    to_logits: int = 0
+    to_inputs: int = 0
+
+    def add(self, sets: int, receivers: Sequence[Receivers]) -> None:
+        logits = sum(receiver.component is None for receiver in receivers)
+        self.to_logits += sets * logits
+        self.to_inputs += sets * (len(receivers) - logits)
+
+    def seconds(self, one_pass: float, two_passes: float) -> float:
+        return self.to_logits * one_pass + self.to_inputs * two_passes
+
+
 class _Asked:
-    """Counts the sets of senders that a patcher is asked for, once for each receiver.
+    """Counts what a patcher is asked for.
 
     Attributes:
-        to_logits, to_inputs: sets that are patched, on the logits, and on q, k or v.
-        estimated_to_logits, estimated_to_inputs: single heads that are estimated.
+        patched: sets of senders.
+        estimated: single heads.
     """
 
     def __init__(self, patcher: Any) -> None:
-        self.to_logits = self.to_inputs = self.estimated_to_logits = self.estimated_to_inputs = 0
+        self.patched, self.estimated = _Passes(), _Passes()
         effects: Callable[..., list[Tensor]] = patcher.effects
         estimates: Callable[..., list[Tensor]] = patcher.estimates
         heads = patcher.walker.n_layers * patcher.walker.n_heads
 
         def counted(position: str, senders: Tensor, receivers: Sequence[Receivers]) -> list[Tensor]:
-            logits = sum(receiver.component is None for receiver in receivers)
-            self.to_logits += len(senders) * logits
-            self.to_inputs += len(senders) * (len(receivers) - logits)
+            self.patched.add(len(senders), receivers)
             return effects(position, senders, receivers)
 
         def counted_estimates(position: str, receivers: Sequence[Receivers]) -> list[Tensor]:
-            logits = sum(receiver.component is None for receiver in receivers)
-            self.estimated_to_logits += heads * logits
-            self.estimated_to_inputs += heads * (len(receivers) - logits)
+            self.estimated.add(heads, receivers)
             return estimates(position, receivers)
 
         patcher.effects, patcher.estimates = counted, counted_estimates
