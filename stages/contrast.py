@@ -1,6 +1,6 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
-reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name
+reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name; data/old_task.json
 writes reports/statistics.json   measures by arm, contrasts, reach rates, adjustment for distance, similarity of
                                  circuits, the same at every matching, hypervolumes of the trade-off
        reports/cells.csv         every scalar of every record, long form
@@ -8,7 +8,7 @@ writes reports/statistics.json   measures by arm, contrasts, reach rates, adjust
 
 from pathlib import Path
 
-from stages.pipeline.files import write_csv, write_json
+from stages.pipeline.files import read_json, write_csv, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics.adjustment import Adjustment, adjust, p_values
 from stages.statistics.cells import long_form, read_cells
@@ -58,9 +58,8 @@ def main(cell: Cell) -> None:
     left_out = left_out_bases(cells, plan)
     curves = training_curves(CELLS, cells)
     adjusted = adjust(cells, adjustment, left_out)
-    statistics = (
-        {"new_task": cell.params("new_task")} | compare(cells, plan, p_values(adjusted)) | {"adjustment": adjusted}
-    )
+    tasks = {"old_task": read_json("data/old_task.json"), "new_task": cell.params("new_task")}
+    statistics = tasks | compare(cells, plan, p_values(adjusted)) | {"adjustment": adjusted}
     statistics["similarity"] = compare_circuits(cells, plan, CELLS)
     statistics["matchings"] = compare_matchings(cells, plan)
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])

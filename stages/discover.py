@@ -1,8 +1,8 @@
-"""Stage `discover`: find the entity-tracking circuit of one model by exact path patching.
+"""Stage `discover`: find the circuit of the old task in one model by exact path patching.
 
     python -m stages discover <model> <seed>
 
-reads  models/<model>/<seed>, data/old/discovery.parquet
+reads  models/<model>/<seed>, data/old/discovery.parquet, data/old_task.json
 writes reports/cells/discover/<model>/<seed>/
          circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
          scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
@@ -14,6 +14,7 @@ writes reports/cells/discover/<model>/<seed>/
                         (`against`)
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ from stages.circuits.search import Found, Hop, search
 from stages.circuits.spread import spread_patcher
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_model
-from stages.pipeline.files import replacing_directory, write_json, write_npz
+from stages.pipeline.files import read_json, replacing_directory, write_json, write_npz
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import Examples, read_examples
-from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
 
 
 def main(cell: Cell) -> None:
@@ -69,7 +69,8 @@ def main(cell: Cell) -> None:
         attention = mean_attention(
             walker, examples.input_ids, examples.positions, available.share_mib, available.processes
         )
-        circuit, hops = _find(patcher, metric, settings, f"discover {model}/{seed}")
+        task = read_json("data/old_task.json")
+        circuit, hops = _find(patcher, metric, settings, examples.readout, task, f"discover {model}/{seed}")
 
     with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:
         write_json(folder / "circuit.json", circuit.to_json())
@@ -96,8 +97,15 @@ def _pairs(examples: Examples) -> AlignedPairs:
     return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
 
 
-def _find(patcher: Patcher, metric: Metric, settings: Any, title: str) -> tuple[Circuit, list[Hop]]:
-    """Run the chosen hops under a progress bar that names the last one and its strongest head."""
+def _find(
+    patcher: Patcher, metric: Metric, settings: Any, readout: str, task: Mapping[str, Any], title: str
+) -> tuple[Circuit, list[Hop]]:
+    """Run the chosen hops under a progress bar that names the last one and its strongest head.
+
+    Args:
+        readout: position at which the answer is read.
+        task: data/old_task.json.
+    """
     rule = Rule(
         settings.minimum_effect,
         settings.minimum_head_effect,
@@ -123,10 +131,10 @@ def _find(patcher: Patcher, metric: Metric, settings: Any, title: str) -> tuple[
             bar.update()
 
         if settings.hops == "auto":
-            return search(patcher, metric, rule, report, READOUT, ROOT, DISPLAY)
+            return search(patcher, metric, rule, report, readout, task["root"], task["display"])
         top = settings.paper_top
         receivers, heads = (None, None) if top is None else (top.receivers, top.heads)
-        specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+        specs = [HopSpec(*hop) for hop in task["paper_hops"]]
         return given_hops(patcher, metric, rule, specs, receivers, heads, report)
 
 

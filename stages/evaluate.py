@@ -33,7 +33,7 @@ from stages.pipeline.checkpoints import load_model
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.resources import Resources, resources
 from stages.pipeline.stage import Cell, run
-from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples, Prompts, read_examples, read_prompts
+from stages.tasks.examples import Examples, Prompts, read_examples, read_prompts
 
 QUERIED = "{} of the queried clause"  # a position where a node is kept in no other clause, as Prakash et al. do
 OTHER_CLAUSE = "another_clause"  # the control of knockout: all named positions of a clause that was not asked for
@@ -76,14 +76,17 @@ def evaluate(
     shape = (walker.n_layers, walker.n_heads)
     random = [random_nodes(nodes, *shape, generator) for _ in range(settings.random_circuits)] if nodes else []
     nodes_in_queried_clause = [Node(node.layer, node.head, QUERIED.format(node.position)) for node in nodes]
-    circuits = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random, nodes_in_queried_clause]
+    circuits: list[Collection[Node]] = [nodes, own_nodes, *(nodes - set(group.nodes) for group in groups), *random]
+    if old.every_clause:
+        circuits.append(nodes_in_queried_clause)
 
     with tqdm(total=len(old), desc="evaluate", unit="example") as bar:
         removed = [group.nodes for group in groups]
         found = evaluate_circuits(walker, means, prompts, circuits, removed, memory, bar.update, processes)
 
     full, without = found.full.means()[0], found.without.means()
-    *kept, in_queried_clause = found.in_place.means()
+    kept = found.in_place.means()
+    queried_alone = kept.pop() if old.every_clause else None
     return {
         "old_accuracy": full["accuracy"],
         "old_logit_difference": full["logit_difference"],
@@ -92,7 +95,9 @@ def evaluate(
         "n_old": len(old),
         "n_new": len(new),
         "circuit": circuit_record(len(nodes), kept[0], full) if nodes else None,
-        "circuit_in_queried_clause": circuit_record(len(nodes), in_queried_clause, full) if nodes else None,
+        "circuit_in_queried_clause": circuit_record(len(nodes), queried_alone, full)
+        if nodes and queried_alone
+        else None,
         "own_circuit": circuit_record(len(own_nodes), kept[1], full) if own_nodes else None,
         "groups": {
             group.name: {
@@ -160,7 +165,7 @@ def inspect_circuit(
     generator: np.random.Generator,
     available: Resources,
 ) -> dict[str, Any]:
-    """`inspection.inspect` of a circuit of entity tracking, with knockouts between the task's positions."""
+    """`inspection.inspect` of a circuit, with knockouts between the task's positions."""
     groups = circuit.groups if circuit.identifiable else ()
     positions = {node.position for group in groups for node in group.nodes}
     ordered = in_tail_order(examples, positions)
@@ -171,23 +176,25 @@ def inspect_circuit(
 
 
 def knockout_paths(examples: Examples, readers: Collection[str]) -> dict[str, AttentionPath]:
-    """Paths "query>key" from each position to each that stands before it in every example, and the control: a clause
-    that is not asked for, which stands where the corrupt prompt, of the same form, has its own.
+    """Paths "query>key" from each position to each that stands before it in every example, and the control of a task
+    with clauses: one that is not asked for, which stands where the corrupt prompt, of the same form, has its own.
 
     Args:
         examples: the prompts.
         readers: positions that are blinded, beside the last one: those of the circuit.
     """
-    at = examples.positions
+    at, readout = examples.positions, examples.readout
     paths = {
-        f"{query}>{key}": AttentionPath(at[query], at[key][:, None], 1 if query == "last" else FEWER)
-        for query in POSITIONS
-        if query in {"last", *readers}
-        for key in POSITIONS
+        f"{query}>{key}": AttentionPath(at[query], at[key][:, None], 1 if query == readout else FEWER)
+        for query in at
+        if query in {readout, *readers}
+        for key in at
         if bool((at[key] < at[query]).all())
     }
-    other = torch.stack([examples.corrupt_positions[name] for name in CLAUSE_POSITIONS], dim=1)
-    return {**paths, f"last>{OTHER_CLAUSE}": AttentionPath(at["last"], other)}
+    if not examples.every_clause:
+        return paths
+    other = torch.stack([examples.corrupt_positions[name] for name in examples.every_clause], dim=1)
+    return {**paths, f"{readout}>{OTHER_CLAUSE}": AttentionPath(at[readout], other)}
 
 
 def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:

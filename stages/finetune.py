@@ -30,7 +30,7 @@ def main(cell: Cell) -> None:
                 section=section,
                 base=Path(f"models/base/{seed}"),
                 train=new / "train.parquet",
-                rehearsal=Path("data/new/contains/train.parquet"),
+                rehearsal=Path("data/old/train.parquet"),
                 old=Path("data/old/selection.parquet"),
                 new=new / "selection.parquet",
                 folder=folder,

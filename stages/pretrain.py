@@ -28,6 +28,7 @@ from stages.pipeline.files import write_csv, write_json
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import Examples, read_examples, read_prompts
+from stages.tasks.old_tasks import old_tasks
 from stages.tasks.vocabulary import WordVocabulary, vocabulary_of
 
 SOURCE = Path("models/source")
@@ -37,7 +38,7 @@ FEWER = 48  # prompts of each kind that a pretrained base is measured on, which 
 
 def main(cell: Cell) -> None:
     settings, source, processes = cell.params("pretrain"), cell.params("source"), resources().processes
-    boxes = cell.params("synthesize.boxes")
+    boxes, asked = cell.params("synthesize.boxes"), cell.params("old_task")
     seed = int(cell.item["seed"])
     tokenizer = load_tokenizer(SOURCE)
     words = vocabulary_of(tokenizer, source.bos)
@@ -78,7 +79,7 @@ def main(cell: Cell) -> None:
         "parameters": model.num_parameters(),
         "old_accuracy": old["accuracy"],
         "old_p_correct": old["p_correct"],
-        **measure_base(model, words, boxes, n, np.random.default_rng([seed, 1])),
+        **measure_base(model, old_tasks()[asked](words, boxes), n, np.random.default_rng([seed, 1])),
     }
     folder = Path("reports/cells/pretrain", str(seed))
     write_csv(folder / "curve.csv", pd.DataFrame(rows or [{"step": 0, **old}]))  # a model that is taken as it is
@@ -92,7 +93,7 @@ def _taught(
     """The checks of a pretrained model that is taught the old task, in place."""
     from stages.learning.teaching import teach  # TRL, which takes seconds
 
-    train = read_prompts("data/new/contains/train.parquet")
+    train = read_prompts("data/old/train.parquet")
     model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
     with tqdm(total=teaching.most_steps, desc=f"teach base {seed}", unit="step") as bar:
 

@@ -3,7 +3,7 @@
 
 reads  reports/cells/** (records and curves, exactly the cells that seeds and arms name),
 reports/statistics.json,
-       reports/cells.csv, data/tasks.json
+       reports/cells.csv, data/tasks.json, of the old task what statistics.json says of it
 writes reports/report.html, reports/report.md, reports/summary.json, reports/figures/*.png
 
 A new figure is one module in stages/figures/, one line in `figures` below, and its place in a section of
@@ -68,7 +68,7 @@ def figures(
     groups = list(counts)[:max_groups]
     drawn = cells.record("circuit", BASE, seed)
     rate = float(matched["learning_rate"].max())
-    floor = statistics["similarity"]["floor"]
+    floor, task = statistics["similarity"]["floor"], statistics["old_task"]
     return {
         "contrasts": lambda: contrasts.draw(
             arms_only,
@@ -95,13 +95,15 @@ def figures(
             frames.circuit_heads(cells, seed),
             frames.circuit_paths(cells, seed),
             frames.head_changes(cells, seed),
-            _positions(frames.circuit_heads(cells, seed)),
+            _positions(task, frames.circuit_heads(cells, seed)),
             drawn["n_layers"],
             drawn["n_heads"],
             _notes(cells, primary, seed),
         ),
         "sizes": lambda: sizes.draw(_counted(frames.size_curves(cells)), _circuit_sizes(cells)),
-        "knockout": lambda: knockout.draw(_counted(frames.knockout_curves(cells)), _window(cells)),
+        "knockout": lambda: knockout.draw(
+            _counted(frames.knockout_curves(cells)), _window(cells), dict(task["positions"])
+        ),
         "nulls": lambda: nulls.draw(_counted(frames.circuits_and_nulls(cells))),
         "similarity": lambda: similarity.draw(_counted(circuits.similarities(cells)), floor["similarity"]),
         "overlap": lambda: overlap.draw(
@@ -111,7 +113,9 @@ def figures(
         "transplants": lambda: transplants.draw(
             _counted(frames.transplants(cells)), [frames.WHOLE, *groups], counts, n, base_old
         ),
-        "desiderata": lambda: desiderata.draw(_counted(frames.desiderata(cells)), groups, counts, n),
+        "desiderata": lambda: desiderata.draw(
+            _counted(frames.desiderata(cells)), groups, counts, n, dict(task["desiderata"])
+        ),
         "training": lambda: training.draw(frames.base_curves(CELLS, cells), curves, level, shortcut),
     }
 
@@ -145,12 +149,9 @@ def _contrast_rows(statistics: dict[str, Any]) -> pd.DataFrame:
     return frame.astype({"difference": "float64", "p": "float64", "low": "float64", "high": "float64"})
 
 
-def _positions(heads: pd.DataFrame) -> list[str]:
-    """The usual positions in reading order, and then any other that the circuit has."""
-    return [
-        *frames.POSITIONS,
-        *(name for name in dict.fromkeys(heads["position"]) if name not in frames.POSITIONS),
-    ]
+def _positions(task: dict[str, Any], heads: pd.DataFrame) -> list[str]:
+    """The positions of the old task in reading order, and then any other that the circuit has."""
+    return list(dict.fromkeys([*(name for name, _ in task["positions"]), *heads["position"]]))
 
 
 def _notes(cells: Cells, primary: str, seed: str) -> dict[str, str]:

@@ -1,13 +1,15 @@
-"""Stage `synthesize`: entity tracking and new-task sets, and desiderata pairs, in disjoint splits, for the tokenizer of
-the base.
+"""Stage `synthesize`: sets of the old task and of new tasks, and desiderata pairs, in disjoint splits, for the
+tokenizer of the base.
 
-Which contexts may occur in which file (a context has one split, see `tasks/contexts.py`):
+Which prompts may occur in which file (a context has one split, see `tasks/contexts.py`):
 
     old/{selection,discovery,pruning,evaluation,relearning}   the split of that name;  old/means: pruning
+    old/train                                                 as a new task, to be rehearsed or taught: train
     new/<task>/{train,selection,evaluation}                   the split of that name
     desiderata/<name>/{train,selection,test}                  discovery, selection, evaluation
 
-A new task that the tokenizer is not made for has no folder in new/; `tasks.json` says why.
+A new task that the tokenizer is not made for has no folder in new/; `tasks.json` says why. What other stages are told
+of the old task is in `old_task.json`.
 """
 
 from pathlib import Path
@@ -19,10 +21,9 @@ from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.files import replacing_directory, write_json
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.contexts import SPLITS, Split
-from stages.tasks.desiderata import draw_pairs, floors
-from stages.tasks.entity_tracking import draw_examples
 from stages.tasks.examples import write_examples, write_pairs, write_prompts
 from stages.tasks.new_tasks import NEW_TASKS, impossible
+from stages.tasks.old_tasks import old_tasks
 from stages.tasks.vocabulary import LABELS, OBJECTS, vocabulary_of
 
 SOURCE = Path("models/source")
@@ -42,7 +43,7 @@ def main(cell: Cell) -> None:
     settings = cell.params("synthesize")
     tokenizer = load_tokenizer(SOURCE)
     words, boxes = vocabulary_of(tokenizer, cell.params("source.bos")), settings.boxes
-    chosen = cell.params("new_task")
+    chosen, old_task = cell.params("new_task"), old_tasks()[cell.params("old_task")](words, boxes)
 
     def rng(name: str) -> np.random.Generator:
         """One stream a file, so that the size of one set changes no other set."""
@@ -54,10 +55,13 @@ def main(cell: Cell) -> None:
     prompt_tokens = 0
     with replacing_directory(DATA / "old") as folder:
         for name, split in OLD_SPLITS.items():
-            size = settings.old[name]
-            examples = draw_examples(rng(f"old/{name}"), words, split, size, boxes, random_query=name == "means")
+            draw = old_task.means if name == "means" else old_task.examples
+            examples = draw(rng(f"old/{name}"), split, settings.old[name])
             write_examples(folder / f"{name}.parquet", examples)
             prompt_tokens = examples.input_ids.shape[1]
+        # the stream of the new task that asks the same
+        train = old_task.prompts(rng(f"new/{old_task.same_as}/train"), Split.TRAIN, settings.new["train"])
+        write_prompts(folder / "train.parquet", train)
     tasks = {}
     with replacing_directory(DATA / "new") as folder:
         for name, task in NEW_TASKS.items():
@@ -82,10 +86,11 @@ def main(cell: Cell) -> None:
             (folder / desideratum).mkdir()
             for name, size in settings.desiderata.items():
                 stream = rng(f"desiderata/{desideratum}/{name}")
-                pairs = draw_pairs(stream, words, desideratum, PAIR_SPLITS[name], size, boxes)
+                pairs = old_task.pairs(stream, desideratum, PAIR_SPLITS[name], size)
                 write_pairs(folder / desideratum / f"{name}.parquet", pairs)
                 if name == "test":
-                    chance[desideratum] = floors(pairs, words, boxes)
+                    chance[desideratum] = old_task.floors(pairs)
+    write_json(DATA / "old_task.json", old_task.described())
     write_json(
         DATA / "tasks.json",
         {

@@ -15,6 +15,7 @@ from stages.measures.overlap import overlaps
 from stages.measures.similarity import similarity
 from stages.pipeline.files import write_csv, write_json, write_npz
 from stages.pipeline.stage import Cell
+from stages.tasks.old.boxes import Boxes
 
 ARMS = ("sft_gold", "self_sft", "reinforce", "grpo", "sft_replay", "noise")
 KEPT = {"sft_gold": 0.72, "self_sft": 0.8, "reinforce": 0.84, "grpo": 0.86, "sft_replay": 0.95, "noise": 0.97}
@@ -117,6 +118,7 @@ class Experiment:
         write_json(
             root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS}}, "prompt_tokens": 54}
         )
+        write_json(root / "data/old_task.json", Boxes.described())
         for seed in self.seeds:
             _write_base(root / "reports/cells", self, seed)
             for arm in self.arms:

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import Split, draw_absent_label, draw_contexts
-from stages.tasks.desiderata import HYPOTHESES, WORDINGS, draw_pairs, floors
+from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples, draw_queries
 from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.old.boxes import Boxes
 from stages.tasks.relations import RELATIONS, draw_prompts, query_words
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, places, render
@@ -154,13 +155,13 @@ def test_relations_are_as_long_as_the_old_task_and_right(said: TextVocabulary, t
     assert scores.get("own_object", 1.0) == np.mean(own)
 
 
-@pytest.mark.parametrize("wording", ["", *WORDINGS])
+@pytest.mark.parametrize("wording", ["", *Boxes.wordings])
 def test_desiderata_in_every_wording(said: TextVocabulary, wording: str) -> None:
     if of_unequal_length(said, wording):
         with pytest.raises(Invalid, match=rf"wording '{wording}': prompts of 3 boxes have \d+ to \d+ tokens"):
             draw_pairs(rng(3), said, f"positional-{wording}", Split.DISCOVERY, 6, 3)
         return
-    for hypothesis in HYPOTHESES:
+    for hypothesis in Boxes.desiderata:
         pairs = draw_pairs(rng(3), said, f"{hypothesis}-{wording}".rstrip("-"), Split.DISCOVERY, 6, 3)
         for i in range(len(pairs)):
             base, source = pairs.base_ids[i], pairs.source_ids[i]

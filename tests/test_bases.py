@@ -130,6 +130,7 @@ def params(tmp_path: Path, kind: str, teaching: Teaching | None, **of_source: An
     return {
         "source": SimpleNamespace(**settings),
         "source.bos": settings["bos"],
+        "old_task": "boxes",
         "new_task": "adjacent",
         "teach": teaching,
         "pretrain": SimpleNamespace(),

@@ -24,7 +24,7 @@ from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.search import Hop
 from stages.circuits.selection import strongest
-from stages.tasks.hops import PAPER_HOPS
+from stages.tasks.old.boxes import Boxes
 from tests.conftest import REPOSITORY
 
 FOLDER = Path(os.environ.get("REFERENCE_DATA", REPOSITORY.parent / "shared" / "reference_data"))
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 LAYERS = HEADS = 32
 RECEIVERS, POOLS = (20, 5, 10, 5), (58, 10, 25, 5)
-GROUPS = tuple(name for name, _, _, _ in PAPER_HOPS)
+GROUPS = tuple(name for name, _, _, _ in Boxes.paper_hops)
 METRIC = Metric.RELATIVE_PROBABILITY
 RULE = Rule(0.02, 0.005, 4.0, 0.9, 0.5, 4)
 
@@ -50,7 +50,7 @@ def published_circuit() -> dict[str, set[tuple[int, int]]]:
 
 
 def published_hop(number: int) -> Hop:
-    name, position, receiver, component = PAPER_HOPS[number]
+    name, position, receiver, component = Boxes.paper_hops[number]
     scores = Scores.of(METRIC, published_scores(name), torch.zeros(LAYERS, HEADS, dtype=torch.float64))
     into = None if component is None else Component(component)
     return Hop(name, position, receiver, into, scores, scores=scores)
@@ -95,7 +95,7 @@ def test_receivers_explain_the_exact_zeros(number, upper, lowest_zero, zeros):
 
 def test_paper_hops_on_the_published_scores_give_the_published_pools():
     patcher = Published()
-    specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+    specs = [HopSpec(*hop) for hop in Boxes.paper_hops]
     circuit, hops = given_hops(patcher, METRIC, RULE, specs, RECEIVERS, POOLS, lambda hop: None)
     assert [len(hop.heads) for hop in hops] == [50, 10, 25, 5]
     assert [group.name for group in circuit.groups] == list(GROUPS) and len(circuit.nodes) == 90

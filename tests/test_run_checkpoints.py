@@ -189,11 +189,10 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base and the data of stages `finetune` and `match`, in a folder that is now the working directory."""
     monkeypatch.chdir(folder)
     save_model(tiny_model(), tiny_tokenizer(), "models/base/5")
-    for name in ("adjacent/train", "adjacent/selection", "contains/train"):
-        path = Path(f"data/new/{name}.parquet")
+    for name in ("new/adjacent/train", "new/adjacent/selection", "old/train"):
+        path = Path(f"data/{name}.parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_prompts(path, tiny_prompts())
-    Path("data/old").mkdir()
     write_examples(Path("data/old/selection.parquet"), tiny_examples())
 
 

@@ -18,11 +18,11 @@ from stages.circuits.path_patching import PathPatcher
 from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Found, Hop, _group_of, search
-from stages.pipeline.files import read_json
+from stages.pipeline.files import read_json, write_json
 from stages.pipeline.resources import MEMORY_MIB, PROCESSES
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
-from stages.tasks.hops import DISPLAY, PAPER_HOPS, READOUT, ROOT
+from stages.tasks.old.boxes import Boxes
 from tests.comparing import record_difference
 from tests.oracles import walker_of
 
@@ -146,7 +146,7 @@ def test_split_half_correlation():
 def test_search_finds_the_circuit_that_was_put_there():
     patcher = counting_patcher()
     told = []
-    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append, READOUT, ROOT, DISPLAY)
+    circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, RULE, told.append, "last", Boxes.root, Boxes.display)
     assert told == hops
     shape = [(group.name, group.position, group.receiver, group.component, group.heads) for group in circuit.groups]
     assert shape == [
@@ -167,13 +167,15 @@ def test_search_finds_the_circuit_that_was_put_there():
 def test_the_rule_asks_for_size_and_for_certainty():
     patcher = counting_patcher()
     for rule in (replace(RULE, minimum_effect=1.5), replace(RULE, noise_z=1e6)):
-        circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None, READOUT)
+        circuit, hops = search(patcher, Metric.LOGIT_DIFFERENCE, rule, lambda hop: None, "last")
         assert circuit.groups == () and len(hops) == 1
-    shallow, _ = search(patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None, READOUT, ROOT)
+    shallow, _ = search(
+        patcher, Metric.LOGIT_DIFFERENCE, replace(RULE, max_depth=1), lambda hop: None, "last", Boxes.root
+    )
     assert [group.name for group in shallow.groups] == ["fetch_answer"]
     # head 0.2 does 1 % of what head 0.0 does and head 0.3 turns only norms, so that more than 99 % needs them, too
     all_of_it = replace(RULE, coverage=0.995, minimum_head_effect=2e-4, noise_z=2.0)
-    thorough, _ = search(patcher, Metric.LOGIT_DIFFERENCE, all_of_it, lambda hop: None, READOUT)
+    thorough, _ = search(patcher, Metric.LOGIT_DIFFERENCE, all_of_it, lambda hop: None, "last")
     assert {node for node in thorough.nodes if node.layer == 0 and node.position == "query_label"} == {
         Node(0, head, "query_label") for head in (0, 2, 3)
     }
@@ -205,7 +207,7 @@ def test_names_of_hops_are_the_callers_and_cannot_collide():
     assert kept[:4] == ["answer", "q_last", "k_last", "v_last"]
     assert {"v_label", "v_earlier_label"} <= set(kept) and len(set(kept)) == len(kept)
     with pytest.raises(Invalid, match="'(earlier_)?label' and '(earlier_)?label' are both called 'label'"):
-        names(readout="last", display=DISPLAY)
+        names(readout="last", display=Boxes.display)
     with pytest.raises(Invalid, match="readout = 'end': must be a position of the prompts: earlier_label, label, last"):
         names(readout="end")
     with pytest.raises(Invalid, match="root = 'q_last': must not be the name of a hop"):
@@ -218,7 +220,7 @@ def test_names_of_hops_are_the_callers_and_cannot_collide():
 @pytest.mark.parametrize("metric", Metric)
 def test_paper_hops(metric):
     patcher = counting_patcher(metric)
-    specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+    specs = [HopSpec(*hop) for hop in Boxes.paper_hops]
     circuit, hops = given_hops(patcher, metric, RULE, specs, None, None, lambda hop: None)
     assert [group.name for group in circuit.groups] == ["value_fetcher"] and circuit.nodes[0].layer == 1
     # no head feeds its queries, and so the later hops have no receivers
@@ -283,6 +285,7 @@ def stage_cell(**changes: object) -> Cell:
 def stage_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_examples("data/old/discovery.parquet", counting_examples())
+    write_json("data/old_task.json", Boxes.described())
     counting_model().save_pretrained("models/base/0")
     return tmp_path / "reports/cells/discover/base/0"
 

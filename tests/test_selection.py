@@ -21,7 +21,7 @@ from stages.circuits.scores import Metric, Scores
 from stages.circuits.screening import gate_sets
 from stages.circuits.search import Found, search
 from stages.circuits.selection import Selection, select_heads
-from stages.tasks.hops import DISPLAY, PAPER_HOPS
+from stages.tasks.old.boxes import Boxes
 from tests.planted import PLANS, planted_patcher
 
 RULE = Rule(minimum_effect=0.02, minimum_head_effect=0.005, noise_z=4.0, coverage=0.9, merge_overlap=0.5, max_depth=5)
@@ -86,7 +86,7 @@ def test_heads_that_cancel_are_found_where_all_heads_together_do_nothing():
 @pytest.mark.parametrize(("name", "hop_name"), [("stand_in_for_q", "q_last"), ("stand_in_for_k", "k_separator")])
 def test_planted_stand_ins_show_nothing_alone_and_everything_together(name, hop_name):
     _, hops = search(
-        planted_patcher(PLANS[name]), Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None, "last", display=DISPLAY
+        planted_patcher(PLANS[name]), Metric.LOGIT_DIFFERENCE, RULE, lambda hop: None, "last", display=Boxes.display
     )
     hop = next(hop for hop in hops if hop.name == hop_name)
     assert hop.scores is not None and len(hop.heads) == 2
@@ -100,7 +100,7 @@ def test_planted_stand_ins_show_nothing_alone_and_everything_together(name, hop_
 def test_paper_hops_find_the_planted_chain():
     for metric in Metric:
         patcher = planted_patcher(PLANS["paper"], metric)
-        specs = [HopSpec(*hop) for hop in PAPER_HOPS]
+        specs = [HopSpec(*hop) for hop in Boxes.paper_hops]
         circuit, hops = given_hops(patcher, metric, RULE, specs, None, None, lambda hop: None)
         assert [(g.name, g.position, g.receiver, g.component, g.heads) for g in circuit.groups] == [
             ("value_fetcher", "last", "logits", None, ((3, 1),)),

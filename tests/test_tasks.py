@@ -17,10 +17,9 @@ from stages.pipeline.stage import Cell, Invalid
 from stages.synthesize import OLD_SPLITS, PAIR_SPLITS
 from stages.tasks import arithmetic
 from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
-from stages.tasks.desiderata import HYPOTHESES, WORDINGS, draw_pairs, floors
-from stages.tasks.entity_tracking import draw_examples
+from stages.tasks.desiderata import draw_pairs, floors
+from stages.tasks.entity_tracking import POSITIONS, draw_examples
 from stages.tasks.examples import (
-    POSITIONS,
     read_examples,
     read_pairs,
     read_prompts,
@@ -29,6 +28,7 @@ from stages.tasks.examples import (
     write_prompts,
 )
 from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.old.boxes import Boxes
 from stages.tasks.relations import RELATIONS, draw_prompts, make_prompts, query_words, target_weights
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, render
@@ -36,6 +36,7 @@ from stages.tasks.tokenizer import build_tokenizer
 from stages.tasks.vocabulary import LABELS, OBJECTS, SPECIAL, UNK, WORDS, vocabulary
 
 VOCABULARY = vocabulary()
+HYPOTHESES = tuple(Boxes.desiderata)
 
 
 def words_of(ids: torch.Tensor) -> list[str]:
@@ -181,13 +182,14 @@ def test_files_of_different_splits_share_no_context(tmp_path: Path, monkeypatch:
         "synthesize": SimpleNamespace(seed=0, boxes=3, **sizes),
         "dcm.desiderata": HYPOTHESES[:2],
         "dcm.of_base": HYPOTHESES[2:],
+        "old_task": "boxes",
         "source.bos": "<bos>",
         "new_task": "adjacent",
     }
     build_tokenizer().save_pretrained("models/source")
     monkeypatch.setattr(Cell, "params", lambda self, path: params[path])
     synthesize.main(Cell("synthesize", {}))
-    allowed = {f"old/{name}": split for name, split in OLD_SPLITS.items()}
+    allowed = {f"old/{name}": split for name, split in OLD_SPLITS.items()} | {"old/train": Split.TRAIN}
     allowed |= {f"new/{task}/{split}": split for task in NEW_TASKS for split in ("train", "selection", "evaluation")}
     allowed |= {f"desiderata/{d}/{name}": split for d in HYPOTHESES for name, split in PAIR_SPLITS.items()}
     written = {path.relative_to("data").with_suffix("").as_posix() for path in Path("data").rglob("*.parquet")}
@@ -379,7 +381,7 @@ def test_desiderata_cannot_be_confused(desideratum: str, boxes: int) -> None:
     assert in_base == pytest.approx(0 if desideratum == "object_value" else 1 / boxes)
 
 
-@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("wording", Boxes.wordings)
 @pytest.mark.parametrize("boxes", [3, 7, 25])
 def test_a_source_of_another_wording_asks_the_same(wording: str, boxes: int) -> None:
     plain, worded = (

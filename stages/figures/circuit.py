@@ -257,7 +257,7 @@ def _arm(
         )
     axes.set_xticks(
         range(len(positions)),
-        [position.replace("earlier_", "earlier\n").replace("query_", "query\n") for position in positions],
+        [position.replace("_", "\n") for position in positions],
     )
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", labelsize=8)

@@ -1,5 +1,7 @@
 """Which layers carry the answer: accuracy when one position cannot see another, by layer."""
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,26 +10,20 @@ from matplotlib.lines import Line2D
 from stages.figures.style import SOFT, empty, legend_below, look, mean_and_seeds, plt, share_axis, styled
 
 MOST_COLUMNS = 4
-# positions in the order of the panels; those of the queried clause have no other name here
-NAMES = {
-    "last": "last token",
-    "query_label": "query label",
-    "earlier_label": "label in the clause",
-    "earlier_object": "object",
-    "earlier_separator": "separator",
-    "another_clause": "another clause",
-}
+OTHER_CLAUSE = "another_clause"  # the control of tasks with clauses, no position of its own
 
 
-def draw(frame: pd.DataFrame, window: int) -> Figure:
+def draw(frame: pd.DataFrame, window: int, positions: Mapping[str, str]) -> Figure:
     """One panel for each path.
 
     Args:
         frame: model, seed, query, key, layer, accuracy, everywhere.
         window: layers that are knocked out together.
+        positions: of the task in reading order, each with what it is called.
     """
+    words = {**positions, OTHER_CLAUSE: OTHER_CLAUSE.replace("_", " ")}
     with styled():
-        paths = _paths(frame)
+        paths = _paths(frame, list(positions))
         if not paths:
             figure, axes = plt.subplots(figsize=(11, 1.5), layout="constrained")
             empty(axes, "No attention was knocked out.")
@@ -42,7 +38,7 @@ def draw(frame: pd.DataFrame, window: int) -> Figure:
             _panel(panel, part)
             seeds, of = part["seed"].nunique(), frame["seed"].nunique()
             fewer = f" ({seeds} of {of} bases)" if seeds < of else ""
-            panel.set_title(f"{NAMES[query]} ↛ {NAMES[key]}{fewer}", fontsize=9)
+            panel.set_title(f"{words[query]} ↛ {words[key]}{fewer}", fontsize=9)
         for panel in panels.flat[len(paths) :]:
             panel.set_axis_off()
         for row in panels:
@@ -73,8 +69,9 @@ def _panel(axes: Axes, part: pd.DataFrame) -> None:
     share_axis(axes)
 
 
-def _paths(frame: pd.DataFrame) -> list[tuple[str, str]]:
+def _paths(frame: pd.DataFrame, positions: list[str]) -> list[tuple[str, str]]:
     """Paths from the last token first, and the control at the end."""
     paths = dict.fromkeys(zip(frame["query"], frame["key"], strict=True))
-    places = list(NAMES)
-    return sorted(paths, key=lambda path: (path[1] == "another_clause", *map(places.index, path)))
+    query = [*reversed(positions)]
+    key = [*positions, OTHER_CLAUSE]
+    return sorted(paths, key=lambda path: (path[1] == OTHER_CLAUSE, query.index(path[0]), key.index(path[1])))

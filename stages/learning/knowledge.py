@@ -8,11 +8,9 @@ from torch import Tensor
 
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
 from stages.tasks.contexts import Split
-from stages.tasks.entity_tracking import draw_queries
 from stages.tasks.examples import Prompts
 from stages.tasks.new_tasks import NEW_TASKS, impossible
-from stages.tasks.templates import STANDARD, TEMPLATES
-from stages.tasks.vocabulary import Vocabulary
+from stages.tasks.old_task import OldTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,27 +47,20 @@ def new_task(model: "PreTrainedModel", prompts: Prompts) -> dict[str, float]:
     }
 
 
-def measure_base(
-    model: "PreTrainedModel", vocabulary: Vocabulary, boxes: int, n: int, rng: np.random.Generator
-) -> dict[str, Any]:
-    """Accuracy of every template and of fewer boxes, and knowledge of every new task that the tokenizer is made for
-    (selection split).
+def measure_base(model: "PreTrainedModel", old: OldTask, n: int, rng: np.random.Generator) -> dict[str, Any]:
+    """What a model knows of every variant of the old task (kind -> variant -> `old_scores`), and as `tasks` of every
+    new task that the tokenizer is made for (selection split).
 
     Args:
-        vocabulary: what prompts are said in.
-        boxes: of the longest prompts.
+        old: the old task, as the model's tokenizer says it.
         n: prompts of each kind.
         rng: draws them.
     """
-    templates = {}
-    for template in TEMPLATES:
-        templates[template] = old_scores(model, *draw_queries(rng, vocabulary, template, Split.SELECTION, n, boxes))
-    fewer = {}
-    for size in range(2, boxes):
-        correct, _ = old_task(model, *draw_queries(rng, vocabulary, STANDARD, Split.SELECTION, n, size))
-        fewer[str(size)] = float(correct.mean())
-    tasks, cannot = {}, impossible(vocabulary, boxes)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, variant, ids, answer in old.variants(rng, n):
+        found.setdefault(kind, {})[variant] = old_scores(model, ids, answer)
+    tasks, cannot = {}, impossible(old.vocabulary, old.boxes)
     for name, task in NEW_TASKS.items():
         if name not in cannot:
-            tasks[name] = new_task(model, task.draw(rng, vocabulary, Split.SELECTION, n, boxes))
-    return {"templates": templates, "fewer_boxes": fewer, "tasks": tasks}
+            tasks[name] = new_task(model, task.draw(rng, old.vocabulary, Split.SELECTION, n, old.boxes))
+    return found | {"tasks": tasks}

@@ -5,9 +5,10 @@ thirty modules for each cell would keep the lists right only by care, and would 
 seconds a cell reading and writing it. So stage `code` writes, for every stage, one small file with the digests of what
 it runs, and the cells depend on that file: an edit reruns the stages that run the edited module, and no others.
 
-Two packages are told apart:
+Three packages are told apart:
 - `stages/pipeline/params/` is left out: it can only refuse a run, never change what a stage computes, since values
   reach a stage from params.yaml as they are (it holds no defaults).
+- the old tasks in `stages/tasks/old/` are found by their registry, so who imports that runs all of them;
 - the arms in `stages/learning/arms/` are imported by name, so each has a file of its own: editing one arm reruns that
   arm's cells only.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 
 VALIDATION_ONLY = "stages/pipeline/params"
 ARMS = "stages/learning/arms"
+# a registry that finds its modules by their being there -> what it runs
+FOUND = {"stages/tasks/old_tasks.py": "stages/tasks/old"}
 # what is run, but not imported: pins and templates
 BESIDES = {
     "contrast": ("requirements.txt",),
@@ -55,6 +58,7 @@ def code_of(stage: str, arm: str | None = None) -> list[str]:
         if path not in found and not path.startswith(f"{VALIDATION_ONLY}/"):
             found.append(path)
             todo.extend(_imports(path))
+            todo.extend(sorted(file.as_posix() for file in Path(FOUND[path]).glob("*.py")) if path in FOUND else ())
     return [entry, *sorted(set(found) - {entry}), *BESIDES.get(stage, PINS)]
 
 

@@ -11,13 +11,6 @@ from stages.pipeline.stage import Invalid
 from stages.statistics.cells import BASE, Cells
 
 WHOLE = "circuit"  # stands for all groups together among the groups of a transplant
-POSITIONS = (
-    "earlier_object",
-    "earlier_label",
-    "earlier_separator",
-    "query_label",
-    "last",
-)  # in reading order
 
 
 def seed_values(cells: Cells, measures: tuple[str, ...], left_out: Collection[str]) -> pd.DataFrame:

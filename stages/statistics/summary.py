@@ -55,9 +55,10 @@ def summarise(
     level = levels.pop() if len(levels) == 1 else None
     shortcut = max(shortcuts.items(), key=lambda item: item[1]) if shortcuts else (None, None)
     first = primary[0] if plan.contrasts else None
-    found = checks(cells, plan, statistics["new_task"], primary, names)
-    same_task = statistics["new_task"] == enhancement.SAME_TASK
-    models = enhancement.table_of_models(cells) if same_task else []
+    old_task, new_task = statistics["old_task"], statistics["new_task"]
+    same_task = new_task == old_task["same_as"]
+    found = checks(cells, plan, new_task, same_task, primary, names)
+    models = enhancement.table_of_models(cells, old_task["name"]) if same_task else []
     heads = enhancement.table_of_transplants(cells) if same_task else []
     findings = enhancement.findings(models, heads, names) if same_task else []
     answer = "No contrast was planned."
@@ -68,7 +69,8 @@ def summarise(
             "sentence": " ".join([*findings, answer, *_failed_controls(found)]),
             "verdict": verdict(first, plan.alpha) if first else "no contrast",
         },
-        "new_task": statistics["new_task"],
+        "old_task": [old_task],
+        "new_task": new_task,
         "level": level,
         "shortcut": shortcut[1],
         "shortcut_name": shortcut[0],
@@ -271,12 +273,11 @@ def random_floor(cells: Cells, plan: Plan) -> float | None:
 
 
 def checks(
-    cells: Cells, plan: Plan, new_task: str, primary: list[Any], names: Mapping[str, str]
+    cells: Cells, plan: Plan, new_task: str, same_task: bool, primary: list[Any], names: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Could the experiment have shown anything? For each check its name, what should hold, what was found, and whether
     it holds (None without data)."""
     random = {seed: max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds}
-    same_task = new_task == enhancement.SAME_TASK
     least, most = HALF_TRAINED if same_task else (LEAST_OLD_ACCURACY, 1.0)
     found = [
         _of_bases(

@@ -33,27 +33,11 @@ from stages.tasks.contexts import (
 )
 from stages.tasks.entity_tracking import old_prompts, positions
 from stages.tasks.examples import DesiderataPairs
-from stages.tasks.templates import STANDARD, TEMPLATES
+from stages.tasks.old.boxes import Boxes
+from stages.tasks.templates import STANDARD
 from stages.tasks.vocabulary import Vocabulary
 
-HYPOTHESES = ("positional", "object_value", "box_label_value", "next_clause")
-WORDINGS = tuple(name for name in TEMPLATES if name != STANDARD)
 LEAST_BOXES = 3  # base clause, source clause and the clause of the source's label
-
-
-def hypothesis_and_wording(desideratum: str) -> tuple[str, str]:
-    """The two parts of a name.
-
-    Raises:
-        Invalid: one of them does not exist.
-    """
-    hypothesis, dash, wording = desideratum.partition("-")
-    if hypothesis not in HYPOTHESES or (dash and wording not in WORDINGS):
-        raise Invalid(
-            f"desideratum '{desideratum}': must be one of {', '.join(HYPOTHESES)}, alone or followed by '-' and the "
-            f"wording of the source ({', '.join(WORDINGS)})"
-        )
-    return hypothesis, wording or STANDARD
 
 
 def draw_pairs(
@@ -72,7 +56,8 @@ def draw_pairs(
     Raises:
         Invalid: fewer boxes, or there is no such desideratum.
     """
-    hypothesis, wording = hypothesis_and_wording(desideratum)
+    hypothesis, said = Boxes.parts(desideratum)
+    wording = said or STANDARD
     if boxes < LEAST_BOXES:
         raise Invalid(f"synthesize.boxes = {boxes}: must be at least {LEAST_BOXES}, so that desiderata differ")
     rows = np.arange(n)

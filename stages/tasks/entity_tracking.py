@@ -18,10 +18,14 @@ from stages.tasks.contexts import (
     draw_contexts,
     draw_other_clauses,
 )
-from stages.tasks.examples import CLAUSE_POSITIONS, POSITIONS, Examples
+from stages.tasks.examples import Examples
 from stages.tasks.relations import CONTAINS, QUERY_LABEL, query_words, render_queries
 from stages.tasks.templates import STANDARD, context_pattern, places
 from stages.tasks.vocabulary import Vocabulary
+
+# the last token, the label in the query, and label, object and separator of the queried clause
+POSITIONS = ("last", "query_label", "earlier_label", "earlier_object", "earlier_separator")
+CLAUSE_POSITIONS = POSITIONS[2:]
 
 
 def draw_examples(
@@ -32,7 +36,8 @@ def draw_examples(
     boxes: int,
     random_query: bool = False,
 ) -> Examples:
-    """Draw examples with corrupt partners of the same split.
+    """Draw examples with corrupt partners of the same split: another context, without a shared object, that asks for a
+    box of neither. Its positions inside a clause are those of a random clause other than the clean one.
 
     Args:
         rng: source of randomness.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_origin
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stages.pipeline.files import replacing_file
-
-# Semantic positions: the last token, the label in the query, and label, object and separator of the queried
-# clause.
-POSITIONS = ("last", "query_label", "earlier_label", "earlier_object", "earlier_separator")
-CLAUSE_POSITIONS = POSITIONS[2:]
 
 
 class Clauses(StrEnum):
@@ -50,17 +45,17 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Examples(_Rows):
-    """Entity tracking with corrupt partners.
+    """An old task with corrupt partners.
 
     Attributes:
         input_ids: clean prompts; the next token is the answer.
-        answer: token id of the object in the queried box.
-        others: token ids of the other objects of the context.
+        answer: token id of the right answer.
+        others: token ids of the other candidates.
         positions: semantic position -> index into `input_ids`, for each example.
-        every_clause: the same for the positions inside a clause, with the indices in all clauses.
-        corrupt_ids: another context, without a shared object, that asks for a box of neither context.
-        corrupt_positions: positions in `corrupt_ids`; "earlier_*" are those of a random clause other than the
-            clean one.
+        every_clause: the same for the positions inside a clause, with the indices in all clauses; empty for a task
+            without clauses.
+        corrupt_ids: prompts that say as much, but nothing of this answer.
+        corrupt_positions: positions in `corrupt_ids`; those inside a clause are of another one than the clean ones.
     """
 
     input_ids: Int[Tensor, "n t"]
@@ -70,6 +65,12 @@ class Examples(_Rows):
     every_clause: dict[str, Int[Tensor, "n boxes"]]
     corrupt_ids: Int[Tensor, "n t"]
     corrupt_positions: dict[str, Int[Tensor, "n"]]
+
+    @property
+    def readout(self) -> str:
+        """The position at which the answer is read, that of the last token."""
+        last = self.input_ids.shape[1] - 1
+        return next(name for name, at in self.positions.items() if bool((at == last).all()))
 
     def places(self, clauses: Clauses | str) -> dict[str, Int[Tensor, "n ..."]]:
         """Semantic position -> the index or indices at which its heads are kept, removed or transplanted."""
@@ -84,7 +85,7 @@ class Prompts(_Rows):
         input_ids: prompts.
         valid: token ids of the right answers, padded with -1.
         canonical: the one right answer that `sft_gold` is taught.
-        objects: token ids of the context's objects, clause by clause.
+        objects: token ids of the candidates: of boxes the context's objects, clause by clause.
     """
 
     input_ids: Int[Tensor, "n t"]
@@ -172,7 +173,8 @@ def _write(path: str | Path, rows: _Rows) -> None:
 def _read(path: str | Path, kind: type[_Set]) -> _Set:
     with pq.ParquetFile(path) as file:  # unlike pq.read_table, this loads no module for sets of files
         table = file.read()
-    values: dict[str, Any] = {}
+    # a dict without an entry has no column
+    values: dict[str, Any] = {field.name: {} for field in fields(cast(Any, kind)) if get_origin(field.type) is dict}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
         # DLPack shares the numbers; `to_numpy` would first load pandas, which costs more than all reading
@@ -182,7 +184,7 @@ def _read(path: str | Path, kind: type[_Set]) -> _Set:
             tensor = torch.from_dlpack(column).long()
         field, _, key = name.partition(".")
         if key:
-            values.setdefault(field, {})[key] = tensor
+            values[field][key] = tensor
         else:
             values[field] = tensor
     return kind(**values)

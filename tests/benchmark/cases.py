@@ -15,7 +15,7 @@ from stages.circuits.pairs import AlignedPairs
 from stages.circuits.path_patching import Receivers, TokenMeasure
 from stages.pipeline.checkpoints import load_model, load_tokenizer
 from stages.pipeline.packaged_model import packaged_model
-from stages.tasks.hops import PAPER_HOPS
+from stages.tasks.old.boxes import Boxes
 from tests.benchmark.boxes import BOXES, box_prompts
 
 CLAUSE = 7  # tokens of a clause; the first label is at token 6, the query label is the third token from the end
@@ -263,7 +263,7 @@ def _text(n: int) -> tuple[AlignedPairs, Int[Tensor, "n 7"]]:
 def hops(case: Case) -> list[tuple[str, str, Receivers]]:
     """(name, sender position, receivers) of the paper's hops."""
     found = []
-    for name, position, receiver, component in PAPER_HOPS:
+    for name, position, receiver, component in Boxes.paper_hops:
         if component is None or receiver == LOGITS:
             found.append((name, position, Receivers()))
             continue

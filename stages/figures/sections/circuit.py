@@ -11,6 +11,14 @@ from stages.statistics.wording import count, number
 def section(summary: Mapping[str, Any]) -> Section:
     """The base's circuit, drawn, and what was asked of it."""
     base = summary["base"]
+    clauses = base["queried_clause_faithfulness"] is not None
+    of_clauses = (
+        "A head at a token of a clause stands before the query and cannot know which clause will be asked for, "
+        "so a circuit's head is kept at that token of every clause, and removed or transplanted there. Kept in the "
+        "queried clause alone, as in Prakash et al., the circuits reach "
+        f"{number(base['queried_clause_faithfulness'])}."
+    )
+    control = "The last panel is the control, a clause that was not asked for. " if clauses else ""
     return Section(
         "The circuit",
         (
@@ -18,10 +26,7 @@ def section(summary: Mapping[str, Any]) -> Section:
             f"circuit of {number(base['circuit_size'], 1)} (head, position) nodes, faithfulness "
             f"{number(base['circuit_faithfulness'])}; random circuits of the same shape have "
             f"{number(base['random_faithfulness'])} (at most {number(base['random_faithfulness_max'])}).",
-            "A head at a token of a clause stands before the query and cannot know which clause will be asked for, "
-            "so a circuit's head is kept at that token of every clause, and removed or transplanted there. Kept in the "
-            f"queried clause alone, as in Prakash et al., the circuits reach "
-            f"{number(base['queried_clause_faithfulness'])}.",
+            *((of_clauses,) if clauses else ()),
         ),
         (
             Picture(
@@ -51,8 +56,7 @@ def section(summary: Mapping[str, Any]) -> Section:
                 "knockout",
                 "Which layers carry the answer, and from where? One position is kept from seeing another in "
                 "one window of layers; where accuracy falls, that path is in use there. Squares at the right: not "
-                "seen in any layer. The last panel is the control, a clause that was not asked for. Where a tuned "
-                "model falls with the base, it still uses the same path.",
+                f"seen in any layer. {control}Where a tuned model falls with the base, it still uses the same path.",
             ),
         ),
         (_circuit_tests(summary),),

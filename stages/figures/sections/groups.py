@@ -1,4 +1,4 @@
-"""What the groups of heads carry: position, object or label of the box, by component masking."""
+"""What the groups of heads carry, by component masking."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from stages.statistics.wording import number
 
 def section(summary: Mapping[str, Any]) -> Section:
     """What swapping the heads of a group moves, and whether the same heads carry it after tuning."""
-    asked = summary["table_desiderata_of_base"]
+    asked, [old_task] = summary["table_desiderata_of_base"], summary["old_task"]
     groups = sorted({group for entry in asked for group in entry["accuracy"]})
     rows = [
         (
@@ -39,10 +39,9 @@ def section(summary: Mapping[str, Any]) -> Section:
         (
             Table(
                 "All desiderata that the bases were asked, means over those bases that have the group: share of test "
-                "pairs in which swapping the selected heads moves the answer to the target. `next_clause` is a "
-                "negative control; a name with a wording behind it has source prompts of that wording, with base "
-                "prompts as ever. Floor: nothing swapped. Random: as many random heads at the position where they "
-                "move most.",
+                f"pairs in which swapping the selected heads moves the answer to the target. "
+                f"{old_task['desiderata_note']} Floor: nothing swapped. Random: as many random heads at the position "
+                "where they move most.",
                 ("Desideratum", *groups, "Floor", "Random"),
                 rows,
                 1,
@@ -58,8 +57,8 @@ def section(summary: Mapping[str, Any]) -> Section:
             Picture(
                 "desiderata",
                 "Desiderata-based component masking: share of test pairs in which swapping a group's "
-                "selected heads moves the answer as it must if the group carries the place, the object or "
-                "the label of the box. Ticks: floor with nothing swapped. Diamonds: as many random heads.",
+                f"selected heads moves the answer as it must if the group carries {old_task['carried']}. Ticks: floor "
+                "with nothing swapped. Diamonds: as many random heads.",
             ),
         ),
         (same_heads, *tables),

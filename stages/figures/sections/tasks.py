@@ -15,9 +15,10 @@ def section(summary: Mapping[str, Any]) -> Section:
     shortcut, name = "", summary["shortcut_name"]
     if name is not None:
         shortcut = f" The best answer without the skill ({name}) scores {number(summary['shortcut'])}."
+    [old_task] = summary["old_task"]
     return Section(
         "New task against old",
-        (f"The old task is entity tracking; the new task is “{summary['new_task']}”.{level}{shortcut}",),
+        (f"The old task is {old_task['title']}; the new task is “{summary['new_task']}”.{level}{shortcut}",),
         (
             Picture(
                 "pareto",

@@ -6,6 +6,7 @@ from stages.pipeline.params.finetuning import Finetune
 from stages.pipeline.params.tasks import NEW_TASKS
 from stages.pipeline.params.whole import Params
 from stages.pipeline.stage import Invalid
+from stages.tasks.old_tasks import old_tasks
 
 AXIS_VALUE = re.compile(r"[a-z0-9_]+")
 
@@ -17,6 +18,7 @@ def check(params: Params) -> None:
         Invalid: one sentence on the first problem found.
     """
     _check_axes(params)
+    _check_old_task(params)
     _check_sizes(params)
     _check_levels(params)
     if params.source.kind == "curriculum":
@@ -56,6 +58,26 @@ def _check_axes(params: Params) -> None:
             raise Invalid(f"params.yaml: contrast.families: there is no arm '{arm}': must be one of {', '.join(arms)}")
         if members.count(arm) > 1:
             raise Invalid(f"params.yaml: contrast.families: '{arm}' stands twice: must be in one family, once")
+
+
+def _check_old_task(params: Params) -> None:
+    known = old_tasks()
+    if params.old_task not in known:
+        raise Invalid(f"params.yaml: old_task = '{params.old_task}': must be one of {', '.join(known)}")
+    task = known[params.old_task]
+    if params.source.kind == "curriculum" and task is not known["boxes"]:
+        raise Invalid(
+            f"params.yaml: old_task = '{task.name}': must be boxes with source.kind = curriculum, whose bases learn "
+            "nothing else"
+        )
+    if params.discover.hops == "paper" and not task.paper_hops:
+        raise Invalid(f"params.yaml: discover.hops = paper: must be auto with old_task = {task.name}, which has none")
+    for key in ("desiderata", "of_base"):
+        for name in getattr(params.dcm, key):
+            try:
+                task.parts(name)
+            except Invalid as error:
+                raise Invalid(f"params.yaml: dcm.{key}: {error}") from None
 
 
 def _check_sizes(params: Params) -> None:

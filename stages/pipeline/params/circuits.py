@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from stages.pipeline.params.fields import (
     DISTINCT,
@@ -15,7 +15,6 @@ from stages.pipeline.params.fields import (
     Seed,
     as_tuple,
 )
-from stages.pipeline.params.tasks import HYPOTHESES, WORDINGS
 
 
 class PaperTop(Section):
@@ -48,18 +47,7 @@ class Evaluate(Section):
     knockout_window: Count
 
 
-def _desiderata(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        hypothesis, dash, wording = name.partition("-")
-        if hypothesis not in HYPOTHESES or (dash and wording not in WORDINGS):
-            raise ValueError(
-                f"'{name}': must be one of {', '.join(HYPOTHESES)}, alone or followed by '-' and the wording of the "
-                f"source ({', '.join(WORDINGS)})"
-            )
-    return names
-
-
-_Desiderata = Annotated[tuple[str, ...], BeforeValidator(as_tuple), AfterValidator(_desiderata), DISTINCT]
+_Desiderata = Annotated[tuple[str, ...], BeforeValidator(as_tuple), DISTINCT]
 
 
 class Dcm(Section):

@@ -13,6 +13,7 @@ class Params(Section):
     seeds: list[Seed]
     arms: list[str]
     models: list[str]
+    old_task: str
     new_task: str
     source: Source
     synthesize: Synthesize
