@@ -1,4 +1,5 @@
 # Verbs: `make help`. Everything runs in $(VENV), which is created on first use.
+# ARGS goes on to presets: make full ARGS="--name precedes -S new_task=precedes".
 PYTHON ?= python3
 VENV ?= .venv
 # Any torch that is already in $(VENV) is kept; otherwise this one is installed.
@@ -43,10 +44,10 @@ report: $(READY) ## statistics and report alone, from the records of the committ
 	python -m stages.pipeline.records
 
 smoke: $(READY) ## run the smoke preset in a temporary clone and say where its report is
-	python -m stages.pipeline.preset smoke
+	python -m stages.pipeline.preset smoke $(ARGS)
 
 full: $(READY) ## the full preset, in build/full: says first what it will cost, and goes on where it was stopped
-	python -m stages.pipeline.preset full
+	python -m stages.pipeline.preset full $(ARGS)
 
 bench: $(READY) ## time exact path patching against the paper's algorithm: reports/benchmarks.json, README's table
 	python -m tests.benchmark

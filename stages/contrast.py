@@ -6,6 +6,7 @@ writes reports/statistics.json   measures by arm, contrasts, reach rates, adjust
        reports/cells.csv         every scalar of every record, long form
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages.pipeline.files import read_json, write_csv, write_json
@@ -21,9 +22,14 @@ from stages.statistics.similarity import compare_circuits
 CELLS = Path("reports/cells")
 
 
+def _of_arms(pairs: Sequence[Sequence[str]], arms: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs of arms that both take part, so that fewer arms need no other change of the params."""
+    return tuple((arm, reference) for arm, reference in pairs if {arm, reference} <= set(arms))
+
+
 def main(cell: Cell) -> None:
     section = cell.params("contrast")
-    cells = read_cells(CELLS, cell.params("seeds"), cell.params("models"), cell.params("arms"))
+    cells = read_cells(CELLS, cell.params("seeds"), cell.params("arms"))
     frame = long_form(cells)
     undefined = frame["value"].isna()
     full_names = frame["stage"] + "." + frame["measure"]
@@ -36,8 +42,8 @@ def main(cell: Cell) -> None:
         primary=section.primary_measure,
         secondary=tuple(section.secondary_measures),
         base_faithfulness=section.base_faithfulness,
-        contrasts=tuple((arm, reference) for arm, reference in section.contrasts),
-        controls=tuple((arm, reference) for arm, reference in section.controls),
+        contrasts=_of_arms(section.contrasts, cells.arms),
+        controls=_of_arms(section.controls, cells.arms),
         confidence=section.confidence,
         alpha=section.alpha,
         power=section.power,

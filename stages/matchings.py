@@ -1,10 +1,8 @@
-"""Stage `matchings` (seed): what the base's circuit still does in the checkpoints of the other matchings.
+"""Stage `matchings` (arm, seed): what the base's circuit still does in the checkpoints of the other matchings.
 
-reads  models/matched/<seed>/<arm>, one folder of weights for each arm, with an index from matching to file
+reads  models/matched/<seed>/<arm>, weights with an index from matching to file
 writes reports/cells/matchings/<seed>/<arm>.json, one entry for each matching whose checkpoint is not the primary
        matching's; that one is measured by stage `evaluate`
-
-All arms of a seed are one cell, so that Python's imports are paid for once.
 """
 
 from pathlib import Path
@@ -17,7 +15,7 @@ from stages.learning.checkpoints import set_weights, stored_weights
 from stages.measures.checkpoints import record, scores
 from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_model
-from stages.pipeline.files import read_json, replacing_directory, write_json
+from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, run
@@ -27,7 +25,7 @@ MATCHED = Path("models/matched")
 
 
 def main(cell: Cell) -> None:
-    seed, arms = cell.item["seed"], list(cell.params("arms"))
+    arm, seed = cell.item["arm"], cell.item["seed"]
     clauses, available = cell.params("evaluate.clauses"), resources()
     torch.set_num_threads(1)
     model = load_model(f"models/base/{seed}")
@@ -38,23 +36,19 @@ def main(cell: Cell) -> None:
     old = placed(old, old.places(clauses))
     new = read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet")
 
-    index = {arm: read_json(MATCHED / seed / arm / "index.json") for arm in arms}
-    files = [MATCHED / seed / arm / name for arm in arms for name in sorted(set(index[arm].values()))]
+    folder = MATCHED / seed / arm
+    index = read_json(folder / "index.json")
+    names = sorted(set(index.values()))
 
-    def scored(file: Path) -> dict[str, object]:
-        set_weights(model, stored_weights(file))
+    def scored(name: str) -> dict[str, object]:
+        set_weights(model, stored_weights(folder / name))
         return scores(model, nodes, prompts, old, new.input_ids, new.valid, available.share_mib)
 
-    done = in_processes(scored, files, available.processes)
-    found = dict(zip(files, tqdm(done, desc="matchings", unit="model", total=len(files)), strict=True))
-    with replacing_directory(f"reports/cells/matchings/{seed}") as folder:
-        for arm in arms:
-            entries = {
-                matching: record(len(nodes), found[MATCHED / seed / arm / name])
-                for matching, name in index[arm].items()
-            }
-            write_json(folder / f"{arm}.json", {"arm": arm, "seed": int(seed), "matchings": entries})
+    done = in_processes(scored, names, available.processes)
+    found = dict(zip(names, tqdm(done, desc="matchings", unit="model", total=len(names)), strict=True))
+    entries = {matching: record(len(nodes), found[name]) for matching, name in index.items()}
+    write_json(f"reports/cells/matchings/{seed}/{arm}.json", {"arm": arm, "seed": int(seed), "matchings": entries})
 
 
 if __name__ == "__main__":
-    run("matchings", ("seed",), main)
+    run("matchings", ("arm", "seed"), main)

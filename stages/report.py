@@ -167,14 +167,14 @@ def _notes(cells: Cells, primary: str, seed: str) -> dict[str, str]:
 
 
 def main(cell: Cell) -> None:
-    seeds, models, arms = list(cell.params("seeds")), list(cell.params("models")), list(cell.params("arms"))
+    seeds, arms = list(cell.params("seeds")), list(cell.params("arms"))
     new_task, section = cell.params("new_task"), cell.params("report")
-    cells = read_cells(CELLS, seeds, models, arms)
+    cells = read_cells(CELLS, seeds, arms)
     statistics = read_json("reports/statistics.json")
     _refuse_stale(cells, statistics)
     tasks = read_json("data/tasks.json")
     shortcuts = tasks["new_tasks"][new_task]["shortcuts"]
-    summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in models})
+    summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in cells.models})
     curves = frames.training_curves(CELLS, cells)
     summary["table_budgets"] = table_of_budgets(curves, tasks["prompt_tokens"])
     params = {"seeds": seeds, "arms": arms, "new_task": new_task}

@@ -76,7 +76,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, dvc: Dvc) -> Path:
     before = Path.cwd()
     os.chdir(REPOSITORY)
     try:
-        copy_with_preset(clone, PRESETS / "smoke.yaml", {})
+        copy_with_preset(clone, PRESETS / "smoke.yaml", [])
     finally:
         os.chdir(before)
     # commit what the clone adds to the last commit, so that `git status` shows only what the run wrote

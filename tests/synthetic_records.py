@@ -79,7 +79,6 @@ class Experiment:
         return {
             "seeds": list(self.seeds),
             "arms": list(self.arms),
-            "models": ["base", *self.arms],
             "new_task": self.new_task,
             "contrast": SimpleNamespace(
                 base_faithfulness=0.9,

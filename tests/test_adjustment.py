@@ -39,7 +39,7 @@ def experiment(n: int, effect: float = 0.03, per_nat: float = -0.1, noise: float
             records["drift", arm, seed] = {"new": {"kl": new}, "old": {"kl": old}}
             records["evaluate", arm, seed] = {"circuit": {"retention": kept}, "old_accuracy": accuracy}
             records["match", arm, seed] = {"reached": True}
-    return Cells(seeds, ("base", *ARMS), records, ())
+    return Cells(seeds, ARMS, records, ())
 
 
 def frame(n: int) -> pd.DataFrame:
@@ -97,7 +97,7 @@ def test_prediction_by_hand() -> None:
 
 def test_two_arms_have_no_correlation() -> None:
     cells = experiment(4)
-    found = adjust(Cells(cells.seeds, ("base", "grpo", "sft_gold"), cells.records, ()), ASKED, {})["prediction"]
+    found = adjust(Cells(cells.seeds, ("grpo", "sft_gold"), cells.records, ()), ASKED, {})["prediction"]
     assert found["n"] == 0 and found["p"] is None and found["difference"] is None
 
 
@@ -160,7 +160,7 @@ def test_one_bad_arm_is_not_taken_for_its_family() -> None:
 
 def test_one_arm_in_the_family_is_not_compared_twice() -> None:
     cells = experiment(6)
-    found = adjust(Cells(cells.seeds, ("base", "grpo", "sft_gold"), cells.records, ()), ASKED, {})
+    found = adjust(Cells(cells.seeds, ("grpo", "sft_gold"), cells.records, ()), ASKED, {})
     assert found["by_reference"] == [] and len(adjustment_sentences(found, NAMES, 0.95)) == 2
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_estimated_says_why(cells: Cells, why: str) -> None:
 
 def test_arms_that_are_not_there() -> None:
     cells = experiment(4)
-    alone = Cells(cells.seeds, ("base", "grpo"), cells.records, ())
+    alone = Cells(cells.seeds, ("grpo",), cells.records, ())
     found = adjust(alone, ASKED, {})
     assert found["effects"][0]["n"] == 0 and found["families"]["SFT"] == []
     assert all("spread" in entry["why_not"] for entry in found["predictors"])  # one arm a seed

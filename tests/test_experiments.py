@@ -57,7 +57,7 @@ def test_a_count_does_not_become_a_fraction(tmp_path: Path) -> None:
 def test_an_experiment_runs_in_a_linked_worktree(tmp_path: Path, dvc: Dvc, monkeypatch: pytest.MonkeyPatch) -> None:
     clone, linked = tmp_path / "clone", tmp_path / "linked"
     monkeypatch.chdir(REPOSITORY)
-    copy_with_preset(clone, PRESETS / "smoke.yaml", {})
+    copy_with_preset(clone, PRESETS / "smoke.yaml", [])
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (
         ["add", "-A"],

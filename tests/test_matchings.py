@@ -92,7 +92,7 @@ def test_a_checkpoint_is_measured_as_in_evaluate() -> None:
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
     root = tmp_path_factory.mktemp("matchings")
     EXPERIMENT.write(root)
-    return read_cells(root / "reports/cells", EXPERIMENT.seeds, ["base", *EXPERIMENT.arms], EXPERIMENT.arms)
+    return read_cells(root / "reports/cells", EXPERIMENT.seeds, EXPERIMENT.arms)
 
 
 def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_must_not_learn_does_not_make_a_level_a_selection(tmp_path: P
         seeds=range(2), arms=arms, unreached=frozenset({("random_reward", 0), ("random_reward", 1)})
     )
     experiment.write(tmp_path)
-    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *arms], arms)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, arms)
     plan = replace(PLAN, controls=())
     found = {entry["name"]: entry for entry in compare_matchings(cells, plan)}["accuracy_0_9"]
     assert (found["reached"], found["of"], found["selected"]) == (4, 4, False)
@@ -137,7 +137,7 @@ def test_random_circuits_of_a_model_that_answers_nothing(tmp_path: Path) -> None
     record = json.loads(path.read_text())
     record["old_accuracy"], record["random"]["faithfulness"] = 0.0, [None] * 20
     path.write_text(json.dumps(record))
-    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, experiment.arms)
     frame = circuits_and_nulls(cells)
     of_grpo = frame[frame["model"] == "grpo"]
     assert of_grpo[of_grpo["kind"] == "whole model"]["accuracy"].tolist() == [0.0]

@@ -12,6 +12,7 @@ import yaml
 from dvc.repo import Repo
 from tqdm import tqdm
 
+from stages.pipeline.overrides import compose
 from stages.pipeline.parallel import FIRST, _show, dealt, rounds
 from stages.pipeline.params import load_params
 from stages.pipeline.resources import MEMORY_MIB, PROCESSES
@@ -53,8 +54,7 @@ def traced(tmp_path: Path, dvc_environment: dict[str, str]) -> Path:
     root = tmp_path / "repository"
     root.mkdir()
     (tmp_path / "work.py").write_text(WORK)
-    params = yaml.safe_load((REPOSITORY / "stages/presets/smoke.yaml").read_text())
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    compose(REPOSITORY / "params.yaml", root / "params.yaml", REPOSITORY / "stages/presets/smoke.yaml", [])
     (root / "dvc.yaml").write_text(yaml.safe_dump(traced_pipeline()))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=root, check=True, env=dvc_environment)
@@ -91,7 +91,7 @@ def test_jobs_of_a_round_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyP
                 assert needs[cell] <= before, f"{cell} also needs {needs[cell] - before}"
                 before.add(cell)
         done |= {cell for job in jobs for cell in job}
-    assert {cell.partition("@")[0] for cell in needs.keys() - done} == {"matchings", "contrast", "report"}
+    assert {cell.partition("@")[0] for cell in needs.keys() - done} == {"contrast", "report"}
 
 
 def test_cells_are_dealt_out_once_and_jobs_stay_together() -> None:

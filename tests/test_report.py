@@ -478,7 +478,7 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
     experiment.write(tmp_path)
     contrast.main(experiment.cell("contrast"))
     statistics = json.loads(Path("reports/statistics.json").read_text())
-    cells = read_cells(report.CELLS, experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(report.CELLS, experiment.seeds, experiment.arms)
     names = {model: style.label(model) for model in cells.models}
     summary = summarise(cells, statistics, {}, names)
     summary["table_budgets"] = []

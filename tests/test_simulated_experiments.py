@@ -51,7 +51,7 @@ def experiment(rng: np.random.Generator, n: int, effects: dict[str, float], spre
     for seed in seeds:
         records["circuit", "base", seed] = {"identifiable": True}
         records["evaluate", "base", seed] = {"circuit": {"retention": 1.0, "faithfulness": 1.0}}
-    return Cells(seeds, ("base", *ARMS), records, ())
+    return Cells(seeds, ARMS, records, ())
 
 
 def simulated(n: int, effects: dict[str, float], spread: float) -> list[list[dict]]:
@@ -114,7 +114,7 @@ def distances(rng: np.random.Generator, n: int, method: float, first: float) -> 
             records["drift", arm, seed] = {"new": {"kl": new}, "old": {"kl": old, "tv": other}}
             records["evaluate", arm, seed] = {"circuit": {"retention": kept}, "old_accuracy": accuracy}
             records["match", arm, seed] = {"reached": True}
-    return Cells(seeds, ("base", *(arm for family in FAMILIES.values() for arm in family)), records, ())
+    return Cells(seeds, tuple(arm for family in FAMILIES.values() for arm in family), records, ())
 
 
 @pytest.mark.parametrize(("method", "first"), [(0.0, 0.5), (0.1, 1.0)], ids=["nothing", "an effect"])

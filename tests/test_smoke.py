@@ -77,7 +77,7 @@ def test_lock_lists_exactly_the_cells(smoke_run: Path, dvc: Dvc) -> None:
 
 def _cells(clone: Path) -> dict[str, list[str]]:
     params = yaml.safe_load((clone / "params.yaml").read_text())
-    return {"seeds": [str(s) for s in params["seeds"]], "arms": params["arms"], "models": params["models"]}
+    return {"seeds": [str(s) for s in params["seeds"]], "arms": params["arms"]}
 
 
 def test_a_param_of_one_arm_makes_only_its_cells_stale(smoke_run: Path, dvc: Dvc) -> None:
@@ -158,6 +158,5 @@ def test_a_shrunk_matrix_is_not_reported_from_leftovers(smoke_run: Path, dvc: Dv
     params = yaml.safe_load((smoke_run / "params.yaml").read_text())
     dropped = [arm for arm in cells["arms"] if arm != params["match"]["noise_like"]][-1]
     params["arms"] = [arm for arm in cells["arms"] if arm != dropped]
-    params["models"] = ["base", *params["arms"]]
     with _edited(smoke_run / "params.yaml", yaml.safe_dump(params)):
         assert {"contrast", "report"} <= _stale(dvc, smoke_run)

@@ -185,7 +185,7 @@ PLAN = Plan(
 
 def _compared(root: Path, experiment: Experiment, plan: Plan = PLAN) -> dict:
     experiment.write(root)
-    cells = read_cells(root / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(root / "reports/cells", experiment.seeds, experiment.arms)
     return compare(cells, plan)
 
 
@@ -232,7 +232,7 @@ def test_a_measure_that_is_undefined_is_named(tmp_path: Path) -> None:
     experiment.write(tmp_path)
     path = tmp_path / "reports/cells/evaluate/grpo/1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"circuit": None}))
-    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, experiment.arms)
     primary = compare(cells, PLAN)["contrasts"][0]
     assert primary["excluded"] == [{"seed": "1", "reason": "undefined for", "models": ["grpo"]}]
 
@@ -269,7 +269,7 @@ def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
     """Retention is a share of the base's, faithfulness of the model's own; without outcomes there is no interval."""
     experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"))
     assert _compared(tmp_path, experiment)["contrasts"][0]["ci_hierarchical"] is not None
-    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, experiment.arms)
     text = {model: cells.record("evaluate", model, "0")["examples"] for model in cells.models}
     rows = paired_outcomes(cells, PLAN.primary, "grpo", "sft_gold", "0")
     assert rows is not None and not (rows[1] ^ rows[3]).any()
@@ -284,7 +284,7 @@ def test_outcomes_are_paired_by_example(tmp_path: Path) -> None:
 def test_what_takes_two_records_by_hand(tmp_path: Path) -> None:
     experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "grpo"), hidden=frozenset({1}))
     experiment.write(tmp_path)
-    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, ["base", *experiment.arms], experiment.arms)
+    cells = read_cells(tmp_path / "reports/cells", experiment.seeds, experiment.arms)
     base, tuned = (cells.record("evaluate", model, "0") for model in ("base", "grpo"))
     assert base["circuit"]["retention"] == base["circuit"]["retention_ld"] == 1.0
     assert base["flips"] == {"lost": 0.0, "gained": 0.0}
@@ -312,12 +312,12 @@ def test_a_missing_cell_is_an_error(tmp_path: Path) -> None:
     experiment.write(tmp_path)
     (tmp_path / "reports/cells/cmap/grpo/2.json").unlink()
     with pytest.raises(Invalid, match="cmap/grpo/2.json is missing"):
-        read_cells(tmp_path / "reports/cells", (0, 1, 2), ["base", *experiment.arms], experiment.arms)
+        read_cells(tmp_path / "reports/cells", (0, 1, 2), experiment.arms)
 
 
 def test_leftovers_are_not_read(tmp_path: Path) -> None:
     Experiment(seeds=(0, 1), arms=("sft_gold", "grpo", "noise")).write(tmp_path)
-    cells = read_cells(tmp_path / "reports/cells", (0,), ["base", "grpo"], ["grpo"])
+    cells = read_cells(tmp_path / "reports/cells", (0,), ["grpo"])
     frame = long_form(cells)
     assert set(frame["seed"]) == {"0"} and set(frame["model"]) == {"base", "grpo"}
     row = frame[(frame.stage == "evaluate") & (frame.model == "grpo") & (frame.measure == "circuit.retention")]
@@ -409,7 +409,7 @@ def test_masks_of_base_and_tuned_model_by_hand() -> None:
         ("match", "grpo", "0"): {"reached": True},
         ("match", "noise", "0"): {"reached": False},
     }
-    rows = table_of_masks(Cells(("0",), ("base", "grpo", "noise"), records, ()))
+    rows = table_of_masks(Cells(("0",), ("grpo", "noise"), records, ()))
     assert rows == [
         {"arm": "grpo", "masks": 1, "share": 0.5, "chance": 0.5, "ceiling": 1.0},
         {"arm": "noise", "masks": 0, "share": None, "chance": None, "ceiling": None},

@@ -66,7 +66,7 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
     prompts, match = params.synthesize.old["evaluation"] / TESTED, params.match
     # of the levels all but the primary one, which `evaluate` tests
     checkpoints = len(match.levels) - 1 + len(match.kl) + len(match.norm) + len(match.steps)
-    found["matchings"] = (seeds, seeds * (START + arms * checkpoints * MATCHING * prompts))
+    found["matchings"] = (seeds * arms, seeds * arms * (START + checkpoints * MATCHING * prompts))
     for stage, seconds in CELL.items():
         cells = seeds * (models if stage in ("discover", "evaluate", "dcm") else arms)
         by_prompts = PER_PROMPT if stage in TESTING else 0.0

@@ -28,8 +28,8 @@ from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 WAITING = [*DVC, "--wait-for-lock"]  # which the other workers hold for a second now and then
 FIRST = "pretrain"  # each base takes all cores
-OF_MODEL = ("match", "discover", "evaluate", "dcm", "cmap", "drift")  # cells of one model, in order
-OF_BASE = ("evaluate", "dcm")
+OF_ARM = ("match", "discover", "evaluate", "matchings", "dcm", "cmap", "drift")  # cells of one tuned model, in order
+OF_BASE = ("evaluate_base", "dcm_base")
 
 _MOVES = re.compile("\x1b\\[[0-9;]*[A-Za-z]")  # of the cursor, and colours
 Job = tuple[str, ...]  # cells that run one after another
@@ -38,9 +38,9 @@ Job = tuple[str, ...]  # cells that run one after another
 def rounds(params: Any) -> tuple[list[Job], list[Job]]:
     """The cells between the bases and the statistics, in two rounds of jobs that do not depend on each other."""
     first = [(f"finetune@{arm}-{seed}",) for arm in params.arms for seed in params.seeds]
-    first += [(f"discover@base-{seed}",) for seed in params.seeds]
-    second = [tuple(f"{stage}@{arm}-{seed}" for stage in OF_MODEL) for arm in params.arms for seed in params.seeds]
-    second += [tuple(f"{stage}@base-{seed}" for stage in OF_BASE) for seed in params.seeds]
+    first += [(f"discover_base@{seed}",) for seed in params.seeds]
+    second = [tuple(f"{stage}@{arm}-{seed}" for stage in OF_ARM) for arm in params.arms for seed in params.seeds]
+    second += [tuple(f"{stage}@{seed}" for stage in OF_BASE) for seed in params.seeds]
     return first, second
 
 
@@ -75,7 +75,7 @@ def bring_up_to_date(workers: int) -> int:
 
 
 def _seed(cell: str) -> str:
-    return cell.rpartition("-")[2]
+    return re.split("[-@]", cell)[-1]
 
 
 def _stale() -> set[str]:

@@ -2,13 +2,15 @@
 
     python -m stages.pipeline.preset smoke                        in a temporary clone, deleted by nobody
     python -m stages.pipeline.preset full                         in build/full; its report goes to reports/full/
-    python -m stages.pipeline.preset full --name precedes --set new_task=precedes
+    python -m stages.pipeline.preset full --name precedes -S new_task=precedes
 
-A preset is a whole params.yaml with other values, `stages/presets/<preset>.yaml`. DVC runs one stage at a time, so
-every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run at the
-same time as there are cores, with one process each unless STAGES_PROCESSES says otherwise. When they are done their
-locks are put together in one more clone, whose `dvc repro` finds every cell done and writes the report. Stopped at any
-time (Ctrl-C), the same command goes on with the cells that it was at. Before it starts it says what it will cost.
+A preset, `stages/presets/<preset>.yaml`, is a difference on the params.yaml that is here (see
+`stages/pipeline/overrides.py`); -S changes single params, in the syntax of `dvc exp run -S`. DVC runs one stage at a
+time, so every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run
+at the same time as there are cores, with one process each unless STAGES_PROCESSES says otherwise. When they are done
+their locks are put together in one more clone, whose `dvc repro` finds every cell done and writes the report. Stopped
+at any time (Ctrl-C), the same command goes on with the cells that it was at. Before it starts it says what it will
+cost.
 
 Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed, which is written
 as soon as the seed is done. With --recorded a seed that has them is not run, where code and params are the same: so the
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +36,36 @@ from tqdm import tqdm
 from stages.pipeline.command import DVC, exit_status
 from stages.pipeline.cost import estimate, slowness, table
 from stages.pipeline.files import write_text
-from stages.pipeline.params import load_params, parse_yaml
+from stages.pipeline.overrides import PRESETS, compose, preset_names
+from stages.pipeline.params import load_params
 from stages.pipeline.records import CELL_STAGES, CELLS, FIRST_STAGES, LOCK, pack, restore
 from stages.pipeline.resources import PROCESSES, resources
-from stages.pipeline.stage import PARAMS_FILE, Invalid
+from stages.pipeline.stage import PARAMS_FILE
 
 WARM = [sys.executable, "-m", "stages.pipeline.warm_start"]
 REPRO = [*WARM, *DVC, "repro"]
 PARALLEL = [*WARM, sys.executable, "-m", "stages.pipeline.parallel"]
 ENTRY = re.compile(r"^  (\S+):$", re.MULTILINE)  # of a cell in a lock
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, in C
-PRESETS = Path("stages/presets")
 RESULTS = ("report.html", "report.md", "summary.json", "statistics.json", "cells.csv", "figures")
 
 
-def copy_with_preset(destination: Path, preset: Path, changes: dict[str, Any]) -> None:
-    """Bring a clone to the state of this working copy, uncommitted changes included, with a preset as params.yaml.
+def copy_with_preset(destination: Path, preset: Path, changes: Sequence[str]) -> None:
+    """Bring a clone to the state of this working copy, uncommitted changes included, with a preset in its params.yaml.
 
     Args:
         destination: folder of the clone, made if it is not there; what the pipeline has written in it stays.
-        preset: a whole params.yaml with other values.
-        changes: dotted paths of params and their values.
+        preset: a file of what differs from params.yaml.
+        changes: overrides of single params, as `dvc exp run -S` takes them.
 
     Raises:
-        Invalid: a change names a param that does not exist.
+        Invalid: preset or changes do not fit params.yaml; nothing has been written then.
     """
     source = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        composed = Path(folder) / PARAMS_FILE
+        compose(source / PARAMS_FILE, composed, source / preset, changes)
+        params = composed.read_bytes()
     if not destination.exists():
         subprocess.run(["git", "clone", "--quiet", str(source), str(destination)], check=True)
         (destination / "dvc.lock").unlink(missing_ok=True)  # it describes another preset
@@ -73,19 +79,7 @@ def copy_with_preset(destination: Path, preset: Path, changes: dict[str, Any]) -
             shutil.copy2(source / name, destination / name)
         else:
             (destination / name).unlink(missing_ok=True)
-    params = parse_yaml(preset.read_text(encoding="utf-8"))
-    for path, value in changes.items():
-        *parents, last = path.split(".")
-        section = params
-        for key in parents:
-            section = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
-            raise Invalid(f"{path} = {value}: no such param in {preset}")
-        section[last] = value
-    if changes:
-        (destination / PARAMS_FILE).write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    else:
-        shutil.copy2(source / preset, destination / PARAMS_FILE)
+    (destination / PARAMS_FILE).write_bytes(params)
 
 
 def _files(root: Path) -> set[str]:
@@ -100,13 +94,13 @@ def _files(root: Path) -> set[str]:
     return {name for name in listed.split("\0") if name and (root / name).is_file()}
 
 
-def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, recorded: bool) -> int:
+def run_preset(preset: str, name: str, changes: Sequence[str], workers: int, recorded: bool) -> int:
     """Run a preset in build/<name> and copy its results to reports/<name>; returns the exit status.
 
     Args:
         preset: name of a file in stages/presets.
         name: of the folders.
-        changes: other values of single params.
+        changes: overrides of single params, as `dvc exp run -S` takes them.
         workers: cells that run at the same time, of different seeds.
         recorded: seeds that have not run here and have records in reports/<name>/records are taken from these.
     """
@@ -117,7 +111,7 @@ def run_preset(preset: str, name: str, changes: dict[str, Any], workers: int, re
     params = load_params(whole / PARAMS_FILE)
     clones = {seed: folder / f"seed{seed}" for seed in params.seeds}
     for seed, clone in clones.items():
-        copy_with_preset(clone, file, changes | {"seeds": [seed]})
+        copy_with_preset(clone, file, [*changes, f"seeds=[{seed}]"])
     for clone in (whole, *clones.values()):
         _share_cache(clone, Path.cwd() / ".dvc" / "cache")
     # before the seeds, which would do the same at the same time: DVC fails where two write one entry of its run cache
@@ -227,10 +221,10 @@ def _publish(clone: Path, target: Path) -> None:
     print(f"report: {target / 'report.html'}")
 
 
-def smoke() -> int:
+def smoke(changes: Sequence[str]) -> int:
     """Run the smoke preset in a temporary clone."""
     clone = Path(tempfile.mkdtemp(prefix="smoke-")) / "clone"
-    copy_with_preset(clone, PRESETS / "smoke.yaml", {})
+    copy_with_preset(clone, PRESETS / "smoke.yaml", changes)
     status = subprocess.run(PARALLEL, cwd=clone).returncode
     if status == 0:
         print(f"report: {clone / 'reports' / 'report.html'}")
@@ -239,20 +233,17 @@ def smoke() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m stages.pipeline.preset", description="Run a preset.")
-    parser.add_argument("preset", choices=sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    parser.add_argument("preset", choices=preset_names())
     parser.add_argument("--name", help="of the folders in build/ and reports/; the preset's name unless given")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at the same time")
-    parser.add_argument("--set", action="append", default=[], metavar="PARAM=VALUE", help="another value of one param")
+    parser.add_argument(
+        *("-S", "--set-param"), action="append", default=[], metavar="PARAM=VALUE", help="as of `dvc exp run`"
+    )
     parser.add_argument("--recorded", action="store_true", help="take seeds from reports/<name>/records if they fit")
     arguments = parser.parse_args()
+    changes = arguments.set_param
     if arguments.preset == "smoke":
-        return smoke()
-    changes = {}
-    for text in arguments.set:
-        path, equals, value = text.partition("=")
-        if not equals:
-            parser.error(f"--set {text}: must be PARAM=VALUE")
-        changes[path] = parse_yaml(value)
+        return exit_status(lambda: smoke(changes))
     name = arguments.name or arguments.preset
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what runs in the background without the first
         signal.signal(number, signal.default_int_handler)

@@ -23,7 +23,7 @@ LOCK, CELLS, BASES = Path("dvc.lock"), Path("reports/cells"), Path("models/base"
 ARCHIVE = Path("reports/records.tar.xz")
 FIRST_STAGES = ("code", "source", "synthesize")  # that are no cells of a seed
 # what the statistics read; DVC runs what they need, too
-CELL_STAGES = ("evaluate", "matchings", "dcm", "cmap", "drift")
+CELL_STAGES = ("evaluate_base", "dcm_base", "evaluate", "matchings", "dcm", "cmap", "drift")
 
 
 def pack(clone: Path, target: Path) -> None:

@@ -35,19 +35,20 @@ class Cells:
 
     Attributes:
         seeds: in the order of params.yaml, as text.
-        models: in the order of params.yaml: the base, then the arms.
+        arms: in the order of params.yaml.
         records: (stage, model, seed) -> record; stage "circuit" is the circuit.json of stage `discover`.
         files: path of every file that was read, relative to the root of the cells.
     """
 
     seeds: tuple[str, ...]
-    models: tuple[str, ...]
+    arms: tuple[str, ...]
     records: dict[tuple[str, str, str], Record]
     files: tuple[str, ...]
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        return tuple(model for model in self.models if model != BASE)
+    def models(self) -> tuple[str, ...]:
+        """The base, then the arms."""
+        return (BASE, *self.arms)
 
     def record(self, stage: str, model: str, seed: str) -> Record:
         return self.records[stage, model, seed]
@@ -71,12 +72,12 @@ class Cells:
         return bool(self.record("match", arm, seed)["reached"])
 
 
-def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], arms: Sequence[str]) -> Cells:
+def read_cells(root: Path, seeds: Sequence[int | str], arms: Sequence[str]) -> Cells:
     """Read every record of every cell, and add what takes two of them.
 
     Args:
         root: folder of the records.
-        seeds, models, arms: the axes; models are the base and the arms.
+        seeds, arms: the axes.
 
     Raises:
         Invalid: a file is missing.
@@ -84,7 +85,7 @@ def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], ar
     names = tuple(str(seed) for seed in seeds)
     records: dict[tuple[str, str, str], Record] = {}
     files = []
-    for stage, model, seed, file in _expected(names, tuple(models), tuple(arms)):
+    for stage, model, seed, file in _expected(names, tuple(arms)):
         if not (root / file).is_file():
             raise Invalid(
                 f"{root / file} is missing: stage '{stage}' has no result for model '{model}' and seed "
@@ -93,13 +94,11 @@ def read_cells(root: Path, seeds: Sequence[int | str], models: Sequence[str], ar
         records[stage, model, seed] = read_json(root / file)
         files.append(file)
     add_retention(records, BASE)
-    return Cells(names, tuple(models), records, tuple(files))
+    return Cells(names, tuple(arms), records, tuple(files))
 
 
-def _expected(
-    seeds: tuple[str, ...], models: tuple[str, ...], arms: tuple[str, ...]
-) -> Iterator[tuple[str, str, str, str]]:
-    for patterns, having in ((_OF_BASE, (BASE,)), (_OF_MODELS, models), (_OF_ARMS, arms)):
+def _expected(seeds: tuple[str, ...], arms: tuple[str, ...]) -> Iterator[tuple[str, str, str, str]]:
+    for patterns, having in ((_OF_BASE, (BASE,)), (_OF_MODELS, (BASE, *arms)), (_OF_ARMS, arms)):
         for stage, pattern in patterns.items():
             for model in having:
                 for seed in seeds:

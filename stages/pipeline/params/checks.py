@@ -37,10 +37,6 @@ def _check_axes(params: Params) -> None:
             raise Invalid(f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _")
         if arm not in arms:
             raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
-    if params.models != ["base", *params.arms]:
-        raise Invalid(
-            f"params.yaml: models = {params.models}: must be base and then the arms, {['base', *params.arms]}"
-        )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
@@ -48,9 +44,13 @@ def _check_axes(params: Params) -> None:
         raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
     for key in ("contrasts", "controls"):
         for arm in (arm for pair in getattr(params.contrast, key) for arm in pair):
-            if arm not in params.arms:
-                valid = ", ".join(params.arms)
-                raise Invalid(f"params.yaml: contrast.{key}: '{arm}' must be one of the arms {valid}")
+            if arm not in arms:
+                raise Invalid(f"params.yaml: contrast.{key}: there is no arm '{arm}': must be one of {', '.join(arms)}")
+    if not any(set(pair) <= set(params.arms) for pair in params.contrast.contrasts):
+        raise Invalid(
+            f"params.yaml: contrast.contrasts = {params.contrast.contrasts}: must compare two of the arms, "
+            f"{', '.join(params.arms)}"
+        )
 
     members = [arm for family in params.contrast.families.values() for arm in family]
     for arm in members:

@@ -12,7 +12,6 @@ class Params(Section):
 
     seeds: list[Seed]
     arms: list[str]
-    models: list[str]
     old_task: str
     new_task: str
     source: Source
@@ -28,3 +27,8 @@ class Params(Section):
     drift: Drift
     contrast: Contrast
     report: Report
+
+    @property
+    def models(self) -> list[str]:
+        """The base and the models that the arms make of it."""
+        return ["base", *self.arms]
