@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 # other projects' implementations, as oracles: an environment that adds to the first, and changes nothing in it
 PEERS := $(VENV)/peers
 
-.PHONY: help repro report test tests-a-to-r tests-s-to-z peers smoke full bench clean-env
+.PHONY: help repro report test tests-a-to-r tests-s-to-z peers smoke full real bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -48,6 +48,9 @@ smoke: $(READY) ## run the smoke preset in a temporary clone and say where its r
 
 full: $(READY) ## the full preset, in build/full: says first what it will cost, and goes on where it was stopped
 	python -m stages.pipeline.preset full $(ARGS)
+
+real: $(READY) ## the preset smollm2, a real language model, in build/smollm2; goes on where it was stopped, as full does
+	python -m stages.pipeline.preset smollm2 $(ARGS)
 
 bench: $(READY) ## time exact path patching against the paper's algorithm: reports/benchmarks.json, README's table
 	python -m tests.benchmark

@@ -131,3 +131,13 @@ def test_a_bad_preset_ends_in_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(Invalid, match="match.lvel|bad.yaml must hold a mapping"):
         compose(PARAMS, tmp_path / "params.yaml", tmp_path / "bad.yaml", [])
+
+
+def test_the_preset_of_a_real_model_warms_up_on_adapters(tmp_path: Path) -> None:
+    """Its checkpoints would not fit a disk otherwise, and a level that takes a few steps says little."""
+    _composed(tmp_path, "smollm2", [])
+    params = load_params(tmp_path / "params.yaml")
+    common = params.finetune.common
+    assert params.source.kind == "package" and params.teach is not None and params.synthesize.boxes == 7
+    assert common.lora is not None and common.warmup_steps >= 20 and len(params.finetune.noise.scales) <= 2
+    assert common.steps * common.prompts_per_step <= params.synthesize.new["train"], "no prompt is used twice"

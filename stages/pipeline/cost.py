@@ -83,12 +83,16 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
 
 def table(costs: dict[str, tuple[int, float]], workers: int, done: int) -> str:
     """The estimate as text, with the number of cells that are done already."""
-    cells, seconds = costs["dvc"][0], sum(value for _, value in costs.values())
+    seconds = sum(value for _, value in costs.values())
     lines = [f"{'stage':<11} {'cells':>5} {'core minutes':>12}"]
     lines += [f"{stage:<11} {number:>5} {value / 60:>12.1f}" for stage, (number, value) in costs.items()]
     lines.append(f"from nothing about {seconds / workers / 3600:.1f} hours with {workers} workers, a core for each")
-    lines.append(f"{done} of {cells} cells are done")
-    return "\n".join(lines)
+    return "\n".join([*lines, progress(costs, done)])
+
+
+def progress(costs: dict[str, tuple[int, float]], done: int) -> str:
+    """How many cells there are, and how many are done already."""
+    return f"{done} of {costs['dvc'][0]} cells are done"
 
 
 def _pretrain(section: Any) -> float:

@@ -34,7 +34,7 @@ import yaml
 from tqdm import tqdm
 
 from stages.pipeline.command import DVC, exit_status
-from stages.pipeline.cost import estimate, slowness, table
+from stages.pipeline.cost import estimate, progress, slowness, table
 from stages.pipeline.files import write_text
 from stages.pipeline.overrides import PRESETS, compose, preset_names
 from stages.pipeline.params import load_params
@@ -123,8 +123,9 @@ def run_preset(preset: str, name: str, changes: Sequence[str], workers: int, rec
         known = [seed for seed, clone in clones.items() if restore(archives[seed], clone)]
         print(f"from records: {known or 'no seed'}")
     workers = min(workers, len(clones))
-    costs, done = estimate(params, slowness(params)), _cells(clones.values())
-    print(table(costs, workers, done), flush=True)
+    measured = params.source.kind == "curriculum"  # bases for which costs were measured
+    costs, done = estimate(params, slowness(params) if measured else 1.0), _cells(clones.values())
+    print(table(costs, workers, done) if measured else progress(costs, done), flush=True)
     # all but contrast and report
     if not _run_cells(clones, known, archives, workers, folder, done, total=costs["dvc"][0] - 2):
         return 1
