@@ -176,7 +176,7 @@ def main(cell: Cell) -> None:
     shortcuts = tasks["new_tasks"][new_task]["shortcuts"]
     summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in cells.models})
     curves = frames.training_curves(CELLS, cells)
-    summary["table_budgets"] = table_of_budgets(curves, tasks["prompt_tokens"])
+    summary["table_budgets"] = table_of_budgets(curves, tasks["new_tasks"][new_task]["prompt_tokens"])
     params = {"seeds": seeds, "arms": arms, "new_task": new_task}
     params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
     params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}

@@ -75,6 +75,7 @@ def main(cell: Cell) -> None:
                     scores = task.shortcuts(prompts, words)
                     tasks[name] = {
                         "sign": task.sign(words),
+                        "prompt_tokens": prompts.input_ids.shape[1],
                         "valid_answers": prompts.valid.shape[1],
                         "shortcuts": scores,
                         "best_shortcut": max(scores.values()),

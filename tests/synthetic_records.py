@@ -115,7 +115,7 @@ class Experiment:
     def write(self, root: Path) -> None:
         """Write everything that contrast and report read, below a repository root."""
         write_json(
-            root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS}}, "prompt_tokens": 54}
+            root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS, "prompt_tokens": 54}}}
         )
         write_json(root / "data/old_task.json", Boxes.described())
         for seed in self.seeds:

@@ -93,7 +93,7 @@ class Run:
         model: the base, in float32, to be changed in place.
         tokenizer: of the base.
         train: the new task's training split.
-        rehearsal: the old task's, as long prompts, for arms that rehearse it.
+        rehearsal: the old task's, for arms that rehearse it; its prompts may have another length.
         order: rows of `train` used in each step; equal for all arms of a seed.
         recorder: keeps checkpoints.
     """

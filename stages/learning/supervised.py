@@ -1,6 +1,7 @@
 """Supervised fine-tuning on one answer token, with TRL's SFTTrainer."""
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +27,43 @@ def fit(
     Args:
         answers: target token of each row of `run.train`; only rows in `run.order` are used.
         extra_ids, extra_answers: further prompts of each step with their targets, on top of the new-task
-            prompts.
+            prompts; they may have another length.
     """
     order = torch.from_numpy(run.order)
-    ids, targets = run.train.input_ids[order], answers[order]
-    if extra_ids is not None and extra_answers is not None:
-        ids, targets = torch.cat([ids, extra_ids], 1), torch.cat([targets, extra_answers], 1)
-    fit_sequences(run, torch.cat([ids, targets[..., None]], -1), targets)
+    targets = answers[order]
+    sequences = torch.cat([run.train.input_ids[order], targets[..., None]], -1)
+    if extra_ids is None or extra_answers is None:
+        fit_sequences(run, sequences, targets)
+        return
+    parts = sequences, torch.cat([extra_ids, extra_answers[..., None]], -1)
+    lengths, targets = [part.shape[-1] for part in parts], torch.cat([targets, extra_answers], 1)
+    padded = torch.cat([torch.nn.functional.pad(part, (0, max(lengths) - part.shape[-1])) for part in parts], 1)
+    if lengths[0] == lengths[1]:
+        fit_sequences(run, padded, targets)
+    else:
+        fit_sequences(run, padded, targets, PartsTrainer, sizes=[part.shape[1] for part in parts], lengths=lengths)
+
+
+class PartsTrainer(SFTTrainer):
+    """SFTTrainer whose batches have two parts of sequences of different length, padded at the right; each part is a
+    pass of its own without padding, so that no mask and no shifted position is needed. The label of a sequence is its
+    last token.
+
+    Args:
+        sizes: sequences of each part.
+        lengths: tokens of a sequence of each part.
+    """
+
+    def __init__(self, *args: Any, sizes: Sequence[int], lengths: Sequence[int], **kwargs: Any) -> None:
+        self.sizes, self.lengths = list(sizes), list(lengths)
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        parts = zip(inputs["input_ids"].split(self.sizes), self.lengths, strict=True)
+        logits = [
+            model(input_ids=rows[:, :length], logits_to_keep=2, use_cache=False).logits[:, -2] for rows, length in parts
+        ]
+        return torch.nn.functional.cross_entropy(torch.cat(logits), inputs["labels"][:, -1])
 
 
 class SoftTargetTrainer(SFTTrainer):

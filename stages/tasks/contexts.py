@@ -57,8 +57,13 @@ class Contexts:
 
 def splits(contexts: Contexts) -> Int[np.ndarray, "n"]:
     """Index into SPLITS of the one split of each context."""
-    state = np.full(len(contexts), contexts.boxes, dtype=np.uint64)
-    for column in np.concatenate([contexts.objects, contexts.labels + len(OBJECTS)], axis=1).T:
+    return hashed_splits(np.concatenate([contexts.objects, contexts.labels + len(OBJECTS)], axis=1), contexts.boxes)
+
+
+def hashed_splits(rows: Int[np.ndarray, "n columns"], salt: int) -> Int[np.ndarray, "n"]:
+    """Index into SPLITS of the one split of each row of numbers, by a hash of them in this order."""
+    state = np.full(len(rows), salt, dtype=np.uint64)
+    for column in rows.T:
         state = _mix(state ^ _mix(column.astype(np.uint64) + np.uint64(1)))
     return _SPLIT_OF_VALUE[(state % np.uint64(_HASH_VALUES)).astype(np.int64)]
 

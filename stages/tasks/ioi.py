@@ -12,7 +12,7 @@ Names must be one token where they stand, and as answers; which ones are, is ask
 in a prompt is found by searching its tokens, so prompts may have any lengths and words any number of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +118,15 @@ def ioi_prompts(
     """
     if n < 1 or not wordings or set(wordings) - set(WORDINGS):
         raise Invalid(f"n = {n}, wordings = {list(wordings)}: must be prompts of some of {', '.join(WORDINGS)}")
-    encode = _Encoder(tokenizer, bos)
-    tokens = {name: token for name in NAMES if (token := encode.name(name, wordings)) is not None}
-    if len(tokens) < 5:
-        raise Invalid(f"{len(tokens)} of {len(NAMES)} names are one token for this tokenizer: must be at least 5")
+    encode = Encoder(tokenizer, _special(tokenizer, bos))
+    tokens = encode.names([WORDINGS[wording] for wording in wordings])
     generator = np.random.default_rng(seed)
     prompts = []
     for number in range(n):
         wording, io_first = wordings[number // 2 % len(wordings)], number % 2 == 0
         io, s, x, y, z = (list(tokens)[i] for i in generator.choice(len(tokens), 5, replace=False))
         words = {"place": str(generator.choice(PLACES)), "thing": str(generator.choice(THINGS))}
-        clean, corrupt = _said(wording, io, s, s, io_first, words), _said(wording, x, y, z, io_first, words)
+        clean, corrupt = (said(WORDINGS[wording], *names, io_first, words) for names in ((io, s, s), (x, y, z)))
         ids, corrupt_ids = encode(clean), encode(corrupt)
         at = _positions(ids, corrupt_ids, tokens[io], tokens[s], clean)
         answer, other = f" {io}", f" {s}"
@@ -138,27 +136,42 @@ def ioi_prompts(
     return IoiPrompts(tuple(prompts), bos, tuple(tokens), tuple(name for name in NAMES if name not in tokens))
 
 
-class _Encoder:
-    """Texts as token ids.
+def _special(tokenizer: Any, bos: str | None) -> tuple[int, ...]:
+    """Token id of a special token, or nothing for None.
 
     Raises:
         Invalid: the tokenizer has no such special token.
     """
+    if bos is None:
+        return ()
+    if bos not in tokenizer.all_special_tokens:
+        known = ", ".join(tokenizer.all_special_tokens)
+        raise Invalid(f"bos = '{bos}': must be a special token of this tokenizer ({known}), or None")
+    return (tokenizer.convert_tokens_to_ids(bos),)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: str | None) -> None:
-        self._tokenizer: Any = tokenizer
-        self._unknown = self._tokenizer.unk_token_id
-        self._first: tuple[int, ...] = ()
-        if bos is not None:
-            if bos not in self._tokenizer.all_special_tokens:
-                known = ", ".join(self._tokenizer.all_special_tokens)
-                raise Invalid(f"bos = '{bos}': must be a special token of this tokenizer ({known}), or None")
-            self._first = (self._tokenizer.convert_tokens_to_ids(bos),)
+
+class Encoder:
+    """Texts as token ids, behind those of `first`."""
+
+    def __init__(self, tokenizer: Any, first: tuple[int, ...]) -> None:
+        self._tokenizer, self._first = tokenizer, first
+        self._unknown = tokenizer.unk_token_id
 
     def __call__(self, text: str) -> tuple[int, ...]:
         return (*self._first, *self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def name(self, name: str, wordings: Sequence[str]) -> int | None:
+    def names(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of NAMES that are one token in these wordings, with it.
+
+        Raises:
+            Invalid: they are fewer than five, which a prompt and its corrupt partner need.
+        """
+        tokens = {name: token for name in NAMES if (token := self._name(name, texts)) is not None}
+        if len(tokens) < 5:
+            raise Invalid(f"{len(tokens)} of {len(NAMES)} names are one token for this tokenizer: must be at least 5")
+        return tokens
+
+    def _name(self, name: str, texts: Sequence[str]) -> int | None:
         """The one token that a name is as an answer and in every place of a prompt; None if it is more, or not known.
 
         That is so if the answer is one token after the prompt, and the same token is in the prompt once where the
@@ -167,10 +180,10 @@ class _Encoder:
         other = NAMES[0] if name != NAMES[0] else NAMES[1]
         words = {"place": PLACES[0], "thing": THINGS[0]}
         found = set()
-        for wording in wordings:
+        for text in texts:
             for io_first in (True, False):
                 for count, io, s in ((1, name, other), (2, other, name)):
-                    prompt = _said(wording, io, s, s, io_first, words)
+                    prompt = said(text, io, s, s, io_first, words)
                     ids, longer = self(prompt), self(f"{prompt} {name}")
                     if longer[:-1] != ids or ids.count(longer[-1]) != count:
                         return None
@@ -178,9 +191,10 @@ class _Encoder:
         return found.pop() if len(found) == 1 and found != {self._unknown} else None
 
 
-def _said(wording: str, io: str, s1: str, s2: str, io_first: bool, words: dict[str, str]) -> str:
+def said(text: str, io: str, s1: str, s2: str, io_first: bool, words: Mapping[str, str]) -> str:
+    """A prompt: a wording with its names, place and thing."""
     a, b = (io, s1) if io_first else (s1, io)
-    return WORDINGS[wording].format(a=a, b=b, s=s2, **words)
+    return text.format(a=a, b=b, s=s2, **words)
 
 
 def _positions(clean: tuple[int, ...], corrupt: tuple[int, ...], io: int, s: int, text: str) -> dict[str, int]:

@@ -9,7 +9,10 @@ import numpy as np
 from stages.pipeline.stage import Invalid
 from stages.tasks import arithmetic, relations, shortcuts
 from stages.tasks.contexts import Split
+from stages.tasks.desiderata import LEAST_BOXES
 from stages.tasks.examples import Prompts
+from stages.tasks.old_task import OldTask
+from stages.tasks.old_tasks import old_tasks
 from stages.tasks.vocabulary import Vocabulary
 
 
@@ -19,8 +22,9 @@ class NewTask:
 
     Attributes:
         sign: the word that says what is asked for, in a vocabulary.
-        draw: (randomness, vocabulary, split, number of prompts, boxes) -> prompts, as long as those of entity
-            tracking with so many boxes. Raises Invalid where the tokenizer is not one for this task.
+        draw: (randomness, vocabulary, split, number of prompts, boxes) -> prompts, all equally long; those of relations
+            and of arithmetic as long as entity tracking with so many boxes. Raises Invalid where the tokenizer is not
+            one for this task.
         shortcuts: name of a rule that does not solve the task -> how often it is right on these prompts.
     """
 
@@ -34,6 +38,17 @@ NEW_TASKS = {
     name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
     for name, relation in relations.RELATIONS.items()
 } | {ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}
+
+
+def _as_new(task: type[OldTask]) -> NewTask:
+    return NewTask(
+        lambda vocabulary: task(vocabulary, LEAST_BOXES).sign(),
+        lambda rng, vocabulary, split, n, boxes: task(vocabulary, boxes).prompts(rng, split, n),
+        lambda prompts, vocabulary: task(vocabulary, LEAST_BOXES).shortcuts(prompts),
+    )
+
+
+NEW_TASKS |= {task.same_as: _as_new(task) for task in old_tasks().values() if task.same_as not in NEW_TASKS}
 
 
 def impossible(vocabulary: Vocabulary, boxes: int) -> dict[str, str]:

@@ -87,6 +87,14 @@ class OldTask(ABC):
         """The same task as a new one: for arms that rehearse it, and to teach it to a base."""
 
     @abstractmethod
+    def sign(self) -> str:
+        """The word that says what is asked for."""
+
+    @abstractmethod
+    def shortcuts(self, prompts: "Prompts") -> dict[str, float]:
+        """Name of a rule that does not solve the task -> how often it is right on these prompts."""
+
+    @abstractmethod
     def pairs(self, rng: np.random.Generator, desideratum: str, split: Split, n: int) -> "DesiderataPairs":
         """Base and source prompts of a desideratum.
 

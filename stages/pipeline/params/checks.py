@@ -106,9 +106,9 @@ def _check_sizes(params: Params) -> None:
 def _check_levels(params: Params) -> None:
     boxes, match = params.synthesize.boxes, params.match
     # what naming any object of the context scores; `match` also compares with the scores measured on the data
-    shortcut = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}[
-        params.new_task
-    ] / boxes
+    right = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}
+    shortcut = 1 / 2 if params.new_task == "ioi" else right[params.new_task] / boxes
+    named = "name of the prompt" if params.new_task == "ioi" else "object of the context"
     if match.level not in match.levels:
         valid = ", ".join(f"{level:g}" for level in match.levels)
         raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
@@ -116,7 +116,7 @@ def _check_levels(params: Params) -> None:
         if level <= shortcut:
             raise Invalid(
                 f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
-                f"which naming any object of the context scores on {params.new_task}"
+                f"which naming any {named} scores on {params.new_task}"
             )
     most = params.finetune.common.steps
     if max(match.steps) > most:

@@ -65,6 +65,16 @@ class Boxes(OldTask):
 
         return draw_prompts(CONTAINS, rng, self.vocabulary, split, n, self.boxes)
 
+    def sign(self) -> str:
+        from stages.tasks.relations import CONTAINS
+
+        return CONTAINS.verb(self.vocabulary)
+
+    def shortcuts(self, prompts: "Prompts") -> dict[str, float]:
+        from stages.tasks.shortcuts import shortcut_scores
+
+        return shortcut_scores(prompts, self.vocabulary)
+
     def pairs(self, rng: np.random.Generator, desideratum: str, split: Split, n: int) -> "DesiderataPairs":
         from stages.tasks.desiderata import draw_pairs
 
