@@ -16,7 +16,7 @@ from stages.circuits.transplant import random_like, read_at, transplant, transpl
 from stages.circuits.walker import Walker
 from stages.measures.prompts import Prompts, in_tail_order, placed
 from stages.measures.readout import Readout, reading
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
 from stages.pipeline.resources import resources
@@ -121,7 +121,7 @@ def main(cell: Cell) -> None:
         node_sets |= {group.name: group.nodes for group in circuit.groups}
         node_sets["circuit"] = circuit.nodes
     examples = in_tail_order(read_examples("data/old/evaluation.parquet"), {node.position for node in circuit.nodes})
-    base, tuned = Walker(load_model(f"models/base/{seed}")), Walker(load_model(f"models/{arm}/{seed}"))
+    base, tuned = (Walker(load_for_analysis(f"models/{name}/{seed}", available)) for name in ("base", arm))
     with tqdm(total=len(examples), desc="cmap", unit="example") as bar:
         record = patch_both_ways(
             base,
@@ -143,6 +143,7 @@ def main(cell: Cell) -> None:
             "clauses": settings.clauses,
             "inputs": list(settings.inputs),
             "random_draws_of_inputs": 0,
+            **available.stated(),
         },
     }
     write_json(f"reports/cells/cmap/{arm}/{seed}.json", record)

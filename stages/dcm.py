@@ -15,7 +15,7 @@ from stages.circuits.circuit import Circuit
 from stages.circuits.mask_training import MaskSettings, RankedHeads, mask_orders
 from stages.circuits.masks import Carried, component_masks
 from stages.circuits.walker import Walker
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, run
@@ -46,7 +46,7 @@ def main(cell: Cell) -> None:
     found: dict[str, dict[tuple[str, str], Carried]] = {what: {} for what in asked}
     again: dict[str, dict[str, RankedHeads]] = {}
     if circuit.identifiable:
-        walker = Walker(load_model(f"models/{model}/{seed}"))
+        walker = Walker(load_for_analysis(f"models/{model}/{seed}", available))
         rounds = [(number, what) for number, (what, names) in enumerate(asked.items()) if names]
         with tqdm(total=len(rounds) * (len(circuit.groups) + 2), desc="dcm", unit="step") as bar:
 
@@ -72,7 +72,7 @@ def main(cell: Cell) -> None:
     for what, each in found.items():
         for (group, name), result in each.items():
             results[what].setdefault(group, {})[name] = asdict(result)
-    stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"}
+    stated = {key: value for key, value in asdict(settings).items() if key != "memory_mib"} | available.stated()
     record = {"model": model, "seed": int(seed), **results, "again": again, "settings": stated}
     write_json(f"reports/cells/dcm/{model}/{seed}.json", record)
 

@@ -11,10 +11,11 @@ writes reports/cells/discover/<model>/<seed>/
                         component, and the receiving heads), the effects of the sets of heads that decide whether it
                         counts (`gate`), what its heads leave out (`selection`), which sign they have and what they read
                         (the semantic position they attend to most); the same of the heads with the other sign
-                        (`against`)
+                        (`against`); in bfloat16, how far the first hop ranks the heads as in float32 (`precision`)
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.pairs import AlignedPairs
 from stages.circuits.patcher import Patcher, Progress
 from stages.circuits.path_patching import PathPatcher
+from stages.circuits.precision import first_hop, rank_agreement
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.rule import Rule
-from stages.circuits.scores import Metric, measure_of
+from stages.circuits.scores import Metric, Scores, measure_of
 from stages.circuits.search import Found, Hop, search
 from stages.circuits.spread import spread_patcher
 from stages.circuits.walker import Walker
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_npz
-from stages.pipeline.resources import resources
+from stages.pipeline.resources import Resources, resources
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.tasks.examples import Examples, read_examples
+
+AGREEING = 16  # examples whose first hop is asked in float32, too
 
 
 def main(cell: Cell) -> None:
@@ -50,7 +54,15 @@ def main(cell: Cell) -> None:
     examples = examples.select(slice(0, settings.examples))
 
     metric = Metric(settings.score)
-    walker = Walker(load_model(f"models/{model}/{seed}"))
+    few = examples.select(slice(0, AGREEING))
+    rounded = available.dtype == "bfloat16"
+    exact = _first_hop(_walker(cell, replace(available, dtype="float32")), few, metric, available) if rounded else None
+    walker = _walker(cell, available)
+    precision = None
+    if exact is not None:
+        precision = rank_agreement(
+            exact, _first_hop(walker, few, metric, available), len(few), settings.minimum_head_effect
+        )
 
     def patcher_of(rows: slice) -> PathPatcher:
         part = examples.select(rows)
@@ -88,9 +100,19 @@ def main(cell: Cell) -> None:
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
                 "hops": [_record(hop, attention) for hop in hops],
-                "settings": settings.model_dump(mode="json"),
+                **({} if precision is None else {"precision": precision}),
+                "settings": settings.model_dump(mode="json") | available.stated(),
             },
         )
+
+
+def _walker(cell: Cell, available: Resources) -> Walker:
+    return Walker(load_for_analysis(f"models/{cell.item['model']}/{cell.item['seed']}", available))
+
+
+def _first_hop(walker: Walker, examples: Examples, metric: Metric, available: Resources) -> Scores:
+    measure = measure_of(metric, examples.answer, examples.others)
+    return first_hop(walker, _pairs(examples), measure, metric, examples.readout, available.share_mib)
 
 
 def _pairs(examples: Examples) -> AlignedPairs:

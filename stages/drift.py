@@ -38,18 +38,22 @@ def main(cell: Cell) -> None:
     from stages.measures.alignment import last_streams, layer_cka
     from stages.measures.divergence import divergences
     from stages.measures.weights import per_head, per_matrix, whole
-    from stages.pipeline.checkpoints import load_model
+    from stages.pipeline.checkpoints import load_for_analysis, load_model
     from stages.pipeline.processes import in_processes
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)
     arm, seed, settings, available = cell.item["arm"], cell.item["seed"], cell.params("drift"), resources()
-    base, tuned = load_model(f"models/base/{seed}"), load_model(f"models/{arm}/{seed}")
+    folders = f"models/base/{seed}", f"models/{arm}/{seed}"
+    base, tuned = (load_model(folder, device=available.device) for folder in folders)  # in float32
     old = read_examples(Path("data/old/evaluation.parquet")).input_ids[: settings.n_examples]
     new_file = Path("data/new") / cell.params("new_task") / "evaluation.parquet"
     new = read_prompts(new_file).input_ids[: settings.n_examples]
 
-    walkers = Walker(base), Walker(tuned)
+    if available.dtype == "float32":
+        walkers = Walker(base), Walker(tuned)
+    else:
+        walkers = tuple(Walker(load_for_analysis(folder, available)) for folder in folders)
     work = [
         *(partial(last_logits, model, prompts) for prompts in (old, new) for model in (base, tuned)),
         *(partial(last_streams, walker, old) for walker in walkers),
@@ -62,9 +66,11 @@ def main(cell: Cell) -> None:
     norm, relative = whole(base, tuned)
     matrices, matrices_relative = per_matrix(base, tuned)
     heads = per_head(base, tuned)
+    stated = available.stated()
     record = {
         "arm": arm,
         "seed": int(seed),
+        **({"settings": stated} if stated else {}),
         "old": divergences(of_old_base, of_old_tuned),
         "new": divergences(of_new_base, of_new_tuned),
         "weight_norm": norm,

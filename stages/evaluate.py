@@ -29,7 +29,7 @@ from stages.measures.inspection import Path as AttentionPath
 from stages.measures.inspection import inspect
 from stages.measures.prompts import in_tail_order, placed, spread, tail_order
 from stages.measures.size_curve import ranked_nodes
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.resources import Resources, resources
 from stages.pipeline.stage import Cell, run
@@ -218,7 +218,7 @@ def _ranking(folder: Path, circuit: Circuit, examples: Examples) -> list[Node]:
 
 def main(cell: Cell) -> None:
     model, seed, available = cell.item["model"], cell.item["seed"], resources()
-    walker = Walker(load_model(f"models/{model}/{seed}"))
+    walker = Walker(load_for_analysis(f"models/{model}/{seed}", available))
     circuits = Path("reports/cells/discover")
     settings = cell.params("evaluate")
     torch.set_num_threads(1)
@@ -238,6 +238,7 @@ def main(cell: Cell) -> None:
     record["inspection"] = closer_look(walker, means, circuits / "base" / seed, settings, int(seed), available)
     record |= {"model": model, "seed": int(seed)}
     record["settings"] = {"random_circuits": settings.random_circuits, "clauses": str(settings.clauses)}
+    record["settings"] |= available.stated()
     write_json(f"reports/cells/evaluate/{model}/{seed}.json", record)
 
 

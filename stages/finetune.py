@@ -11,7 +11,7 @@ from stages.pipeline.stage import Cell, Invalid, run
 
 
 def main(cell: Cell) -> None:
-    arm, seed, processes = cell.item["arm"], int(cell.item["seed"]), resources().processes
+    arm, seed, available = cell.item["arm"], int(cell.item["seed"]), resources()
     if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:
         raise Invalid(f"arm = '{arm}': must name a file stages/learning/arms/{arm}.py")
     training = Training(**dict(cell.params("finetune.common")))
@@ -34,10 +34,11 @@ def main(cell: Cell) -> None:
                 old=Path("data/old/selection.parquet"),
                 new=new / "selection.parquet",
                 folder=folder,
+                device=available.device,
             )
             for index, rate in enumerate(rates)
         ]
-        curves = run_jobs(jobs, processes)
+        curves = run_jobs(jobs, available.processes)
 
         import pandas as pd  # only now: workers should not wait for it
 

@@ -35,6 +35,7 @@ from stages.learning.matching import (
 )
 from stages.learning.settings import CurveRow
 from stages.pipeline.files import read_json, replacing_directory, write_json
+from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
 
 MODEL_FILE = "model.safetensors"
@@ -66,7 +67,7 @@ class Source:
 
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
-    settings = cell.params("match")
+    settings, available = cell.params("match"), resources()
     rate, confirm = settings.learning_rate, settings.confirm
     new_task = cell.params("new_task")
     wanted = matchings(settings.levels, settings.kl, settings.norm, settings.steps)
@@ -104,7 +105,7 @@ def main(cell: Cell) -> None:
     by_rate: dict[Matching, dict[str, Any]]
     if untrained:
         steps = {picks[m].step for m in wanted}
-        scored = _scores(base_folder, source, steps, new_task)
+        scored = _scores(base_folder, source, steps, new_task, available.device)
         own = scored[picked.step]
         by_rate = {m: {f"{rate:g}": {"reached": p.reached} | scored[p.step]} for m, p in picks.items()}
         text = f"each tensor moved as far as in the picked checkpoint of '{like}', along a random direction"
@@ -162,7 +163,9 @@ def _refuse_shortcut_levels(levels: tuple[float, ...], new_task: str) -> None:
             raise Invalid(f"match.levels: {level} must be above {score:.3f}, which '{name}' scores on {new_task}")
 
 
-def _scores(base_folder: Path, source: Source, steps: set[int], new_task: str) -> dict[int, dict[str, float]]:
+def _scores(
+    base_folder: Path, source: Source, steps: set[int], new_task: str, device: str
+) -> dict[int, dict[str, float]]:
     """What a training curve would say of models that no training has scored, by step."""
     import torch  # heavy, and needed for untrained arms only
 
@@ -171,7 +174,7 @@ def _scores(base_folder: Path, source: Source, steps: set[int], new_task: str) -
     from stages.tasks.examples import read_examples, read_prompts
 
     torch.set_num_threads(1)  # two would mostly wait for each other in a model this small
-    model = load_model(base_folder)
+    model = load_model(base_folder, device=device)
     old = read_examples(Path("data/old/selection.parquet"))
     new = read_prompts(Path("data/new") / new_task / "selection.parquet")
     probe = Probe.of(model, old, new)

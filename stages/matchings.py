@@ -14,7 +14,7 @@ from stages.circuits.circuit import Circuit
 from stages.learning.checkpoints import set_weights, stored_weights
 from stages.measures.checkpoints import record, scores
 from stages.measures.prompts import in_tail_order, placed
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
 from stages.pipeline.resources import resources
@@ -28,7 +28,7 @@ def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
     clauses, available = cell.params("evaluate.clauses"), resources()
     torch.set_num_threads(1)
-    model = load_model(f"models/base/{seed}")
+    model = load_for_analysis(f"models/base/{seed}", available)
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     nodes = frozenset(circuit.nodes if circuit.identifiable else ())
     prompts = read_examples("data/old/means.parquet").input_ids

@@ -37,12 +37,12 @@ FEWER = 48  # prompts of each kind that a pretrained base is measured on, which 
 
 
 def main(cell: Cell) -> None:
-    settings, source, processes = cell.params("pretrain"), cell.params("source"), resources().processes
+    settings, source, available = cell.params("pretrain"), cell.params("source"), resources()
     boxes, asked = cell.params("synthesize.boxes"), cell.params("old_task")
     seed = int(cell.item["seed"])
     tokenizer = load_tokenizer(SOURCE)
     words = vocabulary_of(tokenizer, source.bos)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=available.device != "cpu")
     # Nothing here reads what was not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -51,7 +51,7 @@ def main(cell: Cell) -> None:
         if not isinstance(words, WordVocabulary):
             raise Invalid(f"{SOURCE} has another tokenizer than stages/tasks/tokenizer.py; run stage source")
         torch.set_num_threads(1)
-        model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, processes)
+        model, checks, stuck = train_with_retries(words, settings, boxes, seed, settings.retries, available.processes)
         rows = [asdict(check) for check in checks]
         how = {
             "attempts": len(stuck) + 1,
@@ -61,12 +61,13 @@ def main(cell: Cell) -> None:
             "stop_at": settings.stop_at,
             "phase_ends": {check.phase: check.step for check in checks},
         }
-        n = len(examples)
+        n, stated = len(examples), {}
     else:
         teaching = cell.params("teach")
         torch.set_num_threads(THREADS)
-        model = load_model(SOURCE)
-        rows, how = [], {"taught": None, "steps": 0}
+        model = load_model(SOURCE, device=available.device)
+        rows, how, stated = [], {"taught": None, "steps": 0}, available.stated()
+        stated.pop("dtype", None)  # it is taught in float32
         if teaching is not None:
             rows = _taught(model, tokenizer, examples, teaching, seed)
             how = {"taught": teaching.model_dump(mode="json"), "steps": int(rows[-1]["step"])}
@@ -76,6 +77,7 @@ def main(cell: Cell) -> None:
         "seed": seed,
         "source": source.kind,
         **how,
+        **({"settings": stated} if stated else {}),
         "parameters": model.num_parameters(),
         "old_accuracy": old["accuracy"],
         "old_p_correct": old["p_correct"],

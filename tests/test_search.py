@@ -19,7 +19,7 @@ from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, half_scores, logit_difference, measure_of, score, split_half
 from stages.circuits.search import Found, Hop, _group_of, search
 from stages.pipeline.files import read_json, write_json
-from stages.pipeline.resources import MEMORY_MIB, PROCESSES
+from stages.pipeline.resources import DTYPE, MEMORY_MIB, PROCESSES
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, write_examples
 from stages.tasks.old.boxes import Boxes
@@ -333,6 +333,17 @@ def test_stage_finds_the_same_with_other_resources_but_for_rounding(stage_folder
         error = record_difference(written(stage_folder), expected)
         print(f"{processes} processes, {memory_mib} MiB: max error {error:.1e}")
         assert error <= 1e-5, "in float32"
+
+
+def test_in_bfloat16_the_record_says_how_heads_are_ranked(stage_folder, monkeypatch):
+    monkeypatch.setenv(DTYPE, "bfloat16")
+    discover.main(stage_cell())
+    record = written(stage_folder)["record"]
+    found = record["precision"]
+    print(found)
+    assert record["settings"]["dtype"] == "bfloat16" and found["reference"] == "float32"
+    assert found["examples"] == discover.AGREEING and 1 <= found["heads"] <= 8
+    assert found["heads_of_least"] >= 1 and 0 < found["largest_difference"] < 0.02
 
 
 def test_stage_does_not_search_where_the_model_cannot_do_the_task(stage_folder):

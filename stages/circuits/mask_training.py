@@ -180,19 +180,21 @@ def train_masks(
     walker, table = tails.walker, tails.table
     layers, heads = (torch.tensor(column, device=walker.device) for column in zip(*group.heads, strict=True))
     shape = (table.count, len(group.heads))
-    mask = torch.full(shape, settings.start, dtype=walker.dtype, device=walker.device, requires_grad=True)
+    # as exact as logits, also where the model is not: a step of Adam is less than bfloat16 can add to 1
+    exact = walker.logits_dtype
+    mask = torch.full(shape, settings.start, dtype=exact, device=walker.device, requires_grad=True)
     desiderata = torch.arange(table.count, device=walker.device)[:, None]
     mean = torch.zeros_like(mask)
     optimizer = torch.optim.Adam([mask], lr=settings.learning_rate)
     for step in range(settings.steps):
         batch = step % len(tails.parts)
         counts = torch.bincount(table.desideratum[torch.cat(tails.parts[batch])], minlength=table.count)
-        counts = counts.clamp(min=1).to(walker.device, walker.dtype)
+        counts = counts.clamp(min=1).to(walker.device, exact)
         optimizer.zero_grad()
         for tail in tails.of(group, batch):
-            share = torch.zeros(table.count, walker.n_layers, walker.n_heads, dtype=walker.dtype, device=walker.device)
+            share = torch.zeros(table.count, walker.n_layers, walker.n_heads, dtype=exact, device=walker.device)
             share = share.index_put((desiderata, layers, heads), 1 - mask)
-            weights = share[tail.desideratum][:, None, :, None]
+            weights = share[tail.desideratum][:, None, :, None].to(walker.dtype)
             logits = swap(walker, tail.start, tail.sites, tail.source.__getitem__, weights, set(tail.source))[:, 0]
             if settings.objective == "log_probability":
                 logits = logits.log_softmax(-1)

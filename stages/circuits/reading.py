@@ -81,7 +81,7 @@ def mean_attention(
     sizes = [positions[name][0].numel() for name in names]
     shares = torch.stack([of_readers.mean(0) for of_readers in shares.split(sizes, 0)])
     shares = torch.stack([of_sources.sum(-1) for of_sources in shares.split(sizes, -1)], dim=-1)
-    return Attention(names, (shares / n).to(walker.dtype))
+    return Attention(names, (shares / n).to(walker.logits_dtype))
 
 
 def _attention(

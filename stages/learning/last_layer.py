@@ -62,7 +62,7 @@ def _forward(
     # queries of one key-value head together
     query = query.unflatten(1, (-1, attention.num_key_value_groups))
     scores = torch.einsum("nhgqa,nhka->nhgqk", query * attention.scaling, key)
-    allowed = torch.ones(length - start, length, dtype=torch.bool).tril(start)
+    allowed = torch.ones(length - start, length, dtype=torch.bool, device=scores.device).tril(start)
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
     mixed = torch.einsum("nhgqk,nhka->nqhga", weights, value).flatten(2)
     end = hidden_states[:, start:] + attention.o_proj(mixed)

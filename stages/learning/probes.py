@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def last_logits(model: "PreTrainedModel", input_ids: Int[Tensor, "n t"], batch: int = 32) -> Float[Tensor, "n vocab"]:
-    """Logits at the last position of equal-length prompts; small batches stay in the processor's cache."""
+    """Logits at the last position of equal-length prompts, on the CPU; small batches stay in a processor's cache."""
     with torch.inference_mode():
         # no text is continued, so keys and values need not be kept
         parts = [
-            model(input_ids=rows, logits_to_keep=1, use_cache=False).logits[:, -1] for rows in input_ids.split(batch)
+            model(input_ids=rows.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1].cpu()
+            for rows in input_ids.split(batch)
         ]
     return torch.cat(parts)  # an ordinary tensor, which a later graph may contain
 

@@ -59,11 +59,12 @@ class OneTokenTrainer(GRPOTrainer):
         ).log_softmax(-1)
 
     def sample(self, rows: Int[Tensor, "n"]) -> Int[Tensor, "n 1"]:
-        """One answer for each row, repeated rows independently; keeps the pass for the loss."""
+        """One answer for each row, repeated rows independently, drawn on the CPU; keeps the pass for the loss."""
         prompts, inverse = self.prompt_ids[rows].unique(dim=0, return_inverse=True)
+        prompts = prompts.to(self.accelerator.device)
         log_probs = self.answer_log_probs(self.model, prompts)
         self._pass = (prompts, log_probs)
-        return torch.multinomial(log_probs.detach().exp()[inverse], 1, generator=self.generator)
+        return torch.multinomial(log_probs.detach().cpu().exp()[inverse], 1, generator=self.generator)
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -74,7 +74,7 @@ class Recorder:
         else:
             weights = {name: weight.detach() for name, weight in self._model.named_parameters()}
         with replacing_file(checkpoint_file(self.folder, step)) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+            save_file({name: weight.cpu() for name, weight in weights.items()}, temporary, metadata={"format": "pt"})
         self._add_row(step, gradient_steps, completions)
 
     def _add_row(self, step: int, gradient_steps: int, completions: int) -> None:

@@ -29,7 +29,7 @@ def common_arguments(run: Run, output_dir: str) -> dict[str, Any]:
         "max_grad_norm": run.training.clip,
         "bf16": False,
         "fp16": False,
-        "use_cpu": True,
+        "use_cpu": run.model.device.type == "cpu",
         "gradient_checkpointing": False,
         "seed": run.training.seed + run.seed,
         "train_sampling_strategy": "sequential",  # the dataset is already in the order of `run.order`

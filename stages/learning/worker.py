@@ -24,7 +24,7 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
     """Run one arm at one learning rate; writes the folder `lr<index>`, returns the rows of its curve."""
     torch.set_num_threads(1)
     _silence()
-    model, tokenizer, train = load_model(job.base), load_tokenizer(job.base), read_prompts(job.train)
+    model, tokenizer, train = load_model(job.base, device=job.device), load_tokenizer(job.base), read_prompts(job.train)
     model.set_attn_implementation("sdpa")  # the same function as eager attention, faster
     plain = model
     # an arm with a grid of its own does not train, and moves the weights themselves

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,6 +33,7 @@ class Job:
         section: params of the arm.
         base, train, rehearsal, old, new: paths of the base, the training splits of the new and the old task, and both
             selection splits.
+        device: where the model is trained.
     """
 
     arm: str
@@ -47,6 +48,7 @@ class Job:
     old: Path
     new: Path
     folder: Path
+    device: str = field(default="cpu", kw_only=True)
 
 
 def run_jobs(jobs: list[Job], parallel: int) -> list[list[CurveRow]]:

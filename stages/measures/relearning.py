@@ -69,8 +69,9 @@ def relearn(
         optimiser.zero_grad()
         for rows in torch.arange(len(examples)).split(32):  # more at once fall out of the processor's cache
             part = examples.select(rows)
-            logits = learner(input_ids=part.input_ids, logits_to_keep=1, use_cache=False).logits[:, -1]
-            (functional.cross_entropy(logits, part.answer, reduction="sum") / len(examples)).backward()
+            ids, answer = (x.to(learner.device) for x in (part.input_ids, part.answer))
+            logits = learner(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
+            (functional.cross_entropy(logits, answer, reduction="sum") / len(examples)).backward()
         optimiser.step()
         found.append(accuracy(learner, probe))
         if found[-1] >= target:

@@ -1,10 +1,11 @@
-"""Loading and saving of Hugging Face models: safetensors only, float32, nothing unpickled, no remote code."""
+"""Loading and saving of Hugging Face models: safetensors only, nothing unpickled, no remote code."""
 
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
@@ -15,6 +16,7 @@ from stages.pipeline.stage import Invalid
 
 if TYPE_CHECKING:
     from stages.circuits.lora import Merge
+    from stages.pipeline.resources import Resources
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,8 +27,10 @@ def load_model(
     adapter: str | Path | None = None,
     revision: str | None = None,
     adapter_revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> PreTrainedModel:
-    """Load a causal language model in float32, in eval mode, with eager attention.
+    """Load a causal language model in eval mode, with eager attention.
 
     Eager attention is the one whose arithmetic the walker of `stages/circuits` reproduces.
 
@@ -36,6 +40,8 @@ def load_model(
         adapter: a folder or hub id of an adapter for it, which is merged.
         revision: branch, tag or commit of a model on the hub.
         adapter_revision: the same for an adapter.
+        device: where it is put.
+        dtype: torch's name of the precision of its weights. An adapter is merged in float32.
 
     Raises:
         Invalid: there are no safetensors weights, the base of an adapter is missing, the hub cannot give the model, or
@@ -48,8 +54,16 @@ def load_model(
         )
     if own is not None:
         folder, adapter, revision = own, folder, revision or _config(Path(folder)).get("revision")
-    model = _whole_model(folder, adapter, revision)
-    return model if adapter is None else load_adapter(model, adapter, adapter_revision).model
+    model = _whole_model(folder, adapter, revision, dtype if adapter is None else "float32")
+    if adapter is not None:
+        model = load_adapter(model, adapter, adapter_revision).model
+    placed: Any = model
+    return placed.to(device=device, dtype=getattr(torch, dtype))
+
+
+def load_for_analysis(folder: str | Path, available: "Resources") -> PreTrainedModel:
+    """`load_model` where the environment says and as precise, for what trains nothing."""
+    return load_model(folder, device=available.device, dtype=available.dtype)
 
 
 def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> "Merge":
@@ -88,7 +102,7 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | Non
     return merge(adapted)
 
 
-def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | None) -> PreTrainedModel:
+def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | None, dtype: str) -> PreTrainedModel:
     """Load a model without adapter; `adapter` is what needs it, for the sentence."""
     needed = "" if adapter is None else f", which adapter '{adapter}' needs,"
     is_folder = Path(model).is_dir()
@@ -100,7 +114,7 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
     try:
         return AutoModelForCausalLM.from_pretrained(
             model,
-            dtype="float32",
+            dtype=dtype,
             attn_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,

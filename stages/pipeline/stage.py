@@ -74,6 +74,9 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
                 raise Invalid(f"{axis} = '{value}': must be one of {', '.join(valid)}, as {axis}s in params.yaml say")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from stages.pipeline.resources import claim_device  # which needs this module
+
+        claim_device()
         keep_freed_memory()
         keep_what_exists()
         work(Cell(stage, item))

@@ -1,9 +1,18 @@
 """Provenance: the settings, package versions and records that the numbers come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.figures.parts import Section, Table
+
+
+def _where(settings: Sequence[Mapping[str, str]]) -> str:
+    """On which device and in which precision, as records that are not usual say (`Resources.stated`)."""
+    said = {key: {e["value"] for e in settings if e["name"].endswith(f".{key}")} for key in ("device", "dtype")}
+    if not any(said.values()):
+        return "on the CPU, models in float32"
+    devices, dtypes = (" or ".join(sorted(said[key])) for key in ("device", "dtype"))
+    return f"on {devices or 'cpu'}, models that were looked into in {dtypes or 'float32'} where the settings say so"
 
 
 def section(summary: Mapping[str, Any]) -> Section:
@@ -12,7 +21,7 @@ def section(summary: Mapping[str, Any]) -> Section:
     return Section(
         "Provenance",
         (
-            "Computed on the CPU, models in float32, statistics in float64; same params, same bytes. The "
+            f"Computed {_where(found['settings'])}, statistics in float64; same params, same bytes. The "
             "hash of a stage is the MD5 of the list of its records' MD5 sums, which are those of dvc.lock "
             "where an output is one file; summary.json lists them all.",
         ),

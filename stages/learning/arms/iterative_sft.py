@@ -39,7 +39,7 @@ class OwnAnswersTrainer(SFTTrainer):
         if self.state.global_step % self.run.section.every == 0:
             self.draw_answers(self.state.global_step)
         rows: Int[Tensor, " n"] = inputs["labels"][:, -1]
-        answers = torch.tensor([self.answers[int(row)] for row in rows])
+        answers = rows.new_tensor([self.answers[int(row)] for row in rows])
         for name in ("input_ids", "labels"):
             inputs[name] = torch.cat([inputs[name][:, :-1], answers[:, None]], 1)
         return super().compute_loss(model, inputs, *args, **kwargs)

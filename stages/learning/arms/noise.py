@@ -15,7 +15,7 @@ def train(run: Run) -> None:
     for rung, scale in enumerate(run.section.scales, start=1):
         generator = run.draw("direction")  # the same draws for every rung, so that the direction need not be kept
         for name, weight in run.model.named_parameters():
-            gaussian = torch.randn(weight.shape, generator=generator)
+            gaussian = torch.randn(weight.shape, generator=generator).to(weight.device)
             unit = gaussian * (start[name].norm() / gaussian.norm())
             weight.copy_(start[name] + scale * unit)
         run.recorder.keep(rung, gradient_steps=0, completions=0)
