@@ -3,18 +3,18 @@
 The base's circuit stands in the model with everything else mean-ablated (with the model's own means), beside
 the same in the queried clause alone, the model's own circuit, random circuits of the same shape, the circuit
 without each of its groups, and the model without each group. `inspection` is a closer look at that circuit on
-the pruning split: complete, minimal, faithful at which size, and fed by which layers. `examples` has a text of 0 and 1
+the pruning split: complete, minimal, faithful at which size, and fed by which layers. `examples` has texts of 0 and 1
 for the whole model and for the base's circuit in it: which examples of the evaluation split, in the order of its file,
-are answered right.
+are answered right, of the whole vocabulary and of the candidates.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +24,12 @@ from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
-from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes, ratio
+from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes
 from stages.measures.inspection import Path as AttentionPath
 from stages.measures.inspection import inspect
 from stages.measures.prompts import in_tail_order, placed, spread, tail_order
+from stages.measures.readout import Readout
+from stages.measures.scores import ENDINGS, ratio
 from stages.measures.size_curve import ranked_nodes
 from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
@@ -88,9 +90,8 @@ def evaluate(
     kept = found.in_place.means()
     queried_alone = kept.pop() if old.every_clause else None
     return {
-        "old_accuracy": full["accuracy"],
-        "old_logit_difference": full["logit_difference"],
-        "old_p_correct": full["p_correct"],
+        **{f"old_{score}": value for score, value in full.items()},
+        "old_chance": float((1 / (1 + (old.others >= 0).sum(1))).double().mean()),
         **_new_scores(walker, new),
         "n_old": len(old),
         "n_new": len(new),
@@ -102,17 +103,29 @@ def evaluate(
         "groups": {
             group.name: {
                 "size": len(group.heads),
-                "accuracy_without": kept[2 + index]["accuracy"],
-                "accuracy_drop": kept[0]["accuracy"] - kept[2 + index]["accuracy"],
-                "model_accuracy_without": without[index]["accuracy"],
-                "model_accuracy_drop": full["accuracy"] - without[index]["accuracy"],
+                **_missing("", kept[0], kept[2 + index]),
+                **_missing("model_", full, without[index]),
             }
             for index, group in enumerate(groups)
         },
-        "examples": {"model": outcomes(found.full.correct[:, 0], order)}
-        | ({"circuit": outcomes(found.in_place.correct[:, 0], order)} if nodes else {}),
+        "examples": _outcomes("model", found.full, order)
+        | (_outcomes("circuit", found.in_place, order) if nodes else {}),
         "random": _random_record(kept[2 + len(groups) :], full) if random else None,
     }
+
+
+def _outcomes(name: str, readout: Readout, order: Int[Tensor, " n"]) -> dict[str, str]:
+    """What the first variant answers right, of all tokens and of the candidates."""
+    return {
+        name: outcomes(readout.correct[:, 0], order),
+        f"{name}_candidates": outcomes(readout.best_candidate[:, 0], order),
+    }
+
+
+def _missing(prefix: str, whole: Mapping[str, float], left: Mapping[str, float]) -> dict[str, float]:
+    """Each score without a group, and how much less that is."""
+    without = {f"{prefix}{score}_without": left[score] for score in ENDINGS}
+    return without | {f"{prefix}{score}_drop": whole[score] - left[score] for score in ENDINGS}
 
 
 def _new_scores(walker: Walker, new: Prompts) -> dict[str, float]:
@@ -130,8 +143,10 @@ def _random_record(kept: list[dict[str, float]], full: dict[str, float]) -> dict
         "accuracies": accuracies,
         "mean": sum(accuracies) / len(kept),
         "max": max(accuracies),
-        "faithfulness": [ratio(accuracy, full["accuracy"]) for accuracy in accuracies],
-        "faithfulness_ld": [ratio(entry["logit_difference"], full["logit_difference"]) for entry in kept],
+        **{
+            f"faithfulness{ending}": [ratio(entry[score], full[score]) for entry in kept]
+            for score, ending in ENDINGS.items()
+        },
     }
 
 

@@ -34,6 +34,7 @@ from stages.figures import (
 )
 from stages.figures.document import document, to_html, to_markdown
 from stages.figures.style import label, png
+from stages.measures.scores import ENDINGS
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics import frames
@@ -41,6 +42,7 @@ from stages.statistics import similarity as circuits
 from stages.statistics.budgets import table_of_budgets
 from stages.statistics.cells import BASE, Cells, long_form, read_cells
 from stages.statistics.matchings import long_table
+from stages.statistics.primary import base_measure, score_of
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
 from stages.statistics.wording import number, short_name
@@ -89,7 +91,10 @@ def figures(
             short_name(primary),
         ),
         "matchings": lambda: matchings.draw(
-            long_table(statistics["matchings"], cells.arms), level, base_old, len(left_out) < n
+            long_table(statistics["matchings"], cells.arms, f"retention{ENDINGS[score_of(primary)]}"),
+            level,
+            base_old,
+            len(left_out) < n,
         ),
         "circuit": lambda: circuit.draw(
             frames.circuit_heads(cells, seed),
@@ -156,7 +161,7 @@ def _positions(task: dict[str, Any], heads: pd.DataFrame) -> list[str]:
 
 def _notes(cells: Cells, primary: str, seed: str) -> dict[str, str]:
     """A line for each model's drawing of the circuit."""
-    faithfulness = number(cells.value("evaluate.circuit.faithfulness", BASE, seed), 2)
+    faithfulness = number(cells.value(base_measure(primary), BASE, seed), 2)
     notes = {BASE: f"the circuit, faithfulness {faithfulness} (seed {seed})"}
     for arm in cells.arms:
         old = number(cells.value("evaluate.old_accuracy", arm, seed), 2)

@@ -147,9 +147,16 @@ def test_readouts_by_hand() -> None:
     assert readout.logit_difference[:, 0].tolist() == [1.5, -1.5]
     expected = torch.softmax(logits[:, 0].double(), -1)[:, 1]
     assert torch.allclose(readout.p_correct[:, 0], expected, atol=1e-12)
-    record = circuit_record(3, {"accuracy": 0.4, "logit_difference": 1.0}, {"accuracy": 0.8, "logit_difference": -1.0})
-    assert record["faithfulness"] == 0.5
-    assert record["faithfulness_ld"] is None
+    kept = {"accuracy": 0.4, "candidate_accuracy": 0.6, "logit_difference": 1.0, "p_correct": 0.1}
+    full = {"accuracy": 0.8, "candidate_accuracy": 0.8, "logit_difference": -1.0, "p_correct": 0.4}
+    assert circuit_record(3, kept, full) == {
+        "size": 3,
+        **kept,
+        "faithfulness": 0.5,
+        "faithfulness_candidates": pytest.approx(0.75),
+        "faithfulness_ld": None,
+        "faithfulness_p": 0.25,
+    }
 
 
 def test_candidates_may_be_fewer_in_some_prompts() -> None:
@@ -159,9 +166,11 @@ def test_candidates_may_be_fewer_in_some_prompts() -> None:
     assert readout.logit_difference[:, 0].tolist() == [1.0, 1.5]
     assert readout.correct[:, 0].tolist() == [False, True], "over the whole vocabulary another token is the likeliest"
     assert readout.best_candidate[:, 0].tolist() == [True, True]
-    assert readout.candidate_accuracy() == [1.0]
+    assert [entry["candidate_accuracy"] for entry in readout.means()] == [1.0]
     tie = Readout.of(torch.zeros(1, 1, 4), torch.tensor([1]), torch.tensor([[2, 3]]))
-    assert tie.candidate_accuracy() == [0.0], "an answer that ties with another candidate is not the likeliest"
+    assert tie.means()[0]["candidate_accuracy"] == 0.0, (
+        "an answer that ties with another candidate is not the likeliest"
+    )
     with pytest.raises(Invalid, match="no candidate"):
         AnsweredPrompts(IDS[:2], answer, torch.tensor([[-1, -1], [1, 2]]), {})
 
@@ -275,7 +284,7 @@ def test_record_of_the_stage() -> None:
     assert record(other, nothing) == tuned
     empty = evaluate(other, mean_outputs(other, IDS, MEMORY), nothing, nothing, examples, new, settings, 0, available)
     assert empty["circuit"] is None and empty["circuit_in_queried_clause"] is None
-    assert set(empty["examples"]) == {"model"}
+    assert set(empty["examples"]) == {"model", "model_candidates"}
     for entry in (of_base, tuned):
         for part, accuracy in (("model", entry["old_accuracy"]), ("circuit", entry["circuit"]["accuracy"])):
             assert entry["examples"][part].count("1") / 6 == accuracy

@@ -44,7 +44,7 @@ def groups_of(model: PreTrainedModel, lengths: Collection[int] = (13, 17)) -> li
 
 def naive_scores(logits: Float[Tensor, "n vocab"], answer: Int[Tensor, " n"], others: Int[Tensor, "n k"]) -> Scores:
     """One prompt after the other."""
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for row in range(len(logits)):
         right, rest = float(logits[row, answer[row]]), [float(logits[row, other]) for other in others[row]]
         likeliest = float(int(logits[row].argmax()) == int(answer[row]))
@@ -127,10 +127,10 @@ def test_it_can_be_read_and_kept() -> None:
         "nothing",
         "2 random circuits",
     ]
-    assert f"{found.circuit.logit_difference:.3f}" in lines[4] and f"{found.model.p_answer:.4f}" in lines[3]
+    assert f"{found.circuit.logit_difference:.3f}" in lines[4] and f"{found.model.p_correct:.4f}" in lines[3]
     kept = json.loads(json.dumps(found.to_json()))
     assert kept["groups"] == {"13": 6, "17": 6} and len(kept["random"]) == 2
-    assert kept["circuit"]["p_answer"] == found.circuit.p_answer and kept["faithfulness"] == found.faithfulness
+    assert kept["circuit"]["p_correct"] == found.circuit.p_correct and kept["faithfulness"] == found.faithfulness
 
 
 def test_in_one_call_on_a_real_model(smollm2: Path) -> None:

@@ -215,6 +215,11 @@ BAD = [
     ("new_task", "contains", "pretrain.stop_at = null: must be below match.level = 0.95"),
     ("pretrain.curriculum.final.tasks", {"contains": {"share": 0.1, "own": 0.4}}, "'contains': must be one of"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
+    ("contrast.primary_measure", "evaluate.circuit.retentoin", "a measure such as 'evaluate.circuit.retention'"),
+    ("contrast.secondary_measures", ["drift.kl"], "secondary_measures.0: 'drift.kl': no record has it"),
+    ("contrast.predictors", ["drift.old.kl", "evaluate.old"], "contrast.predictors.1: 'evaluate.old': no record has it"),
+    ("contrast.forgetting", "pretrain.accuracy", "contrast.forgetting"),
+    ("contrast.adjust_for", "", "contrast.adjust_for"),
 ]
 
 

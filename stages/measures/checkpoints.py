@@ -59,8 +59,7 @@ def record(size: int, scored: Mapping[str, Any]) -> dict[str, Any]:
     """
     full = scored["full"]
     return {
-        "old_accuracy": full["accuracy"],
-        "old_logit_difference": full["logit_difference"],
+        **{f"old_{score}": value for score, value in full.items()},
         "new_accuracy": scored["new_accuracy"],
         "circuit": circuit_record(size, scored["kept"], full) if size else None,
     }

@@ -7,7 +7,7 @@ what the answer hangs on, so that no mean knows the answer.
 
 Of a real vocabulary the accuracy says little here: what makes the next word a name at all is ablated, too, and the
 likeliest word is another one long before the circuit stops telling the answer from the other candidates. So there are
-four scores, and none of them alone.
+four `scores`, and none of them alone.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,9 +25,10 @@ from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
 from stages.circuits.pairs import Pairs, rectangle
 from stages.circuits.walker import Walker
-from stages.measures.faithfulness import evaluate_groups, ratio
+from stages.measures.faithfulness import evaluate_groups
 from stages.measures.prompts import AnsweredPrompts, Prompts
 from stages.measures.readout import Readout
+from stages.measures.scores import ratio
 from stages.pipeline.stage import Invalid
 
 REFERENCES = ("corrupt", "clean")
@@ -41,21 +42,18 @@ class Scores:
         logit_difference: logit of the answer minus the mean logit of the other candidates.
         accuracy: share of the prompts whose likeliest token of the whole vocabulary is the answer.
         candidate_accuracy: share of those in which the answer is the likeliest candidate.
-        p_answer: probability of the answer.
+        p_correct: probability of the answer.
     """
 
     logit_difference: float
     accuracy: float
     candidate_accuracy: float
-    p_answer: float
+    p_correct: float
 
     @staticmethod
     def of(readout: Readout) -> "list[Scores]":
         """Of every variant."""
-        means = zip(readout.means(), readout.candidate_accuracy(), strict=True)
-        return [
-            Scores(entry["logit_difference"], entry["accuracy"], among, entry["p_correct"]) for entry, among in means
-        ]
+        return [Scores(**means) for means in readout.means()]
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class InPlace:
         ]
         for name, scores in rows:
             numbers = f"{scores.logit_difference:17.3f}{scores.accuracy:10.3f}{scores.candidate_accuracy:15.3f}"
-            lines.append(f"{name:22}{numbers}{scores.p_answer:11.4f}")
+            lines.append(f"{name:22}{numbers}{scores.p_correct:11.4f}")
         return "\n".join(lines)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from stages.circuits.circuit import Node
-from stages.measures.faithfulness import ratio
 from stages.measures.prepared import Prepared
+from stages.measures.scores import ENDINGS, ratio, shares
 
 GapOf = Callable[[Sequence[frozenset[Node]]], Sequence[float]]  # the gaps of sets K
 
@@ -48,25 +48,21 @@ def completeness(
     """F of circuit and model, whole (entry "nothing", with the faithfulness) and without each set K.
 
     Returns:
-        name of K -> size, accuracy and logit difference of circuit and model, the gap in accuracy, and the gap in
-        logit difference as a share of the whole model's; for "nothing" also the faithfulness by both.
+        name of K -> size, the four scores of circuit and model, and the gap in each, in logit difference as a share of
+        the whole model's; for "nothing" also the faithfulness by each.
     """
     whole, sets = frozenset(circuit), [frozenset(), *(frozenset(nodes) for nodes in removed.values())]
     of_circuit, of_model = model.in_place([whole - nodes for nodes in sets]).means(), model.without(sets).means()
     full = of_model[0]
     record: dict[str, dict[str, float | int | None]] = {}
     for name, nodes, kept, left in zip(["nothing", *removed], sets, of_circuit, of_model, strict=True):
+        gaps = {score: abs(kept[score] - left[score]) for score in ENDINGS}
         record[name] = {
             "size": len(nodes),
-            "circuit_accuracy": kept["accuracy"],
-            "model_accuracy": left["accuracy"],
-            "gap": abs(kept["accuracy"] - left["accuracy"]),
-            "circuit_logit_difference": kept["logit_difference"],
-            "model_logit_difference": left["logit_difference"],
-            "gap_ld": ratio(abs(kept["logit_difference"] - left["logit_difference"]), full["logit_difference"]),
+            **{f"circuit_{score}": kept[score] for score in ENDINGS},
+            **{f"model_{score}": left[score] for score in ENDINGS},
+            **{f"gap{ending}": gaps[score] for score, ending in ENDINGS.items()},
+            "gap_ld": ratio(gaps["logit_difference"], full["logit_difference"]),
         }
-    record["nothing"] |= {
-        "faithfulness": ratio(of_circuit[0]["accuracy"], full["accuracy"]),
-        "faithfulness_ld": ratio(of_circuit[0]["logit_difference"], full["logit_difference"]),
-    }
+    record["nothing"] |= shares("faithfulness", of_circuit[0], full)
     return record

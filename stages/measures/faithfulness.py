@@ -1,8 +1,7 @@
 """How well circuits work in a model, and how the model does without parts of them.
 
-F is a score over examples: the accuracy (argmax over the whole vocabulary is the answer) or the mean logit
-difference (answer minus mean of the other candidates). Faithfulness of a circuit C in a model M
-is F(C|M) / F(M), with everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4).
+F is one of the four `scores`, a mean over examples. Faithfulness of a circuit C in a model M is F(C|M) / F(M), with
+everything outside C mean-ablated (Prakash et al., ICLR 2024, section 4).
 
 A node is kept, or removed, at every index that the prompts have for its position. So whoever asks decides what a head
 at a token of a clause means: at that token of every clause (a head that stands before the query cannot know which
@@ -26,6 +25,7 @@ from stages.circuits.exchange import slices
 from stages.circuits.walker import KEPT, Walker
 from stages.measures.prompts import Prompts
 from stages.measures.readout import Readout, reading
+from stages.measures.scores import shares
 from stages.pipeline.processes import in_processes
 from stages.pipeline.stage import Invalid
 
@@ -122,11 +122,6 @@ def runs_that_fit(walker: Walker, prompts: Prompts, memory_mib: float) -> int:
     return rows_that_fit(walker, making_bytes(walker, length), memory_mib * MIB, pass_bytes(walker, length, length))
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
-    """Their quotient, or None where the denominator is not positive and a share of it means nothing."""
-    return numerator / denominator if denominator > 0 else None
-
-
 def circuit_record(size: int, kept: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float | int | None]:
     """A circuit's scores in a model, and as shares of the model's own.
 
@@ -135,10 +130,4 @@ def circuit_record(size: int, kept: Mapping[str, float], full: Mapping[str, floa
         kept: means of the circuit in place, as in `Readout.means`.
         full: means of the whole model.
     """
-    return {
-        "size": size,
-        "accuracy": kept["accuracy"],
-        "logit_difference": kept["logit_difference"],
-        "faithfulness": ratio(kept["accuracy"], full["accuracy"]),
-        "faithfulness_ld": ratio(kept["logit_difference"], full["logit_difference"]),
-    }
+    return {"size": size, **kept, **shares("faithfulness", kept, full)}

@@ -1,8 +1,8 @@
 """A closer look at one circuit in one model: complete, minimal, faithful at which size, and fed by which layers.
 
-Parts of the record: `completeness` (see that module), `minimality` (by elimination, F is the accuracy and, beside it,
-the logit difference), `size_curve` (nodes in the order of their scores) and `knockout` (accuracy and logit difference
-by the central layer of the window in which one position cannot see another).
+Parts of the record: `completeness` (see that module), `minimality` (by elimination, F is the accuracy), `size_curve`
+(nodes in the order of their scores) and `knockout` (by the central layer of the window in which one position cannot see
+another). All but the elimination itself have the four `scores`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +20,7 @@ from stages.measures.completeness import completeness, greedy_worst, random_subs
 from stages.measures.minimality import Pruning, by_elimination
 from stages.measures.prepared import Prepared
 from stages.measures.prompts import Prompts
+from stages.measures.scores import ENDINGS, shares
 from stages.measures.size_curve import areas, enough, share_of_model, sizes
 from stages.pipeline.processes import in_processes
 from stages.pipeline.resources import Resources
@@ -96,14 +97,13 @@ def minimality(model: Prepared, circuit: Collection[Node], threshold: float) -> 
     """Which heads of a circuit are missed, by accuracy; `trials` says with which K, and what F was before and after.
 
     Returns:
-        `size` and number of `core` heads, `stand_ins` and `idle` heads; `faithfulness` of the core alone as a share
-        of the circuit's accuracy, `faithfulness_ld` of its logit difference; and one trial for each head.
+        `size` and number of `core` heads, `stand_ins` and `idle` heads; `core_share`, what the core alone has of the
+        circuit's accuracy, and the same of the other scores; and one trial for each head.
     """
     found = by_elimination(
         lambda circuits: model.in_place(circuits).correct.double().mean(0).tolist(), circuit, circuit, threshold
     )
     whole, core = model.in_place([frozenset(circuit), found.core]).means()
-    difference = whole["logit_difference"]
     return {
         "threshold": threshold,
         "size": len(found.trials),
@@ -112,8 +112,7 @@ def minimality(model: Prepared, circuit: Collection[Node], threshold: float) -> 
         "idle": len(found.idle),
         "accuracy": found.before,
         "core_accuracy": found.after,
-        "core_share": found.after / found.before if found.before > 0 else None,
-        "core_share_ld": core["logit_difference"] / difference if difference > 0 else None,
+        **shares("core_share", core, whole),
         "trials": [
             {
                 "head": [node.layer, node.head],
@@ -135,17 +134,17 @@ def size_curve(model: Prepared, ranking: Sequence[Node], circuit_size: int) -> d
     kept = model.in_place([ranking[:size] for size in grid]).means()
     full = model.full().means()[0]
     record: dict[str, Any] = {"sizes": grid, "circuit_size": circuit_size, "nodes": len(ranking)}
-    for key, suffix in (("accuracy", ""), ("logit_difference", "_ld")):
-        values = [entry[key] for entry in kept]
-        shares = share_of_model(values, values[0], full[key])
-        cpr, cmd = areas(grid, shares) if shares else (None, None)
-        record |= {f"share{suffix}": shares, f"cpr{suffix}": cpr, f"cmd{suffix}": cmd}
-        record[f"enough{suffix}"] = enough(grid, shares, ENOUGH) if shares else None
+    for score, ending in ENDINGS.items():
+        values = [entry[score] for entry in kept]
+        curve = share_of_model(values, values[0], full[score])
+        cpr, cmd = areas(grid, curve) if curve else (None, None)
+        record |= {f"share{ending}": curve, f"cpr{ending}": cpr, f"cmd{ending}": cmd}
+        record[f"enough{ending}"] = enough(grid, curve, ENOUGH) if curve else None
     return record
 
 
 def knockout(model: Prepared, paths: Mapping[str, Path], width: int) -> dict[str, Any]:
-    """Accuracy and logit difference by central layer for every path.
+    """The four scores by central layer for every path.
 
     Args:
         model: the model with its prompts.
@@ -161,10 +160,8 @@ def knockout(model: Prepared, paths: Mapping[str, Path], width: int) -> dict[str
     for name, path in paths.items():
         found = model.blinded(path.query, path.keys, windows, path.every).means()
         record["paths"][name] = {
-            "accuracy": [entry["accuracy"] for entry in found[:-1]],
-            "logit_difference": [entry["logit_difference"] for entry in found[:-1]],
-            "everywhere": found[-1]["accuracy"],
-            "everywhere_ld": found[-1]["logit_difference"],
+            **{score: [entry[score] for entry in found[:-1]] for score in ENDINGS},
+            **{f"everywhere{ending}": found[-1][score] for score, ending in ENDINGS.items()},
         }
     return record
 

@@ -1,8 +1,6 @@
 """What is read from the logits of patched runs: accuracies, the logit difference and the probability of the answer.
 
-Where the vocabulary is small, accuracy over all of it says whether the model does the task. A real vocabulary has other
-words that fit, and an ablated model may not even know that a name comes next: there the logit difference, the accuracy
-among the candidates and the probability of the answer say what is left.
+What they are good for, and the names of their means, is in `scores`.
 """
 
 from collections.abc import Sequence
@@ -47,16 +45,15 @@ class Readout:
         return Readout(correct == 1, difference, p, best == 1)
 
     def means(self) -> list[dict[str, float]]:
-        """Accuracy, logit difference and probability of the answer of each variant."""
-        columns = (self.correct.double(), self.logit_difference, self.p_correct)
-        return [
-            {"accuracy": a, "logit_difference": d, "p_correct": q}
-            for a, d, q in zip(*(column.mean(0).tolist() for column in columns), strict=True)
-        ]
-
-    def candidate_accuracy(self) -> list[float]:
-        """Share of the examples in which the answer is the likeliest candidate, for each variant."""
-        return self.best_candidate.double().mean(0).tolist()
+        """The four scores of each variant, see `scores`."""
+        columns = {
+            "accuracy": self.correct.double(),
+            "candidate_accuracy": self.best_candidate.double(),
+            "logit_difference": self.logit_difference,
+            "p_correct": self.p_correct,
+        }
+        means = zip(*(column.mean(0).tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in means]
 
 
 def reading(answer: Int[Tensor, " n"], others: Int[Tensor, "n k"]) -> Reduce:

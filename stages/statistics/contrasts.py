@@ -29,6 +29,7 @@ from stages.statistics.paired import (
     smallest_sign_flip_p,
     t_interval,
 )
+from stages.statistics.primary import base_measure
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Plan:
     Attributes:
         primary: measure, "<stage>.<dotted path in its record>".
         secondary: further measures.
-        base_faithfulness: smallest faithfulness of a base's circuit in place at which the seed counts.
+        base_faithfulness: smallest faithfulness of a base's circuit in place, by the score of the primary measure, at
+            which the seed counts.
         contrasts: (arm, reference) pairs; their order names them H1, H2, ...
         controls: the same of controls, named C1, C2, ...
         confidence: coverage of intervals.
@@ -126,11 +128,12 @@ def _power_note(planned: Sequence[Mapping[str, Any]], family: int, plan: Plan) -
 
 
 def left_out_bases(cells: Cells, plan: Plan) -> dict[str, float | None]:
-    """Seeds that no contrast counts -> faithfulness of the base's circuit there, None where it has no circuit."""
-    found = {}
+    """Seeds that no contrast counts -> faithfulness of the base's circuit there (`primary.base_measure`), None where
+    it has no circuit."""
+    found, measure = {}, base_measure(plan.primary)
     for seed in cells.seeds:
         identifiable = cells.record("circuit", BASE, seed)["identifiable"]
-        value = cells.value("evaluate.circuit.faithfulness", BASE, seed) if identifiable else None
+        value = cells.value(measure, BASE, seed) if identifiable else None
         if value is None or value < plan.base_faithfulness:
             found[seed] = value
     return found

@@ -21,8 +21,11 @@ from stages.statistics.cells import BASE, Cells
 # of which model (None: its own) and which outcomes they are a share (None: of all examples).
 _SHARES: dict[str, tuple[str, tuple[str | None, str] | None]] = {
     "evaluate.circuit.retention": ("circuit", (BASE, "circuit")),
+    "evaluate.circuit.retention_candidates": ("circuit_candidates", (BASE, "circuit_candidates")),
     "evaluate.circuit.faithfulness": ("circuit", (None, "model")),
+    "evaluate.circuit.faithfulness_candidates": ("circuit_candidates", (None, "model_candidates")),
     "evaluate.old_accuracy": ("model", None),
+    "evaluate.old_candidate_accuracy": ("model_candidates", None),
 }
 _PATTERNS = np.array([[pattern >> bit & 1 for bit in range(4)] for pattern in range(16)])  # right or wrong, four times
 

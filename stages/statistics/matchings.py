@@ -12,13 +12,15 @@ from typing import Any
 
 import pandas as pd
 
+from stages.measures.scores import ENDINGS
 from stages.statistics.cells import RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, left_out_bases
 from stages.statistics.paired import t_interval
 
 LEAST_REACHED = 0.95
-RETENTION, RETENTION_LD, OLD, NEW = "retention", "retention_ld", "old_accuracy", "new_accuracy"
-MEASURES = (RETENTION, RETENTION_LD, OLD, NEW)  # of the evaluation split
+OLD, NEW = "old_accuracy", "new_accuracy"
+RETENTIONS = tuple(f"retention{ending}" for ending in ENDINGS.values())
+MEASURES = (*RETENTIONS, OLD, NEW)  # of the evaluation split
 CLOSENESS = ("new_accuracy", "kl_new", "weight_norm", "gradient_steps")  # of the picked checkpoint, selection split
 
 
@@ -37,7 +39,7 @@ def value(cells: Cells, arm: str, seed: str, name: str, measure: str) -> float |
         record = cells.record("evaluate", arm, seed)
     else:
         record = cells.record("matchings", arm, seed)["matchings"][name]
-    return ((record["circuit"] or {}) if measure in (RETENTION, RETENTION_LD) else record).get(measure)
+    return ((record["circuit"] or {}) if measure in RETENTIONS else record).get(measure)
 
 
 def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
@@ -126,16 +128,21 @@ def _at_rate(cells: Cells, arm: str, seed: str, name: str) -> dict[str, Any]:
     return _picked(cells, arm, seed, name)["by_learning_rate"][f"{rate:g}"]
 
 
-def long_table(entries: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> pd.DataFrame:
+def long_table(entries: Sequence[Mapping[str, Any]], arms: Sequence[str], kept: str = RETENTIONS[0]) -> pd.DataFrame:
     """by, at, selected, arm, seed, retention, old_accuracy: one row for each number of `compare_matchings`, and one
-    without numbers where an arm has none at a matching."""
+    without numbers where an arm has none at a matching.
+
+    Args:
+        entries, arms: what `compare_matchings` gives, and the arms.
+        kept: which of `RETENTIONS` the column is.
+    """
     rows = []
     for entry in entries:
         key = {column: entry[column] for column in ("by", "at", "selected")}
         for arm in arms:
             found = entry["arms"][arm]
-            values = {measure: found[measure]["values"] for measure in (RETENTION, OLD)}
-            for seed in dict.fromkeys([*values[RETENTION], *values[OLD]]) or [None]:
+            values = {"retention": found[kept]["values"], OLD: found[OLD]["values"]}
+            for seed in dict.fromkeys([*values["retention"], *values[OLD]]) or [None]:
                 rows.append(key | {"arm": arm, "seed": seed} | {m: values[m].get(seed) for m in values})
-    columns = ["by", "at", "selected", "arm", "seed", RETENTION, OLD]
-    return pd.DataFrame(rows, columns=columns).astype({RETENTION: "float64", OLD: "float64"})
+    columns = ["by", "at", "selected", "arm", "seed", "retention", OLD]
+    return pd.DataFrame(rows, columns=columns).astype({"retention": "float64", OLD: "float64"})

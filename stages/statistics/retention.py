@@ -1,19 +1,22 @@
 """What a tuned model kept of its base: numbers that take the records of two models.
 
 Stage `evaluate` measures every model by itself, so that the base is measured once. Retention of the base's circuit is
-F(circuit in place in the tuned model) / F(the same circuit in place in the base), F being accuracy or mean logit
-difference: how much of what it did is left, whatever else the model has learned. Flips are the shares of old-task
+F(circuit in place in the tuned model) / F(the same circuit in place in the base), F being one of the four scores: how
+much of what it did is left, whatever else the model has learned. Flips are the shares of old-task
 examples that the base answered right and the tuned model does not (lost), and the other way round (gained).
 """
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from stages.measures.scores import shares
+
 Records = MutableMapping[tuple[str, str, str], dict[str, Any]]  # (stage, model, seed) -> record
 
 
 def add_retention(records: Records, base: str) -> None:
-    """Put `retention` and `retention_ld` beside the scores of every circuit in place, and `flips` into `evaluate`.
+    """Put `retention`, `retention_ld` and so on beside the scores of every circuit in place, and `flips` into
+    `evaluate`.
 
     Args:
         records: of all cells; those of stages `evaluate` and `matchings` are changed in place.
@@ -30,15 +33,7 @@ def add_retention(records: Records, base: str) -> None:
             circuits = [entry["circuit"] for entry in record["matchings"].values()]
         for circuit in circuits:
             if circuit and reference["circuit"]:
-                circuit |= _shares(circuit, reference["circuit"])
-
-
-def _shares(circuit: Mapping[str, float], reference: Mapping[str, float]) -> dict[str, float | None]:
-    """None where the base's score is not positive, since a share of it means nothing."""
-    return {
-        name: circuit[score] / reference[score] if reference[score] > 0 else None
-        for name, score in (("retention", "accuracy"), ("retention_ld", "logit_difference"))
-    }
+                circuit |= shares("retention", circuit, reference["circuit"])
 
 
 def _flips(record: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:

@@ -14,8 +14,9 @@ from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.inputs import table_of_inputs
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
+from stages.statistics.primary import above_chance, base_measure, random_floor, random_shares, score_of
 from stages.statistics.similarity import table
-from stages.statistics.wording import adjustment_sentences, headline, number, one_arm_at_a_time, verdict
+from stages.statistics.wording import SCORES, adjustment_sentences, headline, number, one_arm_at_a_time, verdict
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
@@ -78,7 +79,7 @@ def summarise(
         "power_note": statistics["power_note"],
         "base": _base(cells) | {"left_out": len(statistics["bases_left_out"])},
         "bases_left_out": list(statistics["bases_left_out"]),
-        "random_floor": random_floor(cells, plan),
+        "random_floor": random_floor(cells, plan.primary, [seed for seed in cells.seeds if seed not in left_out]),
         "arms": {
             arm: dict(statistics["reach"][arm])
             | {key(m): described[arm][m]["mean"] for m in measures}
@@ -214,7 +215,7 @@ def _base(cells: Cells) -> dict[str, float | None]:
     found: dict[str, float | None] = {
         name: mean_of_defined(_base_values(cells, m).values()) for name, m in measures.items()
     }
-    null = [value for seed in cells.seeds for value in _random(cells, seed, "faithfulness")]
+    null = [value for seed in cells.seeds for value in random_shares(cells, BASE, seed, "accuracy")]
     found["random_faithfulness"] = mean_of_defined(null)
     found["random_faithfulness_max"] = max(null, default=None)
     found["seeds"] = len(cells.seeds)
@@ -256,28 +257,13 @@ def _gaps(cells: Cells, model: str, seed: str) -> dict[str, list[float]]:
     return {"group": others, "random": random}
 
 
-def random_floor(cells: Cells, plan: Plan) -> float | None:
-    """What random circuits of the same shape have in the bases that count, in the unit of the primary measure if that
-    is of the circuit, else None."""
-    values: list[float | None] = []
-    left_out = left_out_bases(cells, plan)
-    for seed in (seed for seed in cells.seeds if seed not in left_out):
-        for kind in ("", "_ld"):
-            null = mean_of_defined(_random(cells, seed, f"faithfulness{kind}"))
-            circuit = cells.value(f"evaluate.circuit.faithfulness{kind}", BASE, seed)
-            if plan.primary == f"evaluate.circuit.retention{kind}" and null is not None and circuit:
-                values.append(null / circuit)
-            elif plan.primary == f"evaluate.circuit.faithfulness{kind}":
-                values.append(null)
-    return mean_of_defined(values)
-
-
 def checks(
     cells: Cells, plan: Plan, new_task: str, same_task: bool, primary: list[Any], names: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Could the experiment have shown anything? For each check its name, what should hold, what was found, and whether
     it holds (None without data)."""
-    random = {seed: max(_random(cells, seed, "faithfulness"), default=None) for seed in cells.seeds}
+    score, counted = score_of(plan.primary), base_measure(plan.primary)
+    random = {seed: max(above_chance(cells, seed, score), default=None) for seed in cells.seeds}
     least, most = HALF_TRAINED if same_task else (LEAST_OLD_ACCURACY, 1.0)
     found = [
         _of_bases(
@@ -297,13 +283,14 @@ def checks(
         ),
         _of_bases(
             "base_circuit_faithfulness",
-            f"Every base's circuit in place keeps at least {plan.base_faithfulness:g} of the base's accuracy",
-            _base_values(cells, "evaluate.circuit.faithfulness"),
+            f"Every base's circuit in place keeps at least {plan.base_faithfulness:g} of the base's {SCORES[score]}",
+            _base_values(cells, counted),
             lambda value: value >= plan.base_faithfulness,
         ),
         _of_bases(
             "random_circuits",
-            f"No random circuit of the same shape keeps more than {MOST_RANDOM_FAITHFULNESS:g} (highest of each base)",
+            f"No random circuit of the same shape keeps more than {MOST_RANDOM_FAITHFULNESS:g}"
+            f"{' of what is above chance' if score == 'candidate_accuracy' else ''} (highest of each base)",
             {seed: value for seed, value in random.items() if value is not None},
             lambda value: value <= MOST_RANDOM_FAITHFULNESS,
         ),
@@ -386,8 +373,3 @@ def _entry(name: str, what: str, text: str, holds: bool | None) -> dict[str, Any
 def _base_values(cells: Cells, measure: str) -> dict[str, float | None]:
     """Seed -> a measure of its base."""
     return {seed: cells.value(measure, BASE, seed) for seed in cells.seeds}
-
-
-def _random(cells: Cells, seed: str, kind: str) -> list[float]:
-    record = cells.record("evaluate", BASE, seed).get("random") or {}
-    return [value for value in record.get(kind) or [] if value is not None]

@@ -6,16 +6,33 @@ A sentence says no more than its numbers allow; which sentence it is, is decided
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stages.measures.scores import ENDINGS
+
+# score -> its name inside a sentence
+SCORES = {
+    "accuracy": "accuracy",
+    "candidate_accuracy": "accuracy among the candidates",
+    "logit_difference": "logit difference",
+    "p_correct": "probability of the answer",
+}
+# what heads outside the circuit give -> the same inside a sentence
+ABLATIONS = {
+    "own_means": "with the model's own means",
+    "base_means": "with the base's means",
+    "resampled": "with resampled outputs",
+    "base_resampled": "with the base's resampled outputs",
+}
 # measure -> (short name for axes and tables, the same inside a sentence: "kept 0.9 of ...")
 MEASURES = {
-    "evaluate.circuit.retention": (
-        "Circuit retention (accuracy)",
-        "of the accuracy of the base's old-task circuit",
-    ),
-    "evaluate.circuit.retention_ld": (
-        "Circuit retention (logit difference)",
-        "of the logit difference of the base's old-task circuit",
-    ),
+    **{
+        f"evaluate.{circuit}.retention{ENDINGS[score]}": (
+            f"Circuit retention ({name}{f', {how}' if how else ''})",
+            f"of the {name} of the base's old-task circuit{f' {how}' if how else ''}",
+        )
+        for score, name in SCORES.items()
+        for circuit, how in [("circuit", "")]
+        + [(f"circuit_by_ablation.{kind}", how) for kind, how in ABLATIONS.items()]
+    },
     "evaluate.circuit.faithfulness": (
         "Faithfulness of the base's circuit",
         "of its own accuracy in the base's circuit",

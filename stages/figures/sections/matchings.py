@@ -6,6 +6,8 @@ from typing import Any
 from stages.figures.parts import Picture, Section, Table
 from stages.figures.sections.formatting import contrast_name, mean_interval, of_arms
 from stages.figures.style import label
+from stages.measures.scores import ENDINGS
+from stages.statistics.primary import score_of
 from stages.statistics.wording import number
 
 _MATCHED_BY = {
@@ -19,6 +21,8 @@ _MATCHED_BY = {
 def section(summary: Mapping[str, Any]) -> Section:
     """What is kept where arms are matched by something else than the level of the contrasts."""
     entries = summary["table_matchings"]
+    kept = f"retention{ENDINGS[score_of(summary['plan'][0]['primary'])]}"  # of the primary measure's score
+    other = "retention" if kept == "retention_ld" else "retention_ld"
     few = [f"{_matching_name(e)} ({e['reached']} of {e['of']} runs)" for e in entries if e["selected"]]
     reach = (
         f"Marked with *, because fewer than {summary['least_reached_percent']:g} % of the runs that learn get there, "
@@ -32,7 +36,7 @@ def section(summary: Mapping[str, Any]) -> Section:
             label(arm),
             f"{found['reached']} of {found['of']}",
             *(number(found["picked"][column]) for column in ("kl_new", "weight_norm", "new_accuracy")),
-            *(mean_interval(found[measure]) for measure in ("retention", "retention_ld", "old_accuracy")),
+            *(mean_interval(found[measure]) for measure in (kept, other, "old_accuracy")),
         )
         for entry in entries
         if entry["by"] != "new_accuracy"
@@ -41,7 +45,7 @@ def section(summary: Mapping[str, Any]) -> Section:
     names = [contrast_name(e) for e in entries[0]["contrasts"]]
     differences = [
         (_matching_name(entry), title, *(mean_interval(e[measure], True) for e in entry["contrasts"]))
-        for measure, title in (("retention", "Retention"), ("old_accuracy", "Old-task accuracy"))
+        for measure, title in ((kept, "Retention"), ("old_accuracy", "Old-task accuracy"))
         for entry in entries
     ]
     return Section(
@@ -74,7 +78,7 @@ def section(summary: Mapping[str, Any]) -> Section:
                     "Norm",
                     "New-task accuracy",
                     "Circuit retention",
-                    "in logit difference",
+                    "in accuracy" if other == "retention" else "in logit difference",
                     "Old-task accuracy",
                 ),
                 distances,

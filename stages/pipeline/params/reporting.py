@@ -5,12 +5,13 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.pipeline.params.fields import Count, Fraction, Positive, Section, Seed
+from stages.pipeline.params.measures import Measure
 
 
 class Contrast(Section):
     base_faithfulness: Fraction
-    primary_measure: str
-    secondary_measures: list[str]
+    primary_measure: Measure
+    secondary_measures: list[Measure]
     contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     controls: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
     confidence: Annotated[float, Field(gt=0, lt=1)]
@@ -19,10 +20,10 @@ class Contrast(Section):
     equivalence_margin: Positive
     resamples: Count
     seed: Seed
-    adjust_for: str
+    adjust_for: Measure
     families: Annotated[dict[str, list[str]], Field(min_length=2, max_length=2)]
-    forgetting: str
-    predictors: list[str]
+    forgetting: Measure
+    predictors: list[Measure]
 
 
 class Report(Section):
