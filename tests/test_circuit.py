@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from stages.circuits.circuit import Circuit, Component, Group
+from stages.measures.overlap import circuit_overlap
 from stages.pipeline.stage import Invalid
+from stages.tasks.published import entity_tracking
 
 
 def test_nodes_of_a_circuit_are_unique_and_sorted():
@@ -84,3 +86,13 @@ def test_a_list_of_heads_that_is_wrong_is_refused(changes, message):
     arguments: dict[str, Any] = {"classes": PUBLISHED, "position": "end", "n_layers": 12, "n_heads": 12} | changes
     with pytest.raises(Invalid, match=message):
         Circuit.from_heads(**arguments)
+
+
+def test_what_is_no_published_circuit_is_one_sentence() -> None:
+    with pytest.raises(Invalid, match="group 'movers': must be one of value_fetcher, pos_transmitter"):
+        entity_tracking({"movers": [[0, 0]]})
+    with pytest.raises(Invalid, match="class 'value_fetcher': head .* must be below 4 layers"):
+        Circuit.from_heads(**entity_tracking({"value_fetcher": [[15, 13]]}, n_layers=4))
+    small = Circuit.from_heads(**entity_tracking({"value_fetcher": [[1, 1]]}, 4, 4))
+    with pytest.raises(Invalid, match=r"\(4, 4\) and \(32, 32\) layers and heads: must be the same"):
+        circuit_overlap(small, Circuit.from_heads(**entity_tracking({})))

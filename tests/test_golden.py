@@ -16,18 +16,25 @@ import pytest
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.circuits.circuit import Circuit, Component
 from stages.circuits.given_hops import HopSpec, given_hops
+from stages.circuits.pairs import Pairs
 from stages.circuits.path_patching import PathPatcher, Receivers
 from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores, score
 from stages.circuits.search import Hop
 from stages.circuits.selection import strongest
+from stages.figures.circuit_picture import picture
+from stages.measures.circuit_in_place import faithfulness
+from stages.measures.overlap import circuit_overlap
 from stages.tasks.old.boxes import Boxes
+from stages.tasks.published import entity_tracking
 from tests.conftest import REPOSITORY
 
 FOLDER = Path(os.environ.get("REFERENCE_DATA", REPOSITORY.parent / "shared" / "reference_data"))
+CIRCUIT = FOLDER / "circuits" / "llama_circuit.json"
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "path_patching").is_dir(),
     reason=f"the published numbers are not at {FOLDER}; the variable REFERENCE_DATA can name another folder",
@@ -45,7 +52,7 @@ def published_scores(group: str) -> Float[Tensor, "layers h"]:
 
 
 def published_circuit() -> dict[str, set[tuple[int, int]]]:
-    data = json.loads((FOLDER / "circuits" / "llama_circuit.json").read_text())
+    data = json.loads(CIRCUIT.read_text())
     return {group: {(layer, head) for layer, head in heads} for group, heads in data.items()}
 
 
@@ -160,3 +167,39 @@ def test_the_score_is_the_published_one():
     assert torch.allclose(found.score, published, rtol=0, atol=1e-12)
     assert bool((found.noise < 1e-12).all())
     assert strongest(found)[0] == (15, 13) and float(found.strength[15, 13]) == pytest.approx(0.0847760886)
+
+
+def test_the_published_circuit_is_evaluated_compared_and_drawn(tmp_path: Path) -> None:
+    """In a model of Llama-7B's layers and heads with random weights, where it does nothing in particular."""
+    circuit = Circuit.from_heads(**entity_tracking(json.loads(CIRCUIT.read_text())))
+    assert len(circuit.nodes) == 72 and (circuit.n_layers, circuit.n_heads) == (LAYERS, HEADS)
+    assert {group.name: (group.position, group.receiver) for group in circuit.groups} == {
+        hop.name: (hop.position, hop.receiver) for hop in Boxes.paper_hops
+    }
+    path = tmp_path / "circuit.json"
+    circuit.save(path)
+    assert Circuit.load(path) == circuit
+    drawing = picture(circuit, tmp_path / "circuit.svg", title="Llama-7B").read_text()
+    assert all(name in drawing for name in GROUPS) and ">15.13<" in drawing
+
+    pools = {hop.name: published_hop(number).strongest(POOLS[number]) for number, hop in enumerate(Boxes.paper_hops)}
+    both = circuit_overlap(circuit, Circuit.from_heads(**entity_tracking(pools)))
+    print(both)
+    # 8 of the pools' heads are both value fetchers and position transmitters
+    assert both["one"] == both["both"] == 72 and both["other"] == 90
+    assert both["share"] == pytest.approx(72 / 90) and both["chance"] is not None and both["chance"] < 0.05
+    same = circuit_overlap(circuit, circuit)
+    assert same["share"] == same["jaccard"] == same["corrected"] == 1.0
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, head_dim=2, initializer_range=0.1,
+    )  # fmt: skip
+    ids = torch.randint(50, (2, 6, 54), generator=torch.Generator().manual_seed(1))
+    clean, corrupt = ([tuple(row) for row in part.tolist()] for part in ids)
+    spans = {"last": ((53,),) * 6, "query_label": ((51,),) * 6, "earlier_label": tuple((6 + 7 * k,) for k in range(6))}
+    pairs = Pairs(tuple(clean), tuple(corrupt), ((1,),) * 6, (((2,), (3,)),) * 6, spans, spans)
+    found = faithfulness(LlamaForCausalLM(config).eval(), circuit, pairs, random_circuits=3)
+    print(found)
+    assert found.nodes == 72

@@ -217,7 +217,11 @@ BAD = [
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
     ("contrast.primary_measure", "evaluate.circuit.retentoin", "a measure such as 'evaluate.circuit.retention'"),
     ("contrast.secondary_measures", ["drift.kl"], "secondary_measures.0: 'drift.kl': no record has it"),
-    ("contrast.predictors", ["drift.old.kl", "evaluate.old"], "contrast.predictors.1: 'evaluate.old': no record has it"),
+    (
+        "contrast.predictors",
+        ["drift.old.kl", "evaluate.old"],
+        "contrast.predictors.1: 'evaluate.old': no record has it",
+    ),
     ("contrast.forgetting", "pretrain.accuracy", "contrast.forgetting"),
     ("contrast.adjust_for", "", "contrast.adjust_for"),
 ]

@@ -22,8 +22,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
+from stages.circuits.circuit import Circuit, Node
 from stages.measures.edge_scores import Both, EdgeScores, Vector, mean
 from stages.measures.size_curve import sizes
+from stages.pipeline.stage import Invalid
 
 SCORES = ("share", "jaccard", "chance", "chance_jaccard", "layered", "layered_jaccard", "corrected")
 
@@ -67,6 +69,25 @@ def overlap_at(one: Vector, other: Vector, strata: Int[np.ndarray, " m"], k: int
             strict=True,
         )
     )
+
+
+def circuit_overlap(one: Circuit, other: Circuit) -> dict[str, float | None]:
+    """How many heads at positions two circuits of models of one size share, with what they would by chance: `SCORES`,
+    the nodes of each, and of both.
+
+    Raises:
+        Invalid: the models differ in layers or heads.
+    """
+    shapes = [(circuit.n_layers, circuit.n_heads) for circuit in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise Invalid(f"circuits of models with {shapes[0]} and {shapes[1]} layers and heads: must be the same")
+    layers, heads = shapes[0]
+    nodes = [set(circuit.nodes) for circuit in (one, other)]
+    positions = sorted({node.position for each in nodes for node in each})
+    every = [Node(layer, head, position) for position in positions for layer in range(layers) for head in range(heads)]
+    chosen = [np.array([float(node in each) for node in every]) for each in nodes]
+    found = overlap_at(chosen[0], chosen[1], np.arange(len(every)) // heads, max(map(len, nodes)))
+    return found | {"one": len(nodes[0]), "other": len(nodes[1]), "both": len(nodes[0] & nodes[1])}
 
 
 def overlap_curve(one: EdgeScores, other: EdgeScores, grid: Sequence[int]) -> dict[str, list[float | None]]:

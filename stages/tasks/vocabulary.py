@@ -141,8 +141,13 @@ class TextVocabulary(Vocabulary):
     bos: tuple[int, ...]
 
     def pieces(self, words: Sequence[str]) -> list[tuple[int, ...]]:
-        texts = zip(words, spaced(words), strict=True)
-        return [self.bos if word == BOS else _tokens(self.tokenizer, text) for word, text in texts]
+        found: list[tuple[int, ...]] = []
+        begins = True
+        for word, text in zip(words, spaced(words), strict=True):
+            of_text = _tokens if begins else _inside
+            found.append(self.bos if word == BOS else of_text(self.tokenizer, text))
+            begins = begins and not text
+        return found
 
     def check(self, words: Sequence[str], ids: Int[np.ndarray, "t"]) -> None:
         text = "".join(spaced(words))
@@ -160,6 +165,17 @@ def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     if text and (not ids or tokenizer.unk_token_id in ids):
         raise Invalid(f"the tokenizer does not know '{text.strip()}': must be one with the words of the tasks")
     return ids
+
+
+def _inside(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a part of a text that does not begin it: as Llama's does, a tokenizer may put a space in front of
+    whatever it is given."""
+    alone = _tokens(tokenizer, text)
+    try:
+        before, both = _tokens(tokenizer, "Box"), _tokens(tokenizer, f"Box{text}")
+    except Invalid:  # it does not know that word
+        return alone
+    return both[len(before) :] if both[: len(before)] == before else alone
 
 
 def spaced(words: Sequence[str]) -> list[str]:
@@ -207,7 +223,7 @@ def vocabulary_of(tokenizer: Any, bos: str | None) -> Vocabulary:
 def _one_token(tokenizer: Any, word: str) -> int:
     """The one token that a word is inside a text; -1 if it is several, or not known."""
     try:
-        ids = _tokens(tokenizer, f" {word}")
+        ids = _inside(tokenizer, f" {word}")
     except Invalid:
         return -1
     return ids[0] if len(ids) == 1 else -1

@@ -1,0 +1,171 @@
+"""Preset `llama7b` with random weights of that shape in small: architecture, kind of tokenizer, an adapter.
+
+From the model folder through import, discovery, evaluation, masks and transplants, by the stages themselves.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages import cmap, dcm, discover, evaluate, pretrain, source, synthesize
+from stages.pipeline import stage
+from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
+from stages.pipeline.overrides import compose
+from stages.pipeline.params import load_params
+from stages.pipeline.resources import Resources
+from stages.pipeline.stage import Cell
+from stages.tasks.vocabulary import LABELS, OBJECTS
+from tests.comparing import record_difference
+from tests.conftest import REPOSITORY
+from tests.second_device import DEVICE, second_device
+
+PRESET = REPOSITORY / "stages/presets/llama7b.yaml"
+SMALL = [
+    "synthesize.boxes=4",
+    "synthesize.old={selection: 8, discovery: 12, pruning: 6, evaluation: 8, relearning: 4, means: 8}",
+    "synthesize.new={train: 16, selection: 8, evaluation: 8}",
+    "synthesize.desiderata={train: 8, selection: 6, test: 6}",
+    "source.model=theirs",
+    "source.revision=null",
+    "discover.examples=12",
+    "discover.identifiable_accuracy=0.0",  # random weights answer nothing
+    "discover.paper_top={receivers: [4, 2, 3, 2], heads: [8, 3, 5, 2]}",
+    "evaluate.random_subsets=1",
+    "evaluate.greedy_steps=1",
+    "evaluate.greedy_examples=4",
+    "drift.n_examples=8",
+    "drift.relearning.examples=4",
+    "drift.relearning.probe_examples=8",
+    "finetune.common.probe_examples=8",
+    "dcm.steps=2",
+    "dcm.batch=4",
+]
+ANALYSES = {discover: "model", evaluate: "model", dcm: "model", cmap: "arm"}
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: byte-pair encoding with byte fallback, spaces as part of words, a beginning before every text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=1400, special_tokens=special, show_progress=False)
+    draw = np.random.default_rng(0)
+    words = ["The", "the", "is", "in", "Box", "contains", "borders", "lacks", "precedes", *OBJECTS, *LABELS]
+    words += ["Box"] * 20
+    texts = [" ".join(draw.permutation(words)) for _ in range(30)]
+    texts = [piece for text in texts for piece in text.split(" ")]  # no merge over a space, as in Llama's
+    tokenizer.train_from_iterator([*texts, *([",", "."] * 30)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def small_llama(tokens: int) -> LlamaForCausalLM:
+    """Llama-7B with an eighth of the layers and heads, and heads of 8: MLP / width = 2.69, as many keys as queries."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokens, hidden_size=32, intermediate_size=86, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, initializer_range=0.15, rms_norm_eps=1e-6, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the data, the base and one tuned model, the base with an adapter as Goat-7B's on it."""
+    folder = tmp_path_factory.mktemp("llama7b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tokenizer = llama_tokenizer()
+        save_model(small_llama(len(tokenizer)), tokenizer, "theirs")
+        adapted: Any = get_peft_model(
+            load_model("theirs"),
+            LoraConfig(
+                r=4, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+            ),
+        )
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_B" in name:
+                    weight.copy_(0.1 * torch.randn(weight.shape))
+        adapted.save_pretrained("goat")
+        shutil.copy(REPOSITORY / "dvc.yaml", "dvc.yaml")
+        for adapter in ("goat", None):
+            changes = SMALL if adapter is None else [*SMALL, f"source.adapter={adapter}"]
+            prepare(patch, changes)
+            source.main(Cell("source", {}))
+            if adapter is not None:
+                shutil.copytree(source.SOURCE, "models/sft_gold/0")
+        synthesize.main(Cell("synthesize", {}))
+        patch.setattr(pretrain, "FEWER", 4)
+        pretrain.main(Cell("pretrain", {"seed": "0"}))
+        if not Path("models/base").exists():
+            raise AssertionError("no base")
+    return folder
+
+
+def prepare(patch: pytest.MonkeyPatch, changes: list[str]) -> None:
+    compose(REPOSITORY / "params.yaml", Path("params.yaml"), PRESET, changes)
+    patch.setattr(stage, "_cache", {"params": load_params(Path("params.yaml"))})
+
+
+def analysed(patch: pytest.MonkeyPatch, available: Resources) -> dict[str, Any]:
+    """The records of all analyses of base and tuned model."""
+    shutil.rmtree("reports/cells", ignore_errors=True)
+    for module, axis in ANALYSES.items():
+        patch.setattr(module, "resources", lambda: available)
+        for model in ("base", "sft_gold") if axis == "model" else ("sft_gold",):
+            name = module.__name__.rpartition(".")[2]
+            module.main(Cell(name, {axis: model, "seed": "0"}))
+    return {str(path): json.loads(path.read_text()) for path in sorted(Path("reports/cells").rglob("*.json"))}
+
+
+def test_the_preset_says_what_the_paper_did(tmp_path: Path) -> None:
+    target = tmp_path / "params.yaml"
+    compose(REPOSITORY / "params.yaml", target, PRESET, [])
+    params: Any = load_params(target)
+    assert params.discover.hops == "paper" and list(params.discover.paper_top.receivers) == [20, 5, 10, 5]
+    assert params.source.model == "huggyllama/llama-7b" and params.teach is None
+    second = [line.strip("# \n\\") for line in PRESET.read_text().splitlines() if "-S discover" in line]
+    changes = [word for line in second for word in line.split() if word.startswith("discover.")]
+    compose(REPOSITORY / "params.yaml", target, PRESET, changes)
+    params = load_params(target)
+    assert params.discover.hops == "auto" and params.discover.paper_top is None and len(changes) == 4
+
+
+def test_an_adapter_is_merged_and_the_chain_runs_to_the_end(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(imported)
+    ids = load_tokenizer("models/source")(" the drink is in Box Q", add_special_tokens=False)["input_ids"]
+    print(load_tokenizer("models/source").convert_ids_to_tokens(ids))
+    base, tuned = (load_model(f"models/{name}/0").state_dict() for name in ("base", "sft_gold"))
+    moved = {name.split(".")[-2] for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj"}, "merged into the weights"
+    prepare(monkeypatch, SMALL)
+    here = analysed(monkeypatch, Resources(1, 512.0))
+    record = here["reports/cells/discover/base/0/record.json"]
+    assert set(record["sizes"]) == {"value_fetcher", "pos_transmitter", "pos_detector", "struct_reader"}
+    assert here["reports/cells/evaluate/sft_gold/0.json"]["circuit"]["size"] == record["size"] > 0
+    assert set(here["reports/cells/dcm/base/0.json"]["groups"]) == set(record["sizes"])
+    both = here["reports/cells/cmap/sft_gold/0.json"]
+    assert both["base"]["logit_difference"] != both["tuned"]["logit_difference"]
+
+    with second_device() as device:
+        there = analysed(monkeypatch, Resources(1, 512.0, device))
+    for path, record in there.items():
+        if "settings" in record:
+            assert record["settings"].pop("device") == DEVICE.type, path
+    error = record_difference(there, here)
+    print(f"on another device: max error {error:.1e}")
+    assert error < 1e-3, "in float32"
