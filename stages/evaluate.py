@@ -5,7 +5,8 @@ the same in the queried clause alone, the model's own circuit, random circuits o
 without each of its groups, and the model without each group. `inspection` is a closer look at that circuit on
 the pruning split: complete, minimal, faithful at which size, and fed by which layers. `examples` has texts of 0 and 1
 for the whole model and for the base's circuit in it: which examples of the evaluation split, in the order of its file,
-are answered right, of the whole vocabulary and of the candidates.
+are answered right, of the whole vocabulary and of the candidates. `circuit_by_ablation` has that circuit with other
+outputs around it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
 from stages.circuits.walker import Walker
 from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.measures.by_ablation import Ablation, Resampled, circuit_with, from_donor
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes
 from stages.measures.inspection import Path as AttentionPath
 from stages.measures.inspection import inspect
@@ -112,6 +114,47 @@ def evaluate(
         | (_outcomes("circuit", found.in_place, order) if nodes else {}),
         "random": _random_record(kept[2 + len(groups) :], full) if random else None,
     }
+
+
+def circuit_by_ablation(
+    walker: Walker,
+    base: Walker,
+    base_means: Float[Tensor, "layers t h a"],
+    circuit: Circuit,
+    old: Examples,
+    record: Mapping[str, Any],
+    clauses: str,
+    available: Resources,
+) -> dict[str, Any] | None:
+    """Entry `circuit_by_ablation` of the record: the base's circuit as in `circuit`, and with other outputs around it
+    (`measures.by_ablation`); None where the base has no circuit.
+
+    Args:
+        walker, base: the model, and its base, which may be the same.
+        base_means: mean head outputs of the base.
+        circuit: of the base.
+        old: evaluation examples of the old task; the corrupt partners are what heads are resampled from.
+        record: what `evaluate` gives.
+        clauses: where a head at a token of a clause is kept.
+        available: processes, and their memory beside the models.
+    """
+    if record["circuit"] is None:
+        return None
+    old = in_tail_order(old, {node.position for node in circuit.nodes})
+    prompts, donors = placed(old, old.places(clauses)), old.corrupt_ids
+    full = {score: record[f"old_{score}"] for score in ENDINGS}
+    kinds: dict[str, Ablation] = {"base_means": base_means, "resampled": Resampled(walker, donors)}
+    kinds |= {"base_resampled": Resampled(base, donors)}
+    found = {"own_means": dict(record["circuit"])}
+    for kind, ablation in kinds.items():
+        if base is walker and kind != "resampled":
+            found[kind] = dict(found["own_means" if kind == "base_means" else "resampled"])
+            continue
+        kept, said = circuit_with(walker, prompts, circuit.nodes, ablation, available.share_mib, available.processes)
+        found[kind] = circuit_record(len(set(circuit.nodes)), kept.means()[0], full)
+        if isinstance(ablation, Resampled):
+            found[kind]["from_donor"] = from_donor(said, prompts.input_ids, donors).double().mean().item()
+    return found
 
 
 def _outcomes(name: str, readout: Readout, order: Int[Tensor, " n"]) -> dict[str, str]:
@@ -250,6 +293,14 @@ def main(cell: Cell) -> None:
         int(seed),
         available,
     )
+    base = walker if model == "base" else Walker(load_for_analysis(f"models/base/{seed}", available))
+    base_means = means if base is walker else mean_outputs(base, prompts, available.share_mib, available.processes)
+    circuit = Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json"))
+    old = read_examples("data/old/evaluation.parquet")
+    record["circuit_by_ablation"] = circuit_by_ablation(
+        walker, base, base_means, circuit, old, record, str(settings.clauses), available
+    )
+    del base
     record["inspection"] = closer_look(walker, means, circuits / "base" / seed, settings, int(seed), available)
     record |= {"model": model, "seed": int(seed)}
     record["settings"] = {"random_circuits": settings.random_circuits, "clauses": str(settings.clauses)}

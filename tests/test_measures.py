@@ -19,7 +19,7 @@ from stages.circuits.ablation import mean_outputs
 from stages.circuits.circuit import Circuit, Group, Node
 from stages.circuits.walker import Walker
 from stages.cmap import patch_both_ways
-from stages.evaluate import evaluate, inspect_circuit
+from stages.evaluate import circuit_by_ablation, evaluate, inspect_circuit
 from stages.measures.checkpoints import record, scores
 from stages.measures.scores import shares
 from stages.pipeline.params.measures import MEASURES, is_measure
@@ -76,6 +76,10 @@ def made_here() -> set[str]:
         evaluated = evaluate(walker, means, circuit, circuit, old, new, settings, 0, available)
         generator = np.random.default_rng(0)
         evaluated["inspection"] = inspect_circuit(walker, means, old, circuit, ranking, settings, generator, available)
+        base_means = mean_outputs(base, IDS, MEMORY)
+        evaluated["circuit_by_ablation"] = circuit_by_ablation(
+            walker, base, base_means, circuit, old, evaluated, "every", available
+        )
         records["evaluate", name, "0"] = evaluated
     at_norm = record(3, scores(tuned.model, circuit.nodes, IDS, old, new.input_ids, new.valid, MEMORY))
     records["matchings", "grpo", "0"] = {"matchings": {"norm_3": at_norm}}

@@ -22,6 +22,7 @@ from stages.circuits.transplant import random_like, transplant, transplant_input
 from stages.circuits.walker import Walker
 from stages.cmap import patch_both_ways
 from stages.measures.alignment import last_streams
+from stages.measures.by_ablation import Resampled, circuit_with
 from stages.measures.faithfulness import evaluate_circuits
 from stages.measures.prepared import Prepared
 from stages.measures.prompts import AnsweredPrompts
@@ -128,6 +129,8 @@ def calls(of: Setting, circuits: int = 8) -> tuple[Mapping[str, Call], list[obje
         "transplant_q": lambda mib: transplant_inputs(walker, clean, walker, clean, at, nodes, "q", mib, random, read),
         "transplant_v": lambda mib: transplant_inputs(walker, clean, walker, clean, at, nodes, "v", mib, random, read),
         "evaluate_circuits": lambda mib: evaluate_circuits(walker, means, prompts, sets, sets[:1], mib),
+        "circuit_with_means": lambda mib: circuit_with(walker, prompts, nodes, means, mib)[0],
+        "circuit_resampled": lambda mib: circuit_with(walker, prompts, nodes, Resampled(walker, ids.flip(0)), mib)[0],
         "prepared": prepared,
         "component_masks": masks,
         "patch_both_ways": lambda mib: patch_both_ways(

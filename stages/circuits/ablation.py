@@ -30,6 +30,7 @@ from stages.circuits.exchange import (
     Given,
     Positions,
     Reduce,
+    at_positions,
     keep_in_parts,
     node_weights,
     slices,
@@ -68,19 +69,24 @@ def mean_outputs(
 
 
 BACKGROUND = ("residual", "keys", "values")  # what of an ablated run circuits need
+# what ablated heads give: means, which all prompts share, or outputs of each prompt's own
+Outputs = Float[Tensor, "layers t h a"] | Float[Tensor, "layers n t h a"]
 
 
 @torch.no_grad()
-def ablated_run(walker: Walker, input_ids: Int[Tensor, "n t"], means: Float[Tensor, "layers t h a"]) -> Run:
+def ablated_run(walker: Walker, input_ids: Int[Tensor, "n t"], means: Outputs) -> Run:
     """The run in which every head gives its mean at every position: the background of all circuits."""
-    return walker.run(input_ids.to(walker.device), outputs=means.to(walker.device)[:, None], keep=BACKGROUND)
+    outputs = means.to(walker.device)
+    return walker.run(
+        input_ids.to(walker.device), outputs=outputs[:, None] if outputs.ndim == 4 else outputs, keep=BACKGROUND
+    )
 
 
 @torch.no_grad()
 def circuits_in_place(
     walker: Walker,
     background: Run,
-    means: Float[Tensor, "layers t h a"],
+    means: Outputs,
     positions: Positions,
     circuits: Sequence[Collection[Node]],
     memory_mib: float,
@@ -91,7 +97,7 @@ def circuits_in_place(
     Args:
         walker: the model.
         background: its `ablated_run` on the prompts.
-        means: its `mean_outputs`.
+        means: its `mean_outputs`, or what else heads outside a circuit give.
         positions: semantic positions of each prompt. They may coincide: a head is then kept if the circuit has it at
             any of them.
         circuits: the nodes of each circuit; an empty one gives the background.
@@ -149,11 +155,13 @@ def nodes_removed(
     return swap_in_parts(walker, clean, at, means_at(walker, means, at), weights, memory_mib * MIB, reduce)[:, 0]
 
 
-def means_at(walker: Walker, means: Float[Tensor, "layers t h a"], at: Int[Tensor, "n p"]) -> Callable[[slice], Given]:
-    """Means at the absolute positions of sites, for an exchange, layer by layer."""
+def means_at(walker: Walker, means: Outputs, at: Int[Tensor, "n p"]) -> Callable[[slice], Given]:
+    """Means, or other outputs, at the absolute positions of sites, for an exchange, layer by layer."""
     means, at = means.to(walker.device), at.to(walker.device)
 
     def given(rows: slice) -> Given:
+        if means.ndim == 5:
+            return lambda layer: at_positions(means[layer][rows], at[rows])
         return lambda layer: means[layer][at[rows]]
 
     return given

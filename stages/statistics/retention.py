@@ -28,6 +28,9 @@ def add_retention(records: Records, base: str) -> None:
         reference = records["evaluate", base, seed]
         if stage == "evaluate":
             circuits = [record["circuit"], record["own_circuit"]]
+            reference_by = reference.get("circuit_by_ablation") or {}  # of no earlier record
+            for kind, circuit in (record.get("circuit_by_ablation") or {}).items():
+                circuit |= shares("retention", circuit, reference_by[kind])
             record["flips"] = _flips(record, reference)
         else:
             circuits = [entry["circuit"] for entry in record["matchings"].values()]

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from stages.measures.scores import ENDINGS
+from stages.measures.scores import ABLATIONS, ENDINGS
 
 SCORES = tuple(ENDINGS)
 
@@ -45,6 +45,8 @@ MEASURES = (
     *_of("evaluate", ["n_old", "n_new", "old_chance", "new_accuracy", "new_valid_mass", *_each("old_{}")]),
     *_of("evaluate", ("circuit", "own_circuit"), _KEPT),
     *_of("evaluate", "circuit_in_queried_clause", _CIRCUIT),
+    *_of("evaluate.circuit_by_ablation", ABLATIONS, _KEPT),
+    *_of("evaluate.circuit_by_ablation", ("resampled", "base_resampled"), ("from_donor",)),
     *_of("evaluate.flips", ("lost", "gained")),
     *_of("evaluate.groups.*", ["size", *_each("{}_without"), *_each("{}_drop")]),
     *_of("evaluate.groups.*", [*_each("model_{}_without"), *_each("model_{}_drop")]),
