@@ -4,7 +4,7 @@
 
 reads  models/base/<seed>, models/<arm>/<seed>, reports/cells/discover/base/<seed>, data/old, data/new/<new task>
 writes reports/cells/drift/<arm>/<seed>.json
-         old, new      divergences of the answers
+         old, new      divergences of the answers; of answers of several tokens along the canonical one
          weight_norm*, per_matrix*, per_head*
          cka           of the residual stream at the last token of old prompts
          relearning    steps on a few old examples until the old task is back
@@ -34,7 +34,7 @@ def main(cell: Cell) -> None:
     import torch
 
     from stages.circuits.walker import Walker
-    from stages.learning.probes import last_logits
+    from stages.learning.probes import canonical_logits, last_logits
     from stages.measures.alignment import last_streams, layer_cka
     from stages.measures.divergence import divergences
     from stages.measures.weights import per_head, per_matrix, whole
@@ -48,14 +48,15 @@ def main(cell: Cell) -> None:
     base, tuned = (load_model(folder, device=available.device) for folder in folders)  # in float32
     old = read_examples(Path("data/old/evaluation.parquet")).input_ids[: settings.n_examples]
     new_file = Path("data/new") / cell.params("new_task") / "evaluation.parquet"
-    new = read_prompts(new_file).input_ids[: settings.n_examples]
+    new = read_prompts(new_file).select(slice(0, settings.n_examples))
 
     if available.dtype == "float32":
         walkers = Walker(base), Walker(tuned)
     else:
         walkers = tuple(Walker(load_for_analysis(folder, available)) for folder in folders)
     work = [
-        *(partial(last_logits, model, prompts) for prompts in (old, new) for model in (base, tuned)),
+        *(partial(last_logits, model, old) for model in (base, tuned)),
+        *(partial(canonical_logits, model, new) for model in (base, tuned)),
         *(partial(last_streams, walker, old) for walker in walkers),
         partial(_relearn, base, tuned, settings.relearning),
     ]
@@ -72,7 +73,7 @@ def main(cell: Cell) -> None:
         "seed": int(seed),
         **({"settings": stated} if stated else {}),
         "old": divergences(of_old_base, of_old_tuned),
-        "new": divergences(of_new_base, of_new_tuned),
+        "new": divergences(of_new_base, of_new_tuned, len(new)),
         "weight_norm": norm,
         "weight_norm_relative": relative,
         "per_matrix": matrices,

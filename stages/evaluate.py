@@ -24,7 +24,7 @@ from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
 from stages.circuits.scores import Metric
 from stages.circuits.walker import Walker
-from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.learning.probes import score_answers
 from stages.measures.by_ablation import Ablation, Resampled, circuit_with, from_donor
 from stages.measures.faithfulness import circuit_record, evaluate_circuits, outcomes
 from stages.measures.inspection import Path as AttentionPath
@@ -172,10 +172,10 @@ def _missing(prefix: str, whole: Mapping[str, float], left: Mapping[str, float])
 
 
 def _new_scores(walker: Walker, new: Prompts) -> dict[str, float]:
-    log_probs = last_log_probs(walker.model, new.input_ids)
+    scores = score_answers(walker.model, new)
     return {
-        "new_accuracy": float(is_valid(log_probs, new.valid).double().mean()),
-        "new_valid_mass": float(valid_mass(log_probs, new.valid).mean()),
+        "new_accuracy": float(scores.right.double().mean()),
+        "new_valid_mass": float(scores.valid_mass.mean()),
     }
 
 

@@ -42,7 +42,7 @@ def main(cell: Cell) -> None:
 
     def scored(name: str) -> dict[str, object]:
         set_weights(model, stored_weights(folder / name))
-        return scores(model, nodes, prompts, old, new.input_ids, new.valid, available.share_mib)
+        return scores(model, nodes, prompts, old, new, available.share_mib)
 
     done = in_processes(scored, names, available.processes)
     found = dict(zip(names, tqdm(done, desc="matchings", unit="model", total=len(names)), strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages import pretrain
-from stages.learning import knowledge, pretraining
+from stages.learning import knowledge, pretraining, probes
 from stages.learning.curriculum import draw_batch
 from stages.learning.knowledge import new_task, old_task
 from stages.learning.pretraining import Stuck, build_model, loss_sums, train
@@ -275,7 +275,8 @@ def test_measures_of_the_base_against_hand_made_probabilities(monkeypatch: pytes
         p[:, VOCABULARY.ids["The"]] = 0.75
         return p.scatter(1, prompts.canonical[:, None], 0.25).log()
 
-    monkeypatch.setattr(knowledge, "last_log_probs", quarter)
+    for module in (knowledge, probes):
+        monkeypatch.setattr(module, "last_log_probs", quarter)
     model = build_model(VOCABULARY, tiny().model, 0)
     found = new_task(model, prompts)
     assert found["valid_mass"] == pytest.approx(0.25, abs=1e-6)

@@ -19,7 +19,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from stages import match
-from stages.learning import answers, reinforcement, supervised
+from stages.learning import answers, probes, reinforcement, supervised
 from stages.learning.arms import (
     grpo,
     grpo_kl,
@@ -38,7 +38,7 @@ from stages.learning.arms import (
 from stages.learning.checkpoints import checkpoint_file, run_folder
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.matching import Matching, moved_as_far, pick, read_curve
-from stages.learning.probes import Probe, is_valid, last_log_probs, last_logits, valid_mass
+from stages.learning.probes import Probe, last_log_probs, last_logits
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
@@ -579,10 +579,12 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(learning_rate=0.5)))
 
 
-def test_scores_of_several_valid_answers() -> None:
+def test_scores_of_several_valid_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     log_probs = torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0]], dtype=torch.float64).log_softmax(-1)
+    monkeypatch.setattr(probes, "last_log_probs", lambda model, ids: log_probs)
     valid = torch.tensor([[1, 0], [2, -1]])  # the second prompt has one valid answer
-    assert is_valid(log_probs, valid).tolist() == [True, False]
-    mass = valid_mass(log_probs, valid).tolist()
+    found = probes.score_answers(tiny_model(), Prompts(torch.zeros(2, 4).long(), valid, valid[:, 0], valid))
+    assert found.right.tolist() == [True, False]
+    mass = found.valid_mass.tolist()
     assert mass[0] == pytest.approx((math.exp(2) + math.e) / (math.exp(2) + math.e + 1))
     assert mass[1] == pytest.approx(math.e / (1 + math.exp(5) + math.e))

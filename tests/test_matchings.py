@@ -76,7 +76,7 @@ def test_a_checkpoint_is_measured_as_in_evaluate() -> None:
     settings = SimpleNamespace(random_circuits=1, clauses="every")
     means = mean_outputs(walker, IDS, MEMORY)
     whole = evaluate(walker, means, circuit, circuit, old, new, settings, 0, Resources(1, MEMORY))
-    of_base, of_tuned = (scores(m, circuit.nodes, IDS, old, new.input_ids, new.valid, MEMORY) for m in (base, tuned))
+    of_base, of_tuned = (scores(m, circuit.nodes, IDS, old, new, MEMORY) for m in (base, tuned))
     found = record(3, of_tuned)
     errors = [abs((found["circuit"][key] or 0.0) - (expected or 0.0)) for key, expected in whole["circuit"].items()]
     print("largest error", max(errors))

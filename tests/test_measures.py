@@ -81,7 +81,7 @@ def made_here() -> set[str]:
             walker, base, base_means, circuit, old, evaluated, "every", available
         )
         records["evaluate", name, "0"] = evaluated
-    at_norm = record(3, scores(tuned.model, circuit.nodes, IDS, old, new.input_ids, new.valid, MEMORY))
+    at_norm = record(3, scores(tuned.model, circuit.nodes, IDS, old, new, MEMORY))
     records["matchings", "grpo", "0"] = {"matchings": {"norm_3": at_norm}}
     sets = {"fetch": circuit.nodes, "circuit": circuit.nodes}
     records["cmap", "grpo", "0"] = patch_both_ways(

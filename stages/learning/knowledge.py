@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stages.learning.probes import is_valid, last_log_probs, valid_mass
+from stages.learning.probes import last_log_probs, score_answers
 from stages.tasks.contexts import Split
 from stages.tasks.examples import Prompts
 from stages.tasks.new_tasks import NEW_TASKS, impossible
@@ -34,13 +34,17 @@ def new_task(model: "PreTrainedModel", prompts: Prompts) -> dict[str, float]:
     """How much of a new task a model knows: greedy accuracy, probability of right answers, and pass@8.
 
     pass@8 is the mean over prompts of 1 - (1 - m)^8, with m the probability of all right answers together:
-    the chance that one of eight samples is right.
+    the chance that one of eight samples is right. `context_mass` is the probability of the tokens that an answer can be
+    or begin with.
     """
-    log_p = last_log_probs(model, prompts.input_ids)
-    mass = valid_mass(log_p, prompts.valid)
+    scores = score_answers(model, prompts)
+    mass, log_p = scores.valid_mass, scores.canonical
+    if prompts.several_tokens:  # the first place of each prompt
+        places = (prompts.canonical >= 0).sum(1)
+        log_p = log_p[places.cumsum(0) - places]
     on_objects = log_p.exp().gather(1, prompts.objects).sum(dim=1)
     return {
-        "accuracy": float(is_valid(log_p, prompts.valid).double().mean()),
+        "accuracy": float(scores.right.double().mean()),
         "valid_mass": float(mass.mean()),
         "context_mass": float(on_objects.mean()),
         "pass_at_8": float((1 - (1 - mass).clamp(min=0) ** 8).mean()),

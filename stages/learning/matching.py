@@ -73,11 +73,12 @@ def rule(confirm: int) -> str:
 
 
 def read_curve(path: Path) -> dict[float, list[CurveRow]]:
-    """A training curve as learning rate (in grid order) -> rows by step, the base (step 0) first."""
+    """A training curve as learning rate (in grid order) -> rows by step, the base (step 0) first; NaN where a step has
+    no such value."""
     curves: dict[float, list[CurveRow]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            row = {name: float(value) for name, value in line.items() if name not in ("arm", "seed")}
+            row = {name: float(value or "nan") for name, value in line.items() if name not in ("arm", "seed")}
             curves.setdefault(row.pop("learning_rate"), []).append(row)
     return curves
 

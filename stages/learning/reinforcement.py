@@ -1,16 +1,16 @@
-"""Reinforcement learning on one answer token: TRL's GRPOTrainer with one forward pass per prompt.
+"""Reinforcement learning on sampled answers: TRL's GRPOTrainer, with one forward pass per prompt where that is exact.
 
 GRPOTrainer generates and scores every completion on its own: 64 prompts x 8 one-token completions are 512
     sequences through the model, twice. All completions of a prompt share one distribution over the answer
-    token, so here a step is:
+    token, so where answers are one token a step is:
 
 1. one forward pass over the different prompts gives that distribution (with its graph);
 2. all completions are drawn from it (`rollout_func`);
 3. TRL scores them and forms advantages, unchanged;
 4. the loss takes its log-probabilities from the pass of step 1 (`_get_per_token_logps_and_entropies`).
 
-Exact as long as prompts have equal length, completions one token, and no dropout is active. The tests compare
-it with the plain trainer on identical samples.
+Exact as long as prompts have equal length, completions one token, and no dropout is active. Answers of several tokens
+are generated and scored by TRL, up to their stop token. The tests compare the two on identical samples.
 """
 
 import tempfile
@@ -29,14 +29,15 @@ from stages.learning.schedule import optimiser
 from stages.learning.trainers import KeepCheckpoints, common_arguments, refuse_dropout, train_quietly
 
 
-class OneTokenTrainer(GRPOTrainer):
-    """GRPOTrainer for one-token answers; prompts are named by their row number in `prompt_ids`.
+class AnswersTrainer(GRPOTrainer):
+    """GRPOTrainer whose prompts are token ids, named by their row number in `prompt_ids`.
 
     Args:
         prompt_ids: token ids of all training rows.
         generator: source of the samples.
         baseline: subtract the mean reward of the prompt's completions (GRPO), or use the raw reward
             (REINFORCE).
+        stop: token that ends a completion; None: those that the model's own texts end with.
     """
 
     def __init__(
@@ -45,11 +46,41 @@ class OneTokenTrainer(GRPOTrainer):
         prompt_ids: Int[Tensor, "n t"],
         generator: torch.Generator,
         baseline: bool,
+        stop: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.prompt_ids, self.generator, self.baseline = prompt_ids, generator, baseline
-        self._pass: tuple[Tensor, Tensor] | None = None  # prompts and log-probabilities of the sampling pass
         self._rewards = torch.empty(0)
+        super().__init__(*args, **kwargs)
+        if stop is not None:
+            # where a completion is cut; the end of a text is an ordinary wrong token here, as it is for the probes
+            self.eos_token_ids = [stop]
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self.prompt_ids[[int(row) for row in prompts]].tolist(), None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL samples with torch's global generator; here it starts from this arm's own draws."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=self.generator)))
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.baseline:
+            batch["advantages"] = self._rewards.sum(-1)
+        return batch
+
+
+class OneTokenTrainer(AnswersTrainer):
+    """The same for answers of one token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._pass: tuple[Tensor, Tensor] | None = None  # prompts and log-probabilities of the sampling pass
         super().__init__(*args, rollout_func=_roll_out, **kwargs)
 
     def answer_log_probs(self, model: Any, prompts: Int[Tensor, "n t"]) -> Float[Tensor, "n vocab"]:
@@ -87,16 +118,6 @@ class OneTokenTrainer(GRPOTrainer):
         entropies = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
         return log_probs[inverse].gather(1, input_ids[:, -1:]), entropies[inverse, None], None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
-        if not self.baseline:
-            batch["advantages"] = self._rewards.sum(-1)
-        return batch
-
 
 def _roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     """TRL's hook for samples: `prompts` are row numbers, each repeated once per completion."""
@@ -110,53 +131,87 @@ def _roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     }
 
 
-def grpo_arguments(samples_per_prompt: int, prompts_per_step: int, temperature: float, beta: float) -> dict[str, Any]:
-    """Arguments of GRPOConfig for the policy gradient without any of its later additions (see `fit`)."""
+def grpo_arguments(
+    samples_per_prompt: int,
+    prompts_per_step: int,
+    temperature: float,
+    beta: float = 0.0,
+    length: int = 1,
+    stop: int | None = None,
+    loss_type: str = "dr_grpo",
+    scale_rewards: str = "none",
+    num_iterations: int = 1,
+    epsilon: float = 0.2,
+) -> dict[str, Any]:
+    """Arguments of GRPOConfig; what is not named in `fit` is the policy gradient without later additions.
+
+    Args:
+        length: most tokens of a completion.
+        stop: token that ends a completion; None: those that the model's own texts end with.
+    """
     return {
         "per_device_train_batch_size": samples_per_prompt * prompts_per_step,  # TRL counts completions
         "num_generations": samples_per_prompt,
-        "num_iterations": 1,
-        "max_completion_length": 1,
+        "num_iterations": num_iterations,
+        "epsilon": epsilon,
+        "max_completion_length": length,
         "temperature": temperature,
         "top_k": 0,
         "top_p": 1.0,
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
+        "loss_type": loss_type,
+        "scale_rewards": scale_rewards,
         "beta": beta,
         "mask_truncated_completions": False,
+        "generation_kwargs": None if stop is None else {"eos_token_id": [stop]},
     }
 
 
 def fit(
-    run: Run, reward: Reward, baseline: bool, samples_per_prompt: int, temperature: float, beta: float = 0.0
+    run: Run,
+    reward: Reward,
+    baseline: bool,
+    samples_per_prompt: int,
+    temperature: float,
+    beta: float = 0.0,
+    one_pass: bool = True,
+    **policy: Any,
 ) -> None:
-    """Train `run.model` by policy gradient: one gradient step on each batch of fresh samples.
+    """Train `run.model` by policy gradient on fresh samples of each batch of prompts.
 
-    The loss is that of Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): the mean over completions of -advantage
-    * log p, advantage = reward minus the mean of its group, or the raw reward without `baseline` (REINFORCE,
-    Williams 1992).
+    By default one gradient step is taken on each batch, and the loss is that of Dr. GRPO (Liu et al. 2025, arXiv
+    2503.20783): the sum over the tokens of -advantage * log p, averaged over completions and divided by the length of
+    the longest answer; advantage = reward minus the mean of its group, or the raw reward without `baseline`
+    (REINFORCE, Williams 1992).
 
     Args:
         reward: see `rewards`.
         samples_per_prompt: completions drawn for each prompt, at least 2.
         temperature: of samples and loss; 1 is on-policy.
         beta: weight of KL(policy || base); above 0 the base is loaded a second time.
+        one_pass: where answers are one token, pass each prompt through the model once; False: as TRL does.
+        policy: `loss_type`, `scale_rewards`, `num_iterations` and `epsilon` as in GRPOConfig. With several iterations
+            each batch of prompts serves so many steps in turn, and fewer batches are used.
     """
     refuse_dropout(run.model)
+    prompts, stop = run.train, run.train.stop
+    length = prompts.valid.shape[-1] if prompts.several_tokens else 1
+    trainer_class = OneTokenTrainer if one_pass and not prompts.several_tokens else AnswersTrainer
+    completions = samples_per_prompt * run.training.prompts_per_step
+    arguments = grpo_arguments(
+        samples_per_prompt, run.training.prompts_per_step, temperature, beta, length, stop, **policy
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = OneTokenTrainer(
+        trainer = trainer_class(
             model=run.model,
             reward_funcs=reward,
-            args=GRPOConfig(
-                **common_arguments(run, folder),
-                **grpo_arguments(samples_per_prompt, run.training.prompts_per_step, temperature, beta),
-            ),
+            args=GRPOConfig(**common_arguments(run, folder), **arguments),
             train_dataset=Dataset.from_dict({"prompt": [str(row) for row in run.order.flatten()]}),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, samples_per_prompt * run.training.prompts_per_step)],
-            prompt_ids=run.train.input_ids,
+            callbacks=[KeepCheckpoints(run.recorder, completions, arguments["num_iterations"])],
+            prompt_ids=prompts.input_ids,
             generator=run.draw("samples"),
             baseline=baseline,
+            stop=stop,
         )
         train_quietly(trainer)

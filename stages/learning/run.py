@@ -65,6 +65,11 @@ class Recorder:
         self._report(step, self.rows[-1])
         return False
 
+    def note(self, step: int, found: dict[str, float]) -> None:
+        """Add what a trainer says of gradient step `step` to its row, if it has one."""
+        if self.rows[-1]["step"] == step:
+            self.rows[-1] |= found
+
     def keep(self, step: int, gradient_steps: int, completions: int) -> None:
         """Write the model as it is now as checkpoint `step`."""
         if adapter_layers(self._model):

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on one answer token, with TRL's SFTTrainer."""
+"""Supervised fine-tuning on answers alone, of one token or several, with TRL's SFTTrainer."""
 
 import tempfile
 from collections.abc import Sequence
@@ -14,22 +14,33 @@ from trl.trainer.sft_trainer import SFTTrainer
 from stages.learning.run import Run
 from stages.learning.schedule import optimiser
 from stages.learning.trainers import KeepCheckpoints, common_arguments, refuse_dropout, train_quietly
+from stages.pipeline.stage import Invalid
+
+NO_LOSS = -100  # as a label
 
 
 def fit(
     run: Run,
-    answers: Int[Tensor, "n"],
-    extra_ids: Int[Tensor, "step extra t"] | None = None,
+    answers: Int[Tensor, "n *length"],
+    extra_ids: Int[Tensor, "step extra u"] | None = None,
     extra_answers: Int[Tensor, "step extra"] | None = None,
 ) -> None:
-    """Train `run.model` by cross-entropy on the answer token alone.
+    """Train `run.model` by cross-entropy on the answers' tokens alone: its mean over all of them in a step.
 
     Args:
-        answers: target token of each row of `run.train`; only rows in `run.order` are used.
+        answers: target of each row of `run.train`; only rows in `run.order` are used.
         extra_ids, extra_answers: further prompts of each step with their targets, on top of the new-task
             prompts; they may have another length.
     """
     order = torch.from_numpy(run.order)
+    if run.train.several_tokens:
+        rows = []
+        for step in range(len(order)):
+            rows += _completed(run.train.input_ids[order[step]], answers[order[step]])
+            if extra_ids is not None and extra_answers is not None:
+                rows += _completed(extra_ids[step], extra_answers[step])
+        _train(run, rows, len(rows) // len(order), SFTTrainer)
+        return
     targets = answers[order]
     sequences = torch.cat([run.train.input_ids[order], targets[..., None]], -1)
     if extra_ids is None or extra_answers is None:
@@ -64,6 +75,15 @@ class PartsTrainer(SFTTrainer):
             model(input_ids=rows[:, :length], logits_to_keep=2, use_cache=False).logits[:, -2] for rows, length in parts
         ]
         return torch.nn.functional.cross_entropy(torch.cat(logits), inputs["labels"][:, -1])
+
+
+def _completed(prompts: Int[Tensor, "n t"], answers: Int[Tensor, "n *length"]) -> list[dict[str, list[int]]]:
+    """Prompts with their answers, each as long as it is, and labels at the answers' tokens alone."""
+    rows = []
+    for prompt, answer in zip(prompts.tolist(), answers.reshape(len(answers), -1).tolist(), strict=True):
+        said = [token for token in answer if token >= 0]
+        rows.append({"input_ids": prompt + said, "labels": [NO_LOSS] * len(prompt) + said})
+    return rows
 
 
 class SoftTargetTrainer(SFTTrainer):
@@ -110,11 +130,33 @@ def fit_sequences(
         trainer_class: what knows the loss; by default, cross-entropy with the label.
         extra: further arguments of it.
     """
-    refuse_dropout(run.model)
+    refuse_several_tokens(run)
     batch = sequences.shape[1]
     sequences = sequences.flatten(0, 1)
-    labels = torch.full_like(sequences, -100)  # -100 = no loss
+    labels = torch.full_like(sequences, NO_LOSS)
     labels[:, -1] = last_labels.flatten()
+    rows = [{"input_ids": ids, "labels": of} for ids, of in zip(sequences.tolist(), labels.tolist(), strict=True)]
+    _train(run, rows, batch, trainer_class, **extra)
+
+
+def refuse_several_tokens(run: Run) -> None:
+    """Of an arm that learns from one-token answers alone.
+
+    Raises:
+        Invalid: the new task's have several.
+    """
+    if run.train.several_tokens:
+        raise Invalid(
+            f"arm '{run.arm}' learns from answers of one token, and those of the new task have several: must be left "
+            "out of arms"
+        )
+
+
+def _train(
+    run: Run, rows: list[dict[str, list[int]]], batch: int, trainer_class: type[SFTTrainer], **extra: Any
+) -> None:
+    """Train on rows of token ids and labels, so many a step; TRL pads shorter ones behind their ends."""
+    refuse_dropout(run.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
             model=run.model,
@@ -126,10 +168,10 @@ def fit_sequences(
                 loss_type="nll",
                 dataset_kwargs={"skip_prepare_dataset": True},
             ),
-            train_dataset=Dataset.from_dict({"input_ids": sequences.tolist(), "labels": labels.tolist()}),
+            train_dataset=Dataset.from_list(rows),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, completions_per_step=batch)],
+            callbacks=[KeepCheckpoints(run.recorder, batch)],
             **extra,
         )
         train_quietly(trainer)

@@ -15,6 +15,10 @@ from transformers import (
 from stages.learning.run import Recorder, Run
 from stages.pipeline.stage import Invalid
 
+# What TRL says of a step -> its column in the training curve: the norm of the gradient before it is clipped, and the
+# share of completions' tokens whose probability ratio was clipped.
+LOGGED = {"grad_norm": "gradient_norm", "clip_ratio/region_mean": "clip_fraction"}
+
 
 def common_arguments(run: Run, output_dir: str) -> dict[str, Any]:
     """Arguments of `SFTConfig` and `GRPOConfig` alike.
@@ -38,7 +42,8 @@ def common_arguments(run: Run, output_dir: str) -> dict[str, Any]:
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "save_strategy": "no",
-        "logging_strategy": "no",
+        "logging_strategy": "steps",  # for `KeepCheckpoints`; nothing is printed or written
+        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -62,11 +67,30 @@ def train_quietly(trainer: Trainer) -> None:
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Tells the recorder of every gradient step of a TRL trainer; ends the training where it says so."""
+    """Tells the recorder of every gradient step of a TRL trainer; ends the training where it says so.
 
-    def __init__(self, recorder: Recorder, completions_per_step: int) -> None:
-        self._recorder, self._completions_per_step = recorder, completions_per_step
+    Args:
+        recorder: of the run.
+        completions: answers that are learned from in each step.
+        iterations: steps in turn that learn from the same ones.
+    """
+
+    def __init__(self, recorder: Recorder, completions: int, iterations: int = 1) -> None:
+        self._recorder, self._completions, self._iterations = recorder, completions, iterations
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._recorder.after(state.global_step, state.global_step * self._completions_per_step):
+        batches = -(-state.global_step // self._iterations)
+        if self._recorder.after(state.global_step, batches * self._completions):
             control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # comes after `on_step_end` of the same step; the summary at the end of the training has none of these
+        found = {column: (logs or {})[name] for name, column in LOGGED.items() if name in (logs or {})}
+        self._recorder.note(state.global_step, found)

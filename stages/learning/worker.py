@@ -4,6 +4,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import transformers
@@ -48,7 +49,8 @@ def run_job(job: Job, report: Callable[[int, CurveRow], None]) -> list[CurveRow]
         order=prompt_order(len(train), job.training, job.seed),
         recorder=recorder,
     )
-    with last_layer_at_the_end(plain, tokens=2):  # the answer and the token before it
+    # the answer and the token before it; answers of several tokens are padded, and generated token by token
+    with nullcontext() if train.several_tokens else last_layer_at_the_end(plain, tokens=2):
         importlib.import_module(f"stages.learning.arms.{job.arm}").train(run)
     return recorder.rows
 

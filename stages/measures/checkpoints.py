@@ -14,9 +14,10 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.circuits.ablation import mean_outputs
 from stages.circuits.circuit import Node
 from stages.circuits.walker import Walker
-from stages.learning.probes import is_valid, last_log_probs
+from stages.learning.probes import score_answers
 from stages.measures.faithfulness import circuit_record, evaluate_circuits
 from stages.measures.prompts import Prompts
+from stages.tasks.examples import Prompts as NewPrompts
 
 
 def scores(
@@ -24,8 +25,7 @@ def scores(
     nodes: Collection[Node],
     reference: Int[Tensor, "n t"],
     old: Prompts,
-    new_ids: Int[Tensor, "m u"],
-    new_valid: Int[Tensor, "m v"],
+    new: NewPrompts,
     memory_mib: float,
 ) -> dict[str, Any]:
     """Means over the prompts: of the whole model (`full`), with the circuit in place (`kept`), and `new_accuracy`.
@@ -35,14 +35,13 @@ def scores(
         nodes: the base's circuit; without one, `kept` is the model with every head ablated.
         reference: prompts that the mean head outputs are taken over.
         old: evaluation prompts of the old task, at the positions where nodes are kept.
-        new_ids: evaluation prompts of the new task.
-        new_valid: their right answers, padded with -1.
+        new: evaluation prompts of the new task.
         memory_mib: how much memory may be taken beside the model.
     """
     walker = Walker(model)
     means = mean_outputs(walker, reference, memory_mib)
     found = evaluate_circuits(walker, means, old, [nodes], [], memory_mib)
-    right = is_valid(last_log_probs(model, new_ids), new_valid)
+    right = score_answers(model, new).right
     return {
         "full": found.full.means()[0],
         "kept": found.in_place.means()[0],

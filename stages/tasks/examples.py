@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stages.pipeline.files import replacing_file
+from stages.pipeline.stage import Invalid
 
 
 class Clauses(StrEnum):
@@ -81,17 +82,51 @@ class Examples(_Rows):
 class Prompts(_Rows):
     """A new task.
 
+    An answer is one token, or several: then all answers end with one stop token, which none has before its end, so that
+    no answer is the beginning of another.
+
     Attributes:
         input_ids: prompts.
-        valid: token ids of the right answers, padded with -1.
-        canonical: the one right answer that `sft_gold` is taught.
-        objects: token ids of the candidates: of boxes the context's objects, clause by clause.
+        valid: token ids of the right answers, [n, v] or [n, v, length]; padded with -1, both where a prompt has fewer
+            answers and behind an answer's end.
+        canonical: the one right answer that `sft_gold` is taught, [n] or [n, length], padded in the same way.
+        objects: token ids of the candidates, which an answer can be or begin with: of boxes the context's objects,
+            clause by clause.
     """
 
     input_ids: Int[Tensor, "n t"]
-    valid: Int[Tensor, "n v"]
-    canonical: Int[Tensor, "n"]
+    valid: Int[Tensor, "n v *length"]
+    canonical: Int[Tensor, "n *length"]
     objects: Int[Tensor, "n k"]
+
+    @property
+    def several_tokens(self) -> bool:
+        """Whether answers are sequences of tokens."""
+        return self.valid.ndim == 3
+
+    @property
+    def one_answer(self) -> bool:
+        """Whether every prompt has one right answer."""
+        return self.valid.shape[1] == 1
+
+    @property
+    def stop(self) -> int | None:
+        """The token that ends answers of several tokens; None where an answer is one token.
+
+        Raises:
+            Invalid: they do not end with one token that occurs nowhere else in them.
+        """
+        if not self.several_tokens:
+            return None
+        answers = self.valid[self.valid[..., 0] >= 0]
+        last = answers.gather(1, (answers >= 0).sum(1, keepdim=True) - 1)
+        stops = last.unique()
+        if len(stops) != 1 or int((answers == stops).sum()) != len(answers):
+            raise Invalid(
+                f"answers of several tokens end with the tokens {stops.tolist()[:5]}: must all end with the same one, "
+                "which occurs nowhere else in them"
+            )
+        return int(stops)
 
     @classmethod
     def from_numpy(cls, *arrays: np.ndarray) -> "Prompts":
@@ -164,8 +199,10 @@ def _write(path: str | Path, rows: _Rows) -> None:
     arrays = []
     columns = _columns(rows)
     for tensor in columns.values():
-        flat = pa.array(tensor.numpy().astype(np.int32).ravel())
-        arrays.append(flat if tensor.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, tensor.shape[1]))
+        column = pa.array(tensor.numpy().astype(np.int32).ravel())
+        for size in reversed(tensor.shape[1:]):
+            column = pa.FixedSizeListArray.from_arrays(column, size)
+        arrays.append(column)
     with replacing_file(path) as temporary:
         pq.write_table(pa.table(arrays, names=list(columns)), temporary)
 
@@ -177,11 +214,12 @@ def _read(path: str | Path, kind: type[_Set]) -> _Set:
     values: dict[str, Any] = {field.name: {} for field in fields(cast(Any, kind)) if get_origin(field.type) is dict}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
+        shape = [len(column)]
+        while pa.types.is_fixed_size_list(column.type):
+            shape.append(column.type.list_size)
+            column = column.values
         # DLPack shares the numbers; `to_numpy` would first load pandas, which costs more than all reading
-        if pa.types.is_fixed_size_list(column.type):
-            tensor = torch.from_dlpack(column.values).view(len(column), column.type.list_size).long()
-        else:
-            tensor = torch.from_dlpack(column).long()
+        tensor = torch.from_dlpack(column).view(shape).long()
         field, _, key = name.partition(".")
         if key:
             values[field][key] = tensor

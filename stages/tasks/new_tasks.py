@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from stages.pipeline.stage import Invalid
-from stages.tasks import arithmetic, relations, shortcuts
+from stages.tasks import arithmetic, relations, shortcuts, sums
 from stages.tasks.contexts import Split
 from stages.tasks.desiderata import LEAST_BOXES
 from stages.tasks.examples import Prompts
@@ -33,11 +33,14 @@ class NewTask:
     shortcuts: Callable[[Prompts, Vocabulary], dict[str, float]]
 
 
-ARITHMETIC = "arithmetic"
+ARITHMETIC, SUMS = "arithmetic", "sums"
 NEW_TASKS = {
     name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
     for name, relation in relations.RELATIONS.items()
-} | {ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores)}
+} | {
+    ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores),
+    SUMS: NewTask(lambda _: "=", sums.draw_prompts, sums.shortcut_scores),
+}
 
 
 def _as_new(task: type[OldTask]) -> NewTask:

@@ -1,4 +1,7 @@
-"""Supervised on the base's own valid answers: drawn once, by rejection, and kept fixed."""
+"""Supervised on the base's own valid answers: drawn once, by rejection, and kept fixed.
+
+Where a prompt has one right answer, that is what is drawn, and the arm is `sft_gold`.
+"""
 
 from stages.learning import supervised
 from stages.learning.answers import draw_valid, of_all_rows, used_rows

@@ -15,6 +15,7 @@ from stages.learning.run import Run
 
 
 def train(run: Run) -> None:
+    supervised.refuse_several_tokens(run)
     supervised.fit_soft(run, run.train.valid.clamp(min=0), restricted(run))
 
 

@@ -37,6 +37,13 @@ def _check_axes(params: Params) -> None:
             raise Invalid(f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _")
         if arm not in arms:
             raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
+    if params.new_task == "sums":
+        for arm in ("sft_oracle", "iterative_sft"):
+            if arm in params.arms:
+                raise Invalid(
+                    f"params.yaml: arms: '{arm}' learns from answers of one token: must be left out with new_task "
+                    "'sums', where it would be sft_gold, as each sum has one right answer"
+                )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
@@ -106,7 +113,14 @@ def _check_sizes(params: Params) -> None:
 def _check_levels(params: Params) -> None:
     boxes, match = params.synthesize.boxes, params.match
     # what naming any object of the context scores; `match` also compares with the scores measured on the data
-    right = {"adjacent": min(2, boxes - 1), "lacks": boxes - 1, "precedes": 1, "contains": 1, "arithmetic": 0}
+    right = {
+        "adjacent": min(2, boxes - 1),
+        "lacks": boxes - 1,
+        "precedes": 1,
+        "contains": 1,
+        "arithmetic": 0,
+        "sums": 0,
+    }
     shortcut = 1 / 2 if params.new_task == "ioi" else right[params.new_task] / boxes
     named = "name of the prompt" if params.new_task == "ioi" else "object of the context"
     if match.level not in match.levels:
