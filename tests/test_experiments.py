@@ -68,7 +68,7 @@ def test_an_experiment_runs_in_a_linked_worktree(tmp_path: Path, dvc: Dvc, monke
     assert (linked / ".git").is_file()  # so it is one
     done = dvc(linked, "exp", "run", "-S", "finetune.grpo_kl.beta=1e-5", "synthesize")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert load_params(linked / "params.yaml").finetune.grpo_kl.beta == 1e-5
+    assert load_params(linked / "params.yaml").finetune.of("grpo_kl").beta == 1e-5
     assert (linked / "data/old/evaluation.parquet").exists() and not (clone / "data/old").exists()
     shown = json.loads(dvc(linked, "exp", "show", "--json", "--hide-queued").stdout)
     experiments = [entry for revision in shown for entry in revision.get("experiments") or []]

@@ -311,7 +311,7 @@ def test_restriction_is_to_the_valid_answers_of_the_rows_that_are_used(monkeypat
     valid = torch.tensor([[2, -1], [0, 2], [1, -1]])
     train = replace(run.train.select(slice(0, 3)), valid=valid, canonical=valid[:, 0].clamp(min=0))
     run = replace(run, train=train, order=np.array([[0, 1]]))
-    found = sft_oracle.restricted(run)
+    found = answers.shares_of_valid(run, answers.used_rows(run))
     assert found[0].tolist() == [1, 0] and found[2].tolist() == [0, 0]
     assert found[1].tolist() == pytest.approx([math.exp(2) / (math.exp(2) + math.exp(1)), 1 / (1 + math.exp(1))])
 

@@ -48,3 +48,10 @@ def of_all_rows(run: Run, rows: Int[Tensor, " n"], answers: Int[Tensor, "n *leng
     found = torch.full_like(run.train.canonical, -1)
     found[rows] = answers
     return found
+
+
+def shares_of_valid(run: Run, rows: Int[Tensor, " n"]) -> Float[Tensor, "n_rows v"]:
+    """The distribution of `run.model`, as it is now, over each row's valid answers alone; 0 in all other rows."""
+    shares = torch.zeros(run.train.valid.shape)
+    shares[rows] = valid_logits(run, rows).softmax(-1)
+    return shares

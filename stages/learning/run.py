@@ -1,13 +1,14 @@
 """One run, that is one arm at one seed and one learning rate: what an arm is given, and what is kept of it.
 
-The contract of an arm. An arm `<name>` is one file `stages/learning/arms/<name>.py` with one function
+The contract of an arm. An arm `<name>` is one file, `stages/learning/arms/<name>.py`, found by being there:
 
-    def train(run: Run) -> None
+    class Settings(Section)            what `finetune.<name>` in params.yaml must say, each key with its type and range
+    def train(run: Run) -> None        reads it as `run.section`
 
-and one section `finetune.<name>` in params.yaml, which it reads as `run.section`. It changes `run.model` in
-place and calls `run.recorder.after(step, completions)` after every gradient step, which keeps weights and
-scores wherever a checkpoint is due. `supervised.fit` and `reinforcement.fit` do both. It uses the prompts of
-step i, `run.order[i]`, and no other new-task prompts; all its random draws come from `run.draw(purpose)`.
+`train` changes `run.model` in place and calls `run.recorder.after(step, completions)` after every gradient step, which
+keeps weights and scores wherever a checkpoint is due. `supervised.fit` and `reinforcement.fit` do both. It uses the
+prompts of step i, `run.order[i]`, and no other new-task prompts; all its random draws come from `run.draw(purpose)`.
+The file is imported whenever params are read, so it imports torch and TRL inside `train` alone.
 Arms do not import each other.
 """
 

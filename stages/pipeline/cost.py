@@ -102,7 +102,7 @@ def _pretrain(section: Any) -> float:
 
 
 def _finetune(section: Any, arm: str) -> float:
-    common, scales = section.common, getattr(getattr(section, arm), "scales", None)
+    common, scales = section.common, getattr(section.of(arm), "scales", None)
     checkpoints = len(scales) if scales else common.dense_until // common.dense_every + common.sparse_checkpoints
     probes = (checkpoints + 1) * 2 * common.probe_examples * PROBE
     if scales:

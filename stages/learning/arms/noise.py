@@ -4,18 +4,32 @@ Checkpoint i moves every parameter tensor W to W + f_i |W| G / |G|, where G is G
 f_i = `scales[i - 1]`.
 """
 
-import torch
+from typing import TYPE_CHECKING, Annotated
 
-from stages.learning.run import Run
+from pydantic import BeforeValidator
+
+from stages.pipeline.params.fields import Rates, Section, as_tuple
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-@torch.no_grad()
-def train(run: Run) -> None:
+class Settings(Section):
+    """`scales` of the moves; `learning_rates` is a grid of its own, [0.0]."""
+
+    scales: Rates
+    learning_rates: Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+
+
+def train(run: "Run") -> None:
+    import torch
+
     start = run.recorder.probe.base_weights
-    for rung, scale in enumerate(run.section.scales, start=1):
-        generator = run.draw("direction")  # the same draws for every rung, so that the direction need not be kept
-        for name, weight in run.model.named_parameters():
-            gaussian = torch.randn(weight.shape, generator=generator).to(weight.device)
-            unit = gaussian * (start[name].norm() / gaussian.norm())
-            weight.copy_(start[name] + scale * unit)
-        run.recorder.keep(rung, gradient_steps=0, completions=0)
+    with torch.no_grad():
+        for rung, scale in enumerate(run.section.scales, start=1):
+            generator = run.draw("direction")  # the same draws for every rung, so that the direction need not be kept
+            for name, weight in run.model.named_parameters():
+                gaussian = torch.randn(weight.shape, generator=generator).to(weight.device)
+                unit = gaussian * (start[name].norm() / gaussian.norm())
+                weight.copy_(start[name] + scale * unit)
+            run.recorder.keep(rung, gradient_steps=0, completions=0)

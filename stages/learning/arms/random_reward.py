@@ -1,12 +1,26 @@
 """`grpo` with a reward that has nothing to do with the answer: what policy-gradient steps do that teach nothing."""
 
-import torch
+from typing import TYPE_CHECKING, Annotated
 
-from stages.learning import reinforcement
-from stages.learning.run import Run
+from pydantic import Field
+
+from stages.pipeline.params.fields import Sampling
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-def train(run: Run) -> None:
+class Settings(Sampling):
+    """`probability` of a reward."""
+
+    probability: Annotated[float, Field(gt=0, lt=1)]
+
+
+def train(run: "Run") -> None:
+    import torch
+
+    from stages.learning import reinforcement
+
     generator = run.draw("rewards")
 
     def coin(prompts: list[str], **_: object) -> list[float | None]:

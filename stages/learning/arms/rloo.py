@@ -5,12 +5,22 @@ that divides by the size of past gradients makes little of the factor. It is TRL
 `reinforcement`, which TRL's RLOOTrainer has no hook for.
 """
 
-from stages.learning import reinforcement
-from stages.learning.rewards import validity
-from stages.learning.run import Run
+from typing import TYPE_CHECKING
+
+from stages.pipeline.params.fields import Sampling
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-def train(run: Run) -> None:
+class Settings(Sampling):
+    """Those of its samples."""
+
+
+def train(run: "Run") -> None:
+    from stages.learning import reinforcement
+    from stages.learning.rewards import validity
+
     samples = run.section.samples_per_prompt
     valid = validity(run.train.valid)
 

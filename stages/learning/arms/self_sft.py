@@ -3,11 +3,23 @@
 Where a prompt has one right answer, that is what is drawn, and the arm is `sft_gold`.
 """
 
-from stages.learning import supervised
-from stages.learning.answers import draw_valid, of_all_rows, used_rows
-from stages.learning.run import Run
+from typing import TYPE_CHECKING
+
+from stages.pipeline.params.fields import Positive, Section
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-def train(run: Run) -> None:
+class Settings(Section):
+    """`temperature` of the draws."""
+
+    temperature: Positive
+
+
+def train(run: "Run") -> None:
+    from stages.learning import supervised
+    from stages.learning.answers import draw_valid, of_all_rows, used_rows
+
     rows = used_rows(run)
     supervised.fit(run, of_all_rows(run, rows, draw_valid(run, rows, run.draw("answers"))))

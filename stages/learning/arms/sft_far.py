@@ -1,13 +1,23 @@
 """Supervised on the valid answer that the base finds least likely: imitation as far from it as the task allows."""
 
-import torch
+from typing import TYPE_CHECKING
 
-from stages.learning import supervised
-from stages.learning.answers import chosen, of_all_rows, used_rows, valid_logits
-from stages.learning.run import Run
+from stages.pipeline.params.fields import Section
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-def train(run: Run) -> None:
+class Settings(Section):
+    """This arm has none."""
+
+
+def train(run: "Run") -> None:
+    import torch
+
+    from stages.learning import supervised
+    from stages.learning.answers import chosen, of_all_rows, used_rows, valid_logits
+
     rows = used_rows(run)
     logits = valid_logits(run, rows)
     least = logits.masked_fill(logits == -torch.inf, torch.inf).argmin(1)

@@ -5,23 +5,22 @@ to the base in KL(q || p). `self_sft` draws one answer of it for each prompt; he
 itself, as from infinitely many draws.
 """
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from stages.learning import supervised
-from stages.learning.answers import used_rows, valid_logits
-from stages.learning.run import Run
+from stages.pipeline.params.fields import Section
+
+if TYPE_CHECKING:
+    from stages.learning.run import Run
 
 
-def train(run: Run) -> None:
+class Settings(Section):
+    """This arm has none."""
+
+
+def train(run: "Run") -> None:
+    from stages.learning import supervised
+    from stages.learning.answers import shares_of_valid, used_rows
+
     supervised.refuse_several_tokens(run)
-    supervised.fit_soft(run, run.train.valid.clamp(min=0), restricted(run))
-
-
-def restricted(run: Run) -> Float[Tensor, "n v"]:
-    """Each row's softmax over its valid answers alone; 0 in rows that the run does not use."""
-    rows = used_rows(run)
-    targets = torch.zeros(run.train.valid.shape)
-    targets[rows] = valid_logits(run, rows).softmax(-1)
-    return targets
+    shares = shares_of_valid(run, used_rows(run))
+    supervised.fit_soft(run, run.train.valid.clamp(min=0), shares)

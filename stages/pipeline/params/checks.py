@@ -2,13 +2,14 @@
 
 import re
 
-from stages.pipeline.params.finetuning import Finetune
+from stages.pipeline.params.finetuning import trained_arms
 from stages.pipeline.params.tasks import NEW_TASKS
 from stages.pipeline.params.whole import Params
 from stages.pipeline.stage import Invalid
 from stages.tasks.old_tasks import old_tasks
 
 AXIS_VALUE = re.compile(r"[a-z0-9_]+")
+TAKEN = ("base", "source", "imports", "runs", "matched")  # folders in models/ beside those of the arms
 
 
 def check(params: Params) -> None:
@@ -31,12 +32,19 @@ def _check_axes(params: Params) -> None:
             raise Invalid(f"params.yaml: {name} is empty: must name at least one")
         if len(set(values)) < len(values):
             raise Invalid(f"params.yaml: {name} = {values}: must not name anything twice")
-    arms = [name for name in Finetune.model_fields if name != "common"]
+    arms = sorted({*trained_arms(), *params.finetune.arms})
     for arm in params.arms:
-        if not AXIS_VALUE.fullmatch(arm):
-            raise Invalid(f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _")
+        if not AXIS_VALUE.fullmatch(arm) or arm in TAKEN:
+            raise Invalid(
+                f"params.yaml: arms: '{arm}' must consist of the characters a-z, 0-9 and _, and be none of "
+                f"{', '.join(TAKEN)}"
+            )
         if arm not in arms:
             raise Invalid(f"params.yaml: arms: there is no arm '{arm}': must be one of {', '.join(arms)}")
+        if arm not in params.finetune.arms:
+            raise Invalid(
+                f"params.yaml: finetune.{arm} is missing: must be there, as it is one of arms (without settings, {{}})"
+            )
     if params.new_task == "sums":
         for arm in ("sft_oracle", "iterative_sft"):
             if arm in params.arms:

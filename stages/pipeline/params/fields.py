@@ -18,6 +18,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Sampling(Section):
+    """Answers that a model draws for each prompt."""
+
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    temperature: Positive
+
+
 def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 

@@ -1,9 +1,13 @@
 """The sections on fine-tuning: what all arms share, each arm's own settings, and where arms are compared."""
 
-from typing import Annotated
+import importlib
+import pkgutil
+from functools import cache
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
+from stages.learning import arms
 from stages.pipeline.params.fields import (
     DISTINCT,
     Betas,
@@ -46,57 +50,65 @@ class Common(Section):
     lora: Lora | None
 
 
-class Empty(Section):
-    """An arm without settings of its own."""
+class Imported(Section):
+    """A model that was fine-tuned elsewhere, in place of an arm's training: a folder, or an id of the hub."""
 
-
-class SelfSft(Section):
-    temperature: Positive
-
-
-class Reinforce(Section):
-    samples_per_prompt: Annotated[int, Field(ge=2)]
-    temperature: Positive
-
-
-class Grpo(Reinforce):
-    beta: NotNegative
-
-
-class SftReplay(Section):
-    fraction: Annotated[float, Field(gt=0, le=1)]
-
-
-class IterativeSft(SelfSft):
-    every: Count
-
-
-class RandomReward(Reinforce):
-    probability: Annotated[float, Field(gt=0, lt=1)]
-
-
-class Noise(Section):
-    scales: Rates
-    learning_rates: Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+    model: Annotated[str, Field(alias="import", min_length=1)]
+    adapter: str | None
+    revision: str | None
 
 
 class Finetune(Section):
-    """One line an arm; this is the registry of arms, beside the files in stages/learning/arms/."""
+    """What all arms share and, by their names, the settings of arms: see `of`.
+
+    An arm is a file in stages/learning/arms/, whose `Settings` say what its section may hold, or a name of one's own
+    for an `Imported` model. Arms that no one asks for need no section.
+    """
+
+    model_config = ConfigDict(extra="allow")  # the sections of arms
 
     common: Common
-    sft_gold: Empty
-    sft_far: Empty
-    sft_oracle: Empty
-    self_sft: SelfSft
-    iterative_sft: IterativeSft
-    reinforce: Reinforce
-    grpo: Grpo
-    grpo_kl: Grpo
-    rloo: Reinforce
-    random_reward: RandomReward
-    sft_replay: SftReplay
-    joint: Empty
-    noise: Noise
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_arms(cls, sections: Any) -> Any:
+        if not isinstance(sections, dict):
+            return sections
+        arms = {str(name): section for name, section in sections.items() if name != "common"}
+        fields: Any = {name: (_settings(name, section), ...) for name, section in arms.items()}
+        return sections | dict(create_model("Arms", __base__=Section, **fields).model_validate(arms))
+
+    def of(self, arm: str) -> Any:
+        """The settings of an arm: an `Imported`, or the `Settings` of its file.
+
+        Raises:
+            KeyError: it has no section.
+        """
+        return (self.model_extra or {})[arm]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms that have a section."""
+        return tuple(self.model_extra or ())
+
+
+@cache
+def trained_arms() -> tuple[str, ...]:
+    """The arms that have a file; none of them is imported for that."""
+    return tuple(module.name for module in pkgutil.iter_modules(arms.__path__))
+
+
+def _settings(name: str, section: Any) -> type[Section]:
+    if hasattr(Section, name):
+        raise ValueError(f"an arm cannot be named '{name}': must be another name")
+    if name in trained_arms():
+        return importlib.import_module(f"{arms.__name__}.{name}").Settings
+    if isinstance(section, dict) and "import" in section:
+        return Imported
+    raise ValueError(
+        f"there is no arm '{name}': must be one of {', '.join(trained_arms())}, or a model that was fine-tuned "
+        f"elsewhere, {name}: {{import: <folder or id>, adapter: null, revision: null}}"
+    )
 
 
 class Match(Section):
