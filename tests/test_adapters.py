@@ -1,5 +1,6 @@
 """LoRA in fine-tuning: what is kept are adapters, which merged give a plain model that answers as the adapted one."""
 
+import importlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 
 from stages.circuits.lora import merged
 from stages.learning import adapters
-from stages.learning.arms import grpo, sft_gold
+from stages.learning.arms import sft_gold
 from stages.learning.checkpoints import checkpoint_file, read_checkpoint, set_weights
 from stages.learning.probes import Probe
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps
 from stages.learning.settings import Training
 from stages.pipeline.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from stages.pipeline.params.finetuning import trained_arms
 from stages.pipeline.stage import Invalid
 from tests.test_learning import (
+    SECTION,
     TRAINING,
     checkpoint,
     tiny_examples,
@@ -36,9 +39,9 @@ def arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: weight.detach().numpy() for name, weight in model.named_parameters()}
 
 
-def adapted_run(arm: str, training: Training = TRAINING, folder: Path | None = None) -> Run:
+def adapted_run(arm: str, training: Training = TRAINING, folder: Path | None = None, section: Any = SECTION) -> Run:
     """A run whose model has adapters from the start, as a worker makes it."""
-    run = tiny_run(arm, 1e-2, training=replace(training, lora=LORA), folder=folder)
+    run = tiny_run(arm, 1e-2, section, training=replace(training, lora=LORA), folder=folder)
     adapted = adapters.with_adapters(run.model, LORA, seed=0)
     probe = Probe.of(adapted, tiny_examples(), run.train)
     steps = checkpoint_steps(training)
@@ -68,11 +71,15 @@ def test_fresh_adapters_change_nothing_and_merged_ones_answer_alike() -> None:
     assert error < 1e-4 < 1e-1 < effect
 
 
-@pytest.mark.parametrize("arm", [sft_gold, grpo], ids=["sft_gold", "grpo"])
-def test_arms_train_adapters_and_nothing_else(arm: SimpleNamespace) -> None:
-    """Merged checkpoints have the names and shapes of the base, and differ from it by matrices of the rank."""
-    run, start = adapted_run(arm.__name__.rpartition(".")[2]), arrays(tiny_model())
-    arm.train(run)
+@pytest.mark.parametrize("arm", [arm for arm in trained_arms() if arm != "noise"])
+def test_arms_train_adapters_and_nothing_else(arm: str) -> None:
+    """Checkpoints hold adapters alone; merged, they have the names and shapes of the base, and differ from it by
+    matrices of the rank."""
+    settings = {"samples_per_prompt": 4, "temperature": 1.0, "beta": 0.1 if arm == "dpo" else 0.0}
+    section = SimpleNamespace(**settings, every=2, fraction=0.5, probability=0.5)
+    run, start = adapted_run(arm, section=section), arrays(tiny_model())
+    importlib.import_module(f"stages.learning.arms.{arm}").train(run)
+    assert len(checkpoint(run, 4)) == 2 * 2 * len(LORA.modules)
     last = read_checkpoint(run.recorder.folder, 4, start)
     assert {name: weight.shape for name, weight in last.items()} == {n: w.shape for n, w in start.items()}
     changes = {name: torch.from_numpy(last[name] - start[name]).double() for name in start}

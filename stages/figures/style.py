@@ -50,12 +50,13 @@ LOOKS = {
     "grpo": Look("GRPO", "#0072B2", "D"),
     "grpo_kl": Look("GRPO + KL", "#003F6B", "v"),
     "rloo": Look("RLOO", "#4C72D0", ">"),
+    "dpo": Look("DPO", "#117733", "<"),
     "sft_replay": Look("SFT + replay", "#CC79A7", "P"),
     "noise": Look("Random direction", "#8A8A8A", "d"),
     "random_reward": Look("GRPO, random reward", "#B9B9B9", "<"),
     "joint": Look("Joint training", "#5B3A5E", "H"),
 }
-_SPARE = (("#009E73", "8"), ("#117733", "o"), ("#44AA99", "s"), ("#882255", "D"))
+_SPARE = (("#009E73", "8"), ("#6B8E23", "o"), ("#44AA99", "s"), ("#882255", "D"))
 
 INK, SOFT, FAINT = "#222222", "#666666", "#DDDDDD"
 
