@@ -139,5 +139,5 @@ def test_the_preset_of_a_real_model_warms_up_on_adapters(tmp_path: Path) -> None
     params = load_params(tmp_path / "params.yaml")
     common = params.finetune.common
     assert params.source.kind == "package" and params.teach is not None and params.synthesize.boxes == 7
-    assert common.lora is not None and common.warmup_steps >= 20 and len(params.finetune.noise.scales) <= 2
+    assert common.lora is not None and common.warmup_steps >= 20 and len(params.finetune.of("noise").scales) <= 2
     assert common.steps * common.prompts_per_step <= params.synthesize.new["train"], "no prompt is used twice"

@@ -15,6 +15,7 @@ from stages.learning.answers import of_all_rows, used_rows
 from stages.learning.probes import last_log_probs
 from stages.learning.run import Run
 from stages.learning.schedule import optimiser
+from stages.learning.supervised import refuse_several_tokens
 from stages.learning.trainers import KeepCheckpoints, common_arguments, refuse_dropout, train_quietly
 from stages.pipeline.stage import Invalid
 
@@ -31,7 +32,12 @@ class PairsTrainer(DPOTrainer):
 
 def draw_wrong(run: Run, generator: torch.Generator) -> Int[Tensor, " rows"]:
     """A wrong answer for every row that the run uses, drawn from `run.model` as it is now, restricted to the tokens
-    that are no valid answer; -1 in all other rows."""
+    that are no valid answer; -1 in all other rows.
+
+    Raises:
+        Invalid: answers have several tokens.
+    """
+    refuse_several_tokens(run)
     rows = used_rows(run)
     log_p = last_log_probs(run.model, run.train.input_ids[rows])
     valid = run.train.valid[rows]

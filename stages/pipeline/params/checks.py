@@ -46,11 +46,11 @@ def _check_axes(params: Params) -> None:
                 f"params.yaml: finetune.{arm} is missing: must be there, as it is one of arms (without settings, {{}})"
             )
     if params.new_task == "sums":
-        for arm in ("sft_oracle", "iterative_sft"):
+        for arm in ("sft_oracle", "iterative_sft", "dpo"):
             if arm in params.arms:
                 raise Invalid(
                     f"params.yaml: arms: '{arm}' learns from answers of one token: must be left out with new_task "
-                    "'sums', where it would be sft_gold, as each sum has one right answer"
+                    "'sums', whose answers have several"
                 )
     if params.new_task not in NEW_TASKS:
         raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
