@@ -10,6 +10,7 @@ from typing import Any
 from stages.figures.parts import Document
 from stages.figures.rendering import to_html, to_markdown
 from stages.figures.sections import (
+    ablations,
     checks,
     circuit,
     contrasts,
@@ -58,6 +59,7 @@ def document(summary: Mapping[str, Any]) -> Document:
             *([enhancement.section(summary)] if summary["table_enhancement"] else []),
             matchings.section(summary),
             circuit.section(summary),
+            *([ablations.section(summary)] if summary["table_scores"] or summary["table_ablations"] else []),
             similarity.section(summary),
             forgetting.section(summary),
             transplants.section(summary),

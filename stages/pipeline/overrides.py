@@ -6,9 +6,9 @@ A preset, `stages/presets/<preset>.yaml`, holds what differs and nothing else, s
 flattened to overrides (`match.level=0.9`), and DVC applies these, and those of the command line, to a copy of
 params.yaml: keys that are not there are refused, most comments stay.
 
-Hydra's config groups, which DVC composes with `hydra.enabled`, were tried and left: the values would have to move to
-`conf/`, params.yaml would be written anew from there by each `dvc exp run`, without its comments and over what was
-edited in it, and `dvc repro` would not compose at all.
+Hydra's config groups, which DVC composes with `hydra.enabled`, were considered and left, by what DVC's code does with
+them: the values would have to move to `conf/`, params.yaml would be written anew from there by each `dvc exp run`,
+without its comments and over what was edited in it, and `dvc repro` would not compose at all.
 """
 
 import argparse

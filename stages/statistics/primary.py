@@ -19,6 +19,12 @@ def score_of(measure: str) -> str:
     return next((score for score, ending in ENDINGS.items() if ending and name.endswith(ending)), "accuracy")
 
 
+def is_of_score(measure: str) -> bool:
+    """Whether a measure is one of the scores, of anything, or a share of one."""
+    name = measure.rpartition(".")[2]
+    return any(score in name for score in ("retention", "faithfulness", *ENDINGS))
+
+
 def base_measure(primary: str) -> str:
     """The faithfulness by which a base counts."""
     parts = primary.split(".")

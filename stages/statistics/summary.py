@@ -8,7 +8,7 @@ lists.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stages.statistics import enhancement
+from stages.statistics import by_ablation, by_score, enhancement
 from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.inputs import table_of_inputs
@@ -62,6 +62,7 @@ def summarise(
     models = enhancement.table_of_models(cells, old_task["name"]) if same_task else []
     heads = enhancement.table_of_transplants(cells) if same_task else []
     findings = enhancement.findings(models, heads, names) if same_task else []
+    scores, ablations = by_score.table_scores(cells, plan, left_out), by_ablation.table_ablations(cells, plan, left_out)
     answer = "No contrast was planned."
     if first:
         answer = headline(first, names, statistics["plan"], level, same_task)
@@ -148,6 +149,11 @@ def summarise(
         "table_hypervolume": [statistics["hypervolume"]],
         "table_inputs": table_of_inputs(cells, plan, left_out),
         "table_masks": table_of_masks(cells),
+        "primary_score": score_of(plan.primary),
+        "table_scores": scores,
+        "score_findings": by_score.findings(scores, plan.primary),
+        "table_ablations": ablations,
+        "ablation_findings": by_ablation.findings(ablations, plan.primary, names),
         "table_desiderata_of_base": _desiderata_of_base(cells),
         "table_enhancement": models,
         "table_enhancing_heads": heads,
