@@ -1,25 +1,32 @@
-"""Fine-tune the base of a seed with one arm, once for each learning rate of the grid; keep checkpoints."""
+"""Fine-tune the base of a seed with one arm, once for each learning rate of the grid; keep checkpoints.
+
+The model of an arm that was trained elsewhere is brought instead.
+"""
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stages.learning.settings import Training
+from stages.learning.importing import RATE, bring
+from stages.learning.settings import CurveRow, Training
 from stages.learning.workers import Job, run_jobs
 from stages.pipeline.files import replacing_directory, write_csv
 from stages.pipeline.resources import resources
-from stages.pipeline.stage import Cell, Invalid, run
+from stages.pipeline.stage import Cell, run
 
 
 def main(cell: Cell) -> None:
     arm, seed, available = cell.item["arm"], int(cell.item["seed"]), resources()
-    if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:
-        raise Invalid(f"arm = '{arm}': must name a file stages/learning/arms/{arm}.py")
     training = Training(**dict(cell.params("finetune.common")))
     section = cell.params(f"finetune.{arm}")
     # An arm without gradient steps lists its own grid, [0.0].
     rates = getattr(section, "learning_rates", training.learning_rates)
     new = Path("data/new") / cell.params("new_task")
+    base, old = Path(f"models/base/{seed}"), Path("data/old/selection.parquet")
     with replacing_directory(f"models/runs/{arm}/{seed}") as folder:
+        if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:  # so params say what is to be imported
+            found = bring(arm, section, base, old, new / "selection.parquet", training.probe_examples, folder)
+            return _write_curve(arm, seed, {RATE: found})
         jobs = [
             Job(
                 arm=arm,
@@ -28,10 +35,10 @@ def main(cell: Cell) -> None:
                 learning_rate=rate,
                 training=training,
                 section=section,
-                base=Path(f"models/base/{seed}"),
+                base=base,
                 train=new / "train.parquet",
                 rehearsal=Path("data/old/train.parquet"),
-                old=Path("data/old/selection.parquet"),
+                old=old,
                 new=new / "selection.parquet",
                 folder=folder,
                 device=available.device,
@@ -39,15 +46,15 @@ def main(cell: Cell) -> None:
             for index, rate in enumerate(rates)
         ]
         curves = run_jobs(jobs, available.processes)
+        _write_curve(arm, seed, dict(zip(rates, curves, strict=True)))
 
-        import pandas as pd  # only now: workers should not wait for it
 
-        rows = [
-            {"arm": arm, "seed": seed, "learning_rate": job.learning_rate} | row
-            for job, curve in zip(jobs, curves, strict=True)
-            for row in curve
-        ]
-        write_csv(f"reports/cells/finetune/{arm}/{seed}.csv", pd.DataFrame(rows))
+def _write_curve(arm: str, seed: int, curves: Mapping[float, Sequence[CurveRow]]) -> None:
+    """Write the curves of all learning rates as one."""
+    import pandas as pd  # only now: workers should not wait for it
+
+    rows = [{"arm": arm, "seed": seed, "learning_rate": rate} | row for rate, curve in curves.items() for row in curve]
+    write_csv(f"reports/cells/finetune/{arm}/{seed}.csv", pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ The primary one, at the frozen new-task level, is written as a model folder, whi
 the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
 which matching picked which; stage `matchings` tests the circuit in them. Both are plain weights, with any adapters
 merged. The record holds what every matching picked at every learning rate of the grid.
+
+An imported arm has one model, which is picked as it is: no level is asked of it, and it is at no other matching.
 """
 
 import math
@@ -23,9 +25,11 @@ from stages.learning.checkpoints import (
     set_weights,
     stored_weights,
 )
+from stages.learning.importing import IMPORTED, RATE
 from stages.learning.matching import (
     ACCURACY,
     Matching,
+    Pick,
     distance,
     matchings,
     moved_as_far,
@@ -77,7 +81,8 @@ def main(cell: Cell) -> None:
     base_folder, target = Path(f"models/base/{seed}"), Path(f"models/{arm}/{seed}")
     base = stored_weights(*sorted(base_folder.glob("*.safetensors")))
     curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
-    untrained = set(curves) == {0.0}
+    brought = _is_imported(arm, seed)
+    untrained = set(curves) == {0.0} and not brought
     like = settings.noise_like if untrained else arm
     if untrained:
         last = int(max(row["step"] for row in curves[0.0]))
@@ -85,9 +90,10 @@ def main(cell: Cell) -> None:
         curves = read_curve(Path(f"reports/cells/finetune/{like}/{seed}.csv"))
     else:
         direction = None
-    index, rows = _at_rate(curves, rate)
+    as_it_is = brought or _is_imported(like, seed)
+    index, rows = (0, curves[RATE]) if as_it_is else _at_rate(curves, rate)
     source = Source(base, run_folder(Path(f"models/runs/{like}/{seed}"), index), direction)
-    picks = {matching: pick(rows, matching, confirm) for matching in wanted}
+    picks = {m: Pick(m == primary, rows[-1], rows[-1][m.by]) if as_it_is else pick(rows, m, confirm) for m in wanted}
     picked = picks[primary]
 
     with replacing_directory(target) as folder:
@@ -103,7 +109,12 @@ def main(cell: Cell) -> None:
         write_json(folder / "index.json", {m.name: checkpoint_file(folder, step).name for m, step in others.items()})
 
     by_rate: dict[Matching, dict[str, Any]]
-    if untrained:
+    if brought:
+        own = picked.row
+        text = "imported: the model as it is, no level is asked of it"
+        columns = {column: own[column] for column in _COLUMNS}
+        by_rate = {m: {f"{rate:g}": {"reached": p.reached} | columns} for m, p in picks.items()}
+    elif untrained:
         steps = {picks[m].step for m in wanted}
         scored = _scores(base_folder, source, steps, new_task, available.device)
         own = scored[picked.step]
@@ -122,7 +133,7 @@ def main(cell: Cell) -> None:
         "matching": primary.name,
         "level": settings.level,
         "learning_rate": rate,
-        "step": None if untrained else picked.step,
+        "step": None if untrained or brought else picked.step,
         "new_accuracy_selection": own["new_accuracy"],
         "old_accuracy_selection": own["old_accuracy"],
         "weight_norm": distance(base, source.weights(picked.step)),
@@ -138,6 +149,10 @@ def main(cell: Cell) -> None:
         },
     }
     write_json(f"reports/cells/match/{arm}/{seed}.json", record)
+
+
+def _is_imported(arm: str, seed: str) -> bool:
+    return Path(f"models/runs/{arm}/{seed}", IMPORTED).is_file()
 
 
 def _at_rate(curves: Mapping[float, list[CurveRow]], rate: float) -> tuple[int, list[CurveRow]]:

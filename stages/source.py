@@ -8,7 +8,6 @@ writes models/source, by `source.kind`:
                 `source.adapter`, a folder or an id as well, is merged into it in float32
 """
 
-import os
 from pathlib import Path
 
 from stages.pipeline.stage import Cell, run
@@ -29,11 +28,12 @@ def main(cell: Cell) -> None:
 
         packaged_model(SOURCE)
     else:
-        os.environ["HF_HUB_OFFLINE"] = "0"  # the one stage that may ask the network
         from stages.pipeline.checkpoints import load_model, load_pretrained_tokenizer, save_model
+        from stages.pipeline.hub import online
 
-        model = load_model(settings.model, settings.adapter, settings.revision)
-        save_model(model, load_pretrained_tokenizer(settings.model, settings.revision), SOURCE)
+        with online():
+            model = load_model(settings.model, settings.adapter, settings.revision)
+            save_model(model, load_pretrained_tokenizer(settings.model, settings.revision), SOURCE)
 
 
 if __name__ == "__main__":

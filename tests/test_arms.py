@@ -102,7 +102,7 @@ def test_an_arm_that_nobody_asks_for_needs_no_section(tmp_path: Path) -> None:
         ({"finetune": finetune(sft_gold={"beta": 1.0})}, "finetune.sft_gold.beta is not a known parameter"),
         ({"finetune": finetune(theirs={"import": "a/b"})}, "finetune.theirs.adapter is missing"),
         ({"finetune": {"common": PARAMS["finetune"]["common"]}}, "finetune.sft_gold is missing: must be there"),
-        ({"arms": [*PARAMS["arms"], "runs"]}, "arms: 'runs' must .* be none of base, source, imports, runs, matched"),
+        ({"arms": [*PARAMS["arms"], "runs"]}, "arms: 'runs' must .* be none of base, source, runs, matched"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value)[:40],
 )

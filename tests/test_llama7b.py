@@ -1,6 +1,7 @@
 """Preset `llama7b` with random weights of that shape in small: architecture, kind of tokenizer, an adapter.
 
-From the model folder through import, discovery, evaluation, masks and transplants, by the stages themselves.
+From model folders through import, discovery, evaluation, masks and transplants to the report, by the stages themselves;
+no model is trained.
 """
 
 import json
@@ -15,13 +16,27 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages import cmap, dcm, discover, evaluate, pretrain, source, synthesize
+from stages import (
+    cmap,
+    contrast,
+    dcm,
+    discover,
+    drift,
+    evaluate,
+    finetune,
+    match,
+    matchings,
+    pretrain,
+    report,
+    source,
+    synthesize,
+)
 from stages.pipeline import stage
 from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
 from stages.pipeline.overrides import compose
 from stages.pipeline.params import load_params
 from stages.pipeline.resources import Resources
-from stages.pipeline.stage import Cell
+from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.vocabulary import LABELS, OBJECTS
 from tests.comparing import record_difference
 from tests.conftest import REPOSITORY
@@ -47,7 +62,15 @@ SMALL = [
     "finetune.common.probe_examples=8",
     "dcm.steps=2",
     "dcm.batch=4",
+    "new_task=adjacent",  # of one-token answers, as the tokenizer is too small to say sums
+    "arms=[goat,float7b]",
+    "finetune.goat={import: theirs, adapter: goat, revision: null}",
+    "finetune.float7b={import: full, adapter: null, revision: null}",
+    "contrast.contrasts=[[goat,float7b]]",
+    "contrast.resamples=200",
+    "report.dpi=60",
 ]
+ARMS = ("goat", "float7b")
 ANALYSES = {discover: "model", evaluate: "model", dcm: "model", cmap: "arm"}
 
 
@@ -83,7 +106,8 @@ def small_llama(tokens: int) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the data, the base and one tuned model, the base with an adapter as Goat-7B's on it."""
+    """A working folder with the data, the base, and two tuned models in folders of their own: an adapter as Goat-7B's,
+    and all weights as FLoat-7B's."""
     folder = tmp_path_factory.mktemp("llama7b")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -101,18 +125,20 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 if "lora_B" in name:
                     weight.copy_(0.1 * torch.randn(weight.shape))
         adapted.save_pretrained("goat")
+        full = load_model("theirs")
+        with torch.no_grad():
+            for weight in full.parameters():
+                weight.add_(0.01 * torch.randn(weight.shape))
+        save_model(full, tokenizer, "full")
         shutil.copy(REPOSITORY / "dvc.yaml", "dvc.yaml")
-        for adapter in ("goat", None):
-            changes = SMALL if adapter is None else [*SMALL, f"source.adapter={adapter}"]
-            prepare(patch, changes)
-            source.main(Cell("source", {}))
-            if adapter is not None:
-                shutil.copytree(source.SOURCE, "models/sft_gold/0")
+        prepare(patch, SMALL)
+        source.main(Cell("source", {}))
         synthesize.main(Cell("synthesize", {}))
         patch.setattr(pretrain, "FEWER", 4)
         pretrain.main(Cell("pretrain", {"seed": "0"}))
-        if not Path("models/base").exists():
-            raise AssertionError("no base")
+        for module in (finetune, match):
+            for arm in ARMS:
+                module.main(Cell(module.__name__.rpartition(".")[2], {"arm": arm, "seed": "0"}))
     return folder
 
 
@@ -121,15 +147,19 @@ def prepare(patch: pytest.MonkeyPatch, changes: list[str]) -> None:
     patch.setattr(stage, "_cache", {"params": load_params(Path("params.yaml"))})
 
 
-def analysed(patch: pytest.MonkeyPatch, available: Resources) -> dict[str, Any]:
-    """The records of all analyses of base and tuned model."""
-    shutil.rmtree("reports/cells", ignore_errors=True)
+def analysed(patch: pytest.MonkeyPatch, available: Resources, arms: tuple[str, ...]) -> dict[str, Any]:
+    """The records of all analyses of the base and tuned models."""
+    found = {}
     for module, axis in ANALYSES.items():
+        name = module.__name__.rpartition(".")[2]
+        shutil.rmtree(f"reports/cells/{name}", ignore_errors=True)
         patch.setattr(module, "resources", lambda: available)
-        for model in ("base", "sft_gold") if axis == "model" else ("sft_gold",):
-            name = module.__name__.rpartition(".")[2]
+        for model in ("base", *arms) if axis == "model" else arms:
             module.main(Cell(name, {axis: model, "seed": "0"}))
-    return {str(path): json.loads(path.read_text()) for path in sorted(Path("reports/cells").rglob("*.json"))}
+        found |= {
+            str(path): json.loads(path.read_text()) for path in sorted(Path("reports/cells", name).rglob("*.json"))
+        }
+    return found
 
 
 def test_the_preset_says_what_the_paper_did(tmp_path: Path) -> None:
@@ -149,23 +179,71 @@ def test_an_adapter_is_merged_and_the_chain_runs_to_the_end(imported: Path, monk
     monkeypatch.chdir(imported)
     ids = load_tokenizer("models/source")(" the drink is in Box Q", add_special_tokens=False)["input_ids"]
     print(load_tokenizer("models/source").convert_ids_to_tokens(ids))
-    base, tuned = (load_model(f"models/{name}/0").state_dict() for name in ("base", "sft_gold"))
+    base, tuned = (load_model(f"models/{name}/0").state_dict() for name in ("base", "goat"))
     moved = {name.split(".")[-2] for name in base if not torch.equal(base[name], tuned[name])}
     assert moved == {"q_proj", "k_proj", "v_proj", "o_proj"}, "merged into the weights"
     prepare(monkeypatch, SMALL)
-    here = analysed(monkeypatch, Resources(1, 512.0))
+    here = analysed(monkeypatch, Resources(1, 512.0), ("goat",))
     record = here["reports/cells/discover/base/0/record.json"]
     assert set(record["sizes"]) == {"value_fetcher", "pos_transmitter", "pos_detector", "struct_reader"}
-    assert here["reports/cells/evaluate/sft_gold/0.json"]["circuit"]["size"] == record["size"] > 0
+    assert here["reports/cells/evaluate/goat/0.json"]["circuit"]["size"] == record["size"] > 0
     assert set(here["reports/cells/dcm/base/0.json"]["groups"]) == set(record["sizes"])
-    both = here["reports/cells/cmap/sft_gold/0.json"]
+    both = here["reports/cells/cmap/goat/0.json"]
     assert both["base"]["logit_difference"] != both["tuned"]["logit_difference"]
 
     with second_device() as device:
-        there = analysed(monkeypatch, Resources(1, 512.0, device))
+        there = analysed(monkeypatch, Resources(1, 512.0, device), ("goat",))
     for path, record in there.items():
         if "settings" in record:
             assert record["settings"].pop("device") == DEVICE.type, path
     error = record_difference(there, here)
     print(f"on another device: max error {error:.1e}")
     assert error < 1e-3, "in float32"
+
+
+def test_imported_arms_are_reported(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(imported)
+    prepare(monkeypatch, SMALL)
+    analysed(monkeypatch, Resources(1, 512.0), ARMS)
+    for module in (matchings, drift):
+        for arm in ARMS:
+            module.main(Cell(module.__name__.rpartition(".")[2], {"arm": arm, "seed": "0"}))
+    contrast.main(Cell("contrast", {}))
+    report.main(Cell("report", {}))
+    record = json.loads(Path("reports/cells/match/goat/0.json").read_text())
+    assert record["reached"] and record["step"] is None and record["rule"].startswith("imported")
+    assert sum(entry["reached"] for entry in record["matchings"].values()) == 1, "at no matching but as it is"
+    summary = json.loads(Path("reports/summary.json").read_text())
+    print(sorted(summary))
+    assert "goat" in Path("reports/report.md").read_text()
+
+
+def test_what_the_base_could_not_have_become_is_no_arm(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(imported)
+    tokenizer = load_tokenizer("models/source")
+    save_model(small_llama(len(tokenizer) + 3), tokenizer, "larger")
+    broken = small_llama(len(tokenizer))
+    broken.lm_head.weight.data[3, 4] = float("nan")
+    save_model(broken, tokenizer, "broken")
+    Path("pickled").mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path("theirs", name), "pickled")
+    torch.save({}, "pickled/pytorch_model.bin")
+    other: Any = load_tokenizer("models/source")
+    other.add_tokens(["Goat"])
+    save_model(small_llama(len(tokenizer)), other, "retokenized")
+    before = sorted(Path("models").rglob("*"))
+    for folder, sentence in {
+        "larger": r"embed_tokens.weight has the shape \(\d+, 32\), that of the base is",
+        "broken": "lm_head.weight holds numbers that are not finite",
+        "pickled": "holds no .safetensors file; only safetensors weights are loaded",
+        "retokenized": r"differ in 1 entries \('Goat', \d+, is in one alone\): must have the tokens of the base",
+        "gone": "model 'gone' is missing: must be a folder, or a model on the hub",
+        "owner/name": "cannot be had from the hub",
+    }.items():
+        prepare(monkeypatch, [*SMALL, f"finetune.goat.import={folder}", "finetune.goat.adapter=null"])
+        with pytest.raises(Invalid, match=f"^finetune.goat.import = '{folder}': .*{sentence}") as caught:
+            finetune.main(Cell("finetune", {"arm": "goat", "seed": "0"}))
+        print(caught.value)
+        assert "\n" not in str(caught.value)
+    assert sorted(Path("models").rglob("*")) == before, "nothing is written"

@@ -124,7 +124,7 @@ def test_editing_code_makes_its_stage_stale(smoke_run: Path, dvc: Dvc, module: s
     assert _stale(dvc, smoke_run) == set()
     assert stale
     assert all(
-        any(name == stage or name.startswith(f"{stage}@") or name.startswith(f"{stage}-") for stage in stages)
+        any(name == stage or name.startswith((f"{stage}@", f"{stage}-", f"{stage}_base@")) for stage in stages)
         for name in stale
     ), stale
 

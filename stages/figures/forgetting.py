@@ -38,7 +38,7 @@ def draw(curves: pd.DataFrame, base_old: float | None, rate: float) -> Figure:
                     markeredgecolor="white",
                     zorder=5,
                 )
-            axes.set_ylim(*zoomed(list(shown["old_accuracy"]), [base_old]))
+            axes.set_ylim(*zoomed([float(value) for value in shown["old_accuracy"]], [base_old]))
             axes.grid()
             trained = shown[shown["learning_rate"] > 0]
             furthest = float((trained if len(trained) else shown)[column].max())

@@ -34,16 +34,19 @@ BESIDES = {
 PINS = ("requirements-compute.txt",)
 
 
-def manifests(stages: Sequence[str]) -> dict[str, dict[str, str]]:
+def manifests(stages: Sequence[str], used: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """For every stage, and as "finetune/<arm>" for every arm, the digest of each file that it runs.
 
     Args:
         stages: names of modules in stages/.
+        used: arms that params name; those without a file are imported models.
     """
     arms = sorted(path.stem for path in Path(ARMS).glob("*.py") if path.stem != "__init__")
+    imported = sorted(set(used) - set(arms))
     found = {stage: _digests(code_of(stage)) for stage in stages}
     if "finetune" in found:
         found |= {f"finetune/{arm}": _digests(code_of("finetune", arm)) for arm in arms}
+        found |= {f"finetune/{arm}": found["finetune"] for arm in imported}
         del found["finetune"]
     return found
 

@@ -23,6 +23,7 @@ from stages.pipeline.params import parse_yaml
 from stages.pipeline.stage import PARAMS_FILE, Invalid
 
 PRESETS = Path("stages/presets")
+ARMS = "finetune."  # below it, a preset may name what params.yaml does not: models to import
 _PLAIN = re.compile(r"[A-Za-z_][\w-]*")  # text that needs no quotes
 _WORDS = re.compile("null|true|false|nan|inf", re.IGNORECASE)  # which without them would be no text
 
@@ -61,7 +62,8 @@ def flattened(difference: Mapping[str, Any], base: Any, prefix: str = "") -> Ite
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             yield from flattened(value, below, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={_literal(value)}"
+            new = "+" if prefix == ARMS and below is None else ""  # an imported arm, which params check
+            yield f"{new}{prefix}{key}={_literal(value)}"
 
 
 def _difference(preset: Path) -> dict[str, Any]:

@@ -241,12 +241,12 @@ def _hierarchical(
 
 def by_learning_rate(cells: Cells, arm: str) -> dict[str, Any]:
     """Old-task accuracy (selection split) where the arm reached the level, by learning rate of the grid; of an arm
-    without training, which has none, nothing."""
+    without training here, which has none, nothing."""
     found: dict[str, dict[str, Any]] = {}
     for seed in cells.seeds:
         match = cells.record("match", arm, seed)
         primary = match["matchings"][match["matching"]]
-        rates: Mapping[str, Any] = {} if match["like"] else primary["by_learning_rate"]
+        rates: Mapping[str, Any] = {} if match["step"] is None else primary["by_learning_rate"]
         for rate, record in rates.items():
             entry = found.setdefault(rate, {"of": 0, "reached": 0, "values": {}})
             entry["of"] += 1

@@ -64,8 +64,9 @@ def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _learns(cells: Cells, arm: str, seed: str) -> bool:
-    """Whether this run is meant to get anywhere: it is trained, on rewards that say something of the answers."""
-    return cells.record("match", arm, seed)["like"] is None and arm != RANDOM_REWARD
+    """Whether this run is meant to get anywhere: it is trained here, on rewards that say something of the answers."""
+    record = cells.record("match", arm, seed)
+    return record["like"] is None and record["step"] is not None and arm != RANDOM_REWARD
 
 
 def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from stages.pipeline.stage import Invalid
 from stages.tasks.old_tasks import old_tasks
 
 AXIS_VALUE = re.compile(r"[a-z0-9_]+")
-TAKEN = ("base", "source", "imports", "runs", "matched")  # folders in models/ beside those of the arms
+TAKEN = ("base", "source", "runs", "matched")  # folders in models/ beside those of the arms
 
 
 def check(params: Params) -> None:
