@@ -47,7 +47,7 @@ def experiment(rng: np.random.Generator, n: int, effects: dict[str, float], spre
         kept = 0.8 + shared + effects.get(arm, 0.0) + rng.normal(0, spread, n)
         for seed, value in zip(seeds, kept, strict=True):
             records["evaluate", arm, seed] = {"circuit": {"retention": float(value)}}
-            records["match", arm, seed] = {"reached": True, "like": None} | PICKED
+            records["match", arm, seed] = {"reached": True, "like": None, "step": 1} | PICKED
     for seed in seeds:
         records["circuit", "base", seed] = {"identifiable": True}
         records["evaluate", "base", seed] = {"circuit": {"retention": 1.0, "faithfulness": 1.0}}
