@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 # other projects' implementations, as oracles: an environment that adds to the first, and changes nothing in it
 PEERS := $(VENV)/peers
 
-.PHONY: help repro report test tests-a-to-r tests-s-to-z peers smoke full real bench clean-env
+.PHONY: help repro report test tests-a-to-r tests-s-to-z tests-of-devices peers smoke full real bench clean-env
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -28,7 +28,7 @@ test: $(READY) ## format check, lint, types, and all tests with one smoke run of
 	ruff format --check stages tests
 	ruff check stages tests
 	basedpyright --level error
-	$(MAKE) --no-print-directory --jobs 2 tests-a-to-r tests-s-to-z
+	$(MAKE) --no-print-directory --jobs 2 tests-a-to-r tests-s-to-z tests-of-devices
 
 # two processes, because tests run torch with one thread
 tests-a-to-r:
@@ -36,6 +36,10 @@ tests-a-to-r:
 
 tests-s-to-z:
 	python -m pytest tests/test_[!a-r]*.py
+
+# a process of its own: torch with a further device cannot be forked any more
+tests-of-devices:
+	python -m pytest tests/device
 
 peers: $(PEERS)/.ready ## compare with TransformerLens, which it installs beside the environment: random models, SmolLM2
 	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest tests/test_transformer_lens.py -s

@@ -21,8 +21,8 @@ from stages.learning.schedule import checkpoint_steps
 from stages.measures.relearning import relearn
 from stages.pipeline.resources import Resources
 from tests.comparing import record_difference
+from tests.device.second_device import DEVICE, Elsewhere, second_device
 from tests.oracles import random_model
-from tests.second_device import DEVICE, Elsewhere, second_device
 from tests.test_learning import SECTION, checkpoint, new_folder, tiny_examples, tiny_run
 from tests.test_search import stage_cell, stage_folder, written  # noqa: F401
 
@@ -107,7 +107,7 @@ def test_arms_learn_the_same_from_the_same_draws(device: str, arm: Any) -> None:
     error = max(float((moved[name] - weight).abs().max()) for name, weight in checkpoint(there, last).items())
     curves = record_difference(there.recorder.rows, here.recorder.rows)
     print(f"max error {error:.1e} of the weights, {curves:.1e} of the curves")
-    assert error <= 1e-6 and curves <= 1e-5, "in float32"
+    assert error <= 1e-6 and curves <= 1e-4, "in float32; curves hold norms of gradients, which are large"
 
 
 def test_relearning_trains_a_copy_where_the_model_is(device: str) -> None:

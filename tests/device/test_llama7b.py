@@ -40,7 +40,7 @@ from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.vocabulary import LABELS, OBJECTS
 from tests.comparing import record_difference
 from tests.conftest import REPOSITORY
-from tests.second_device import DEVICE, second_device
+from tests.device.second_device import DEVICE, second_device
 
 PRESET = REPOSITORY / "stages/presets/llama7b.yaml"
 SMALL = [
