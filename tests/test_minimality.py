@@ -238,7 +238,8 @@ def test_record_of_a_model() -> None:
     walker = walker_of(random_model("llama"))
     means = mean_outputs(walker, random_prompts(20, seed=1), MEMORY)
     at = AT | {"earlier_object": torch.zeros(6, dtype=torch.long)}
-    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), at, {}, IDS, at)
+    clauses = {name: place[:, None] for name, place in at.items() if name.startswith("earlier")}
+    examples = Examples(IDS, walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6), at, clauses, IDS, at)
     groups = [
         Group("fetch", "last", "logits", None, ((2, 0), (1, 3))),
         Group("bind", "earlier_separator", "fetch", Component.V, ((0, 1),)),
