@@ -6,7 +6,6 @@ the end of text itself looks like padding. Here all three hold at once, and what
 compared with the ids that were made once.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,9 @@ from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe, last_log_probs
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
-from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
+from stages.learning.schedule import checkpoint_steps, prompt_order
 from stages.tasks.examples import Examples, Prompts
+from tests.plain_loop import of_last_token, train_plainly
 from tests.test_learning import SECTION, TRAINING, largest_difference, new_folder
 
 TEXTS = [f"When {a} and {b} went to the {place}, {b} gave a drink to" for a, b, place in (
@@ -101,20 +101,6 @@ def bpe_run(arm: str, model: LlamaForCausalLM | None = None) -> Run:
     return Run(arm, 5, 1e-3, training, SECTION, base, TOKENIZER, prompts, prompts, order, recorder)
 
 
-def plain_loop(
-    run: Run, loss_of_step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], model: LlamaForCausalLM
-) -> LlamaForCausalLM:
-    adamw, schedule = optimiser(model, run.training, run.learning_rate)
-    for rows in torch.from_numpy(run.order):
-        loss = loss_of_step(model(input_ids=run.train.input_ids[rows]).logits[:, -1].log_softmax(-1), rows)
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-        adamw.step()
-        schedule.step()
-    return model
-
-
 def watch(run: Run) -> list[dict[str, torch.Tensor]]:
     """What the model is called with, in training as in probes."""
     seen: list[dict[str, torch.Tensor]] = []
@@ -153,7 +139,9 @@ def test_supervised_labels_are_the_answer_and_nothing_else(monkeypatch: pytest.M
         assert "attention_mask" not in inputs or bool(inputs["attention_mask"].all()), "an end of text is no padding"
     for inputs in fed:
         assert "attention_mask" not in inputs or bool(inputs["attention_mask"].all())
-    oracle = plain_loop(run, lambda logp, rows: -logp.gather(1, run.train.canonical[rows, None]).mean(), bpe_model())
+    oracle = train_plainly(
+        bpe_model(), run, of_last_token(run, lambda logp, rows: -logp.gather(1, run.train.canonical[rows, None]).mean())
+    )
     error, moved = largest_difference(run.model, oracle), largest_difference(run.model, bpe_model())
     print(f"maximum error {error:.1e}, largest change {moved:.1e}")
     assert error < 1e-6 < 1e-3 < moved
@@ -182,7 +170,7 @@ def test_reinforcement_learns_from_ends_of_text_as_from_any_answer(baseline: boo
 
     start = model_that_ends(5.0)
     moved = largest_difference(run.model, start)
-    error = largest_difference(run.model, plain_loop(run, loss, start))
+    error = largest_difference(run.model, train_plainly(start, run, of_last_token(run, loss)))
     ends = int((torch.stack(drawn) == EOS).sum())
     print(f"maximum error {error:.1e}, largest change {moved:.1e}, {ends} ends of text drawn")
     assert error < 1e-5 < 1e-3 < moved and ends > 5

@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ from stages.learning.workers import Job, run_jobs
 from stages.pipeline.checkpoints import load_model, save_model
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, Prompts, write_examples, write_prompts
+from tests.plain_loop import of_last_token, train_plainly
 
 torch.set_num_threads(1)
 
@@ -138,18 +140,8 @@ def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def plain_loop(run: Run, loss_of_step) -> LlamaForCausalLM:  # type: ignore[no-untyped-def]
-    """The oracle: forward, loss, clip, AdamW."""
-    model = tiny_model()
-    adamw, schedule = optimiser(model, run.training, run.learning_rate)
-    for rows in torch.from_numpy(run.order):
-        loss = loss_of_step(model(input_ids=run.train.input_ids[rows]).logits[:, -1].log_softmax(-1), rows)
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-        adamw.step()
-        schedule.step()
-    return model
+def plain_loop(run: Run, loss_of_step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> LlamaForCausalLM:
+    return train_plainly(tiny_model(), run, of_last_token(run, loss_of_step))
 
 
 # --- schedule

@@ -16,7 +16,6 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from stages import cmap, dcm, discover, evaluate, synthesize
 from stages.circuits.circuit import Circuit, Component, Group
 from stages.learning.arms import joint
-from stages.learning.schedule import optimiser
 from stages.pipeline.checkpoints import load_tokenizer, save_model
 from stages.pipeline.files import write_json
 from stages.pipeline.params import load_params
@@ -32,6 +31,7 @@ from stages.tasks.old_tasks import FOLDER, old_tasks
 from stages.tasks.tokenizer import build_tokenizer
 from stages.tasks.vocabulary import FUNCTION, LABELS, OBJECTS, TextVocabulary, vocabulary, vocabulary_of
 from tests.conftest import REPOSITORY
+from tests.plain_loop import train_plainly
 from tests.test_ioi import byte_level
 from tests.test_learning import largest_difference, tiny_model, tiny_prompts, tiny_run
 
@@ -321,17 +321,14 @@ def test_rehearsed_prompts_of_another_length_equal_a_plain_loop(length: int) -> 
     joint.train(run)
 
     rows = torch.randint(len(ids), run.order.shape, generator=run.draw("old task"))
-    model = tiny_model()
-    adamw, schedule = optimiser(model, run.training, run.learning_rate)
-    for new_rows, old_rows in zip(torch.from_numpy(run.order), rows, strict=True):
+
+    def loss(model: Any, step: int, new_rows: torch.Tensor) -> torch.Tensor:
         asked = [(run.train.input_ids[row], run.train.canonical[row]) for row in new_rows]
-        asked += [(ids[row], old.canonical[row]) for row in old_rows]
+        asked += [(ids[row], old.canonical[row]) for row in rows[step]]
         losses = [-model(input_ids=prompt[None]).logits[0, -1].log_softmax(-1)[answer] for prompt, answer in asked]
-        adamw.zero_grad()
-        torch.stack(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-        adamw.step()
-        schedule.step()
+        return torch.stack(losses).mean()
+
+    model = train_plainly(tiny_model(), run, loss)
     error, moved = largest_difference(run.model, model), largest_difference(run.model, tiny_model())
     print(f"{length} tokens: maximum error {error:.1e}, largest change {moved:.1e}")
     assert error < 1e-6 < 1e-3 < moved

@@ -11,34 +11,30 @@ from stages.learning import adapters, preferences
 from stages.learning.arms import dpo
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import last_log_probs
-from stages.learning.schedule import optimiser
 from stages.pipeline.stage import Invalid
+from tests.plain_loop import train_plainly
 from tests.test_learning import TRAINING, checkpoint, largest_difference, tiny_model, tiny_run
 
 BETA = 0.7
 SECTION = SimpleNamespace(beta=BETA)
 
 
-def plain_dpo(run: Any, rejected: torch.Tensor, steps: int, double: bool = False) -> torch.nn.Module:
+def plain_dpo(run: Any, rejected: torch.Tensor, double: bool = False) -> torch.nn.Module:
     """Formula 7 of Rafailov et al. with two models, step by step."""
     model, base = tiny_model(), tiny_model()
     if double:
         model, base = model.double(), base.double()
-    adamw, schedule = optimiser(model, run.training, run.learning_rate)
-    for rows in torch.from_numpy(run.order)[:steps]:
+
+    def loss(model: Any, _: int, rows: torch.Tensor) -> torch.Tensor:
         ids = run.train.input_ids[rows]
         now = model(input_ids=ids).logits[:, -1].log_softmax(-1)
         with torch.no_grad():
             before = base(input_ids=ids).logits[:, -1].log_softmax(-1)
         change = now - before
         margin = change.gather(1, run.train.canonical[rows, None]) - change.gather(1, rejected[rows, None])
-        loss = -torch.nn.functional.logsigmoid(BETA * margin).mean()
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-        adamw.step()
-        schedule.step()
-    return model
+        return -torch.nn.functional.logsigmoid(BETA * margin).mean()
+
+    return train_plainly(model, run, loss)
 
 
 @pytest.mark.parametrize("steps", [1, TRAINING.steps])
@@ -49,7 +45,7 @@ def test_dpo_equals_a_plain_loop(steps: int) -> None:
     rejected = preferences.draw_wrong(run, run.draw("wrong answers"))
     with last_layer_at_the_end(run.model, tokens=2):
         dpo.train(run)
-    oracle = plain_dpo(run, rejected, steps, double=steps == 1)
+    oracle = plain_dpo(run, rejected, double=steps == 1)
     error, moved = largest_difference(run.model, oracle), largest_difference(run.model, tiny_model())
     print(f"maximum error {error:.1e}, largest change {moved:.1e}")
     assert error < 1e-6 < 5e-4 < moved

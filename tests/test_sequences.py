@@ -1,7 +1,6 @@
 """Answers of several tokens: scores, supervised and reinforcement steps against plain loops over single sequences."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +28,11 @@ from stages.learning.knowledge import new_task
 from stages.learning.probes import Probe, canonical_logits, score_answers
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
-from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
+from stages.learning.schedule import checkpoint_steps, prompt_order
 from stages.measures.divergence import divergences, kl
 from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Prompts
+from tests.plain_loop import train_plainly
 from tests.test_learning import (
     TRAINING,
     largest_difference,
@@ -93,21 +93,6 @@ def log_prob(model: Any, prompt: torch.Tensor, answer: list[int]) -> torch.Tenso
 
 def said(answer: torch.Tensor) -> list[int]:
     return [token for token in answer.reshape(-1).tolist() if token >= 0]
-
-
-def plain_loop(
-    run: Run, loss_of_step: Callable[[Any, int, torch.Tensor], torch.Tensor], model: LlamaForCausalLM | None = None
-) -> LlamaForCausalLM:
-    model = model or tiny_model()
-    adamw, schedule = optimiser(model, run.training, run.learning_rate)
-    for step, rows in enumerate(torch.from_numpy(run.order)):
-        loss = loss_of_step(model, step, rows)
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.training.clip)
-        adamw.step()
-        schedule.step()
-    return model
 
 
 @torch.no_grad()
@@ -192,7 +177,7 @@ def test_supervised_learns_from_the_tokens_of_the_answers_alone() -> None:
     def loss(model: Any, step: int, rows: torch.Tensor) -> torch.Tensor:
         return -torch.cat([log_prob(model, run.train.input_ids[r], said(run.train.canonical[r])) for r in rows]).mean()
 
-    error = largest_difference(run.model, plain_loop(run, loss))
+    error = largest_difference(run.model, train_plainly(tiny_model(), run, loss))
     moved = largest_difference(run.model, tiny_model())
     print(f"maximum error {error:.1e}, largest change {moved:.1e}")
     assert error < 1e-6 < 1e-3 < moved
@@ -210,7 +195,7 @@ def test_rehearsal_of_one_token_stands_beside_answers_of_several(arm: Any, extra
         old = [log_prob(model, run.rehearsal.input_ids[r], [int(run.rehearsal.canonical[r])]) for r in drawn[step]]
         return -torch.cat([*new, *old]).mean()
 
-    error = largest_difference(run.model, plain_loop(run, loss))
+    error = largest_difference(run.model, train_plainly(tiny_model(), run, loss))
     print(f"maximum error {error:.1e}")
     assert error < 1e-6 and [row["completions"] for row in run.recorder.rows] == [s * (6 + extra) for s in (0, 1, 2, 4)]
 
@@ -257,7 +242,7 @@ def test_reinforcement_equals_a_plain_loop_on_what_trl_generates(monkeypatch: py
             total = total - advantage * log_prob(model, prompts.input_ids[row], completions[place]).sum() / 4
         return total / len(completions)
 
-    oracle = plain_loop(run, loss, stopping_model())
+    oracle = train_plainly(stopping_model(), run, loss)
     error = largest_difference(run.model, oracle)
     print(f"maximum error {error:.1e}, {np.mean(won):.2f} of the answers won")
     assert error < 2e-6 and 0.02 < np.mean(won) < 0.98
