@@ -282,12 +282,14 @@ def main(cell: Cell) -> None:
     torch.set_num_threads(1)
     prompts = read_examples("data/old/means.parquet").input_ids
     means = mean_outputs(walker, prompts, available.share_mib, available.processes)
+    circuit, own_circuit = (Circuit.from_json(read_json(circuits / m / seed / "circuit.json")) for m in ("base", model))
+    old = read_examples("data/old/evaluation.parquet")
     record = evaluate(
         walker,
         means,
-        Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json")),
-        Circuit.from_json(read_json(circuits / model / seed / "circuit.json")),
-        read_examples("data/old/evaluation.parquet"),
+        circuit,
+        own_circuit,
+        old,
         read_prompts(f"data/new/{cell.params('new_task')}/evaluation.parquet"),
         settings,
         int(seed),
@@ -295,8 +297,6 @@ def main(cell: Cell) -> None:
     )
     base = walker if model == "base" else Walker(load_for_analysis(f"models/base/{seed}", available))
     base_means = means if base is walker else mean_outputs(base, prompts, available.share_mib, available.processes)
-    circuit = Circuit.from_json(read_json(circuits / "base" / seed / "circuit.json"))
-    old = read_examples("data/old/evaluation.parquet")
     record["circuit_by_ablation"] = circuit_by_ablation(
         walker, base, base_means, circuit, old, record, str(settings.clauses), available
     )

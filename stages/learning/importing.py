@@ -61,8 +61,7 @@ def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probe
     target = run_folder(folder, 0)
     target.mkdir(parents=True)
     recorder = Recorder(start, probe, (), lambda *_: None, target)
-    for name, weight in start.named_parameters():
-        weight.data.copy_(theirs[name].data)
+    start.load_state_dict(model.state_dict())
     recorder.keep(STEP, gradient_steps=0, completions=0)
     said = {"import": section.model, "adapter": section.adapter, "revision": section.revision}
     write_json(folder / IMPORTED, said)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Settings(Section):
     """`beta`: how little the model may move from the base for the same preference."""
 
+    one_token = True
     beta: Positive
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Settings(Section):
     """`temperature` of the draws, and `every` so many steps a draw."""
 
+    one_token = True
     temperature: Positive
     every: Count
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Settings(Section):
     """This arm has none."""
 
+    one_token = True
+
 
 def train(run: "Run") -> None:
     from stages.learning import supervised

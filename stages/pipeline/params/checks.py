@@ -46,8 +46,8 @@ def _check_axes(params: Params) -> None:
                 f"params.yaml: finetune.{arm} is missing: must be there, as it is one of arms (without settings, {{}})"
             )
     if params.new_task == "sums":
-        for arm in ("sft_oracle", "iterative_sft", "dpo"):
-            if arm in params.arms:
+        for arm in params.arms:
+            if params.finetune.of(arm).one_token:
                 raise Invalid(
                     f"params.yaml: arms: '{arm}' learns from answers of one token: must be left out with new_task "
                     "'sums', whose answers have several"

@@ -1,6 +1,6 @@
 """What sections are made of: their base class, types with a range, and checks of one value."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,6 +16,7 @@ class Section(BaseModel):
     """A section of params.yaml: every key required, no other key allowed, no silent conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    one_token: ClassVar[bool] = False  # of an arm's settings: whether it learns from answers of one token alone
 
 
 class Sampling(Section):
