@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 IMPORTED = "imported.json"
 RATE = 0.0  # stands in the curve for the learning rate, which is not known
 STEP = 1  # of the one checkpoint
+# what a config may say otherwise: it changes nothing that the model computes
+NEUTRAL = {"architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range"}
+NEUTRAL |= {"max_position_embeddings", "pad_token_id", "pretraining_tp", "transformers_version", "use_cache"}
 
 
 def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probed: int, folder: Path) -> list[CurveRow]:
@@ -47,6 +50,8 @@ def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probe
     from stages.pipeline.checkpoints import load_model, load_tokenizer
     from stages.tasks.examples import read_examples, read_prompts
 
+    if section.revision is not None and Path(section.model).is_dir():
+        raise Invalid(f"finetune.{arm}.revision = '{section.revision}': must be null where a folder is imported")
     with online():
         try:
             model = load_model(section.model, section.adapter, section.revision)
@@ -55,6 +60,7 @@ def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probe
         _refuse_other_tokens(arm, section, load_tokenizer(base).get_vocab())
     start = load_model(base)
     theirs = dict(model.named_parameters())
+    _refuse_other_config(arm, section, start.config.to_dict(), model.config.to_dict())
     _refuse_other_parameters(arm, section, start, theirs)
     first = slice(0, probed)
     probe = Probe.of(start, read_examples(old).select(first), read_prompts(new).select(first))
@@ -83,6 +89,17 @@ def _refuse_other_tokens(arm: str, section: "Imported", tokens: Mapping[str, int
             f"finetune.{arm}.import = '{section.model}': its tokenizer and that of the base differ in {len(other)} "
             f"entries ('{word}', {place}, is in one alone): must have the tokens of the base"
         )
+
+
+def _refuse_other_config(arm: str, section: "Imported", base: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """With the same parameters, another number of heads or other rotary angles make another model; what is written
+    has the base's."""
+    for key in sorted(base.keys() | theirs.keys()):
+        if base.get(key) != theirs.get(key) and key not in NEUTRAL and not key.startswith("_"):
+            raise Invalid(
+                f"finetune.{arm}.import = '{section.model}': {key} = {theirs.get(key)} in its config, that of the base "
+                f"has {base.get(key)}: must be a fine-tuned model of the base"
+            )
 
 
 def _refuse_other_parameters(

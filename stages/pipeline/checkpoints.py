@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
@@ -112,21 +113,26 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
         raise Invalid(f"model '{model}'{needed} is missing: must be a folder, or a model on the hub (owner/name)")
     logging.disable_progress_bar()  # the terminal belongs to the stages' own progress bars
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        found, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             model,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,
             **_found_at(model, revision),
-        ).eval()
-    except (OSError, ValueError) as error:
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         if is_folder:
-            raise
+            raise Invalid(f"model folder '{model}'{needed} cannot be loaded: {_first_line(error)}") from error
         raise Invalid(
             f"model '{model}'{needed} is no folder here, and cannot be had from the hub"
             f"{'' if revision is None else f' at revision {revision}'} with safetensors weights: {_first_line(error)}"
         ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise Invalid(f"model '{model}'{needed} has no weights for {missing[0]} ({len(missing)} such entries)")
+    return found.eval()
 
 
 def _found_at(model: str | Path, revision: str | None) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class Cells:
             value = value.get(key)
         return float(value) if isinstance(value, int | float) else None
 
+    def imported(self, arm: str) -> bool:
+        """Whether the arm was tuned elsewhere: it is no run's checkpoint and like none."""
+        match = self.record("match", arm, self.seeds[0])
+        return match["like"] is None and match["step"] is None
+
     def reached(self, arm: str, seed: str) -> bool:
         """Whether the arm reached the matching level; only then is its model comparable with others."""
         return bool(self.record("match", arm, seed)["reached"])

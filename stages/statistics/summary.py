@@ -65,7 +65,8 @@ def summarise(
     scores, ablations = by_score.table_scores(cells, plan, left_out), by_ablation.table_ablations(cells, plan, left_out)
     answer = "No contrast was planned."
     if first:
-        answer = headline(first, names, statistics["plan"], level, same_task)
+        imported = any(cells.imported(first[side]) for side in ("arm", "reference"))
+        answer = headline(first, names, statistics["plan"], level, same_task, imported)
     return {
         "headline": {
             "sentence": " ".join([*findings, answer, *_failed_controls(found)]),
@@ -312,9 +313,8 @@ def checks(
             found.append(_entry(f"not_reached_{arm}", what, text, len(missed) == n))
             continue
         text = f"{n - len(missed)} of {n} seeds" + "".join(f"; not seed {seed}" for seed in missed)
-        match = cells.record("match", arm, cells.seeds[0])
-        like = match["like"]
-        if like is None and match["step"] is None:
+        like = cells.record("match", arm, cells.seeds[0])["like"]
+        if cells.imported(arm):
             continue  # imported: no level is asked of it
         what = (
             f"{names[arm]} reaches the matching level at every seed"

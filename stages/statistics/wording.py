@@ -108,6 +108,7 @@ def headline(
     plan: Mapping[str, Any],
     level: float | None,
     same_task: bool = False,
+    imported: bool = False,
 ) -> str:
     """The answer in one sentence, from the first contrast of the primary measure.
 
@@ -117,6 +118,7 @@ def headline(
         plan: of statistics.json.
         level: new-task accuracy at which arms were matched.
         same_task: the new task is the old one, which nothing is to be kept of.
+        imported: one of the two was tuned elsewhere, so that they were not made equal in anything.
     """
     arm, reference = names[contrast["arm"]], names[contrast["reference"]]
     kind = verdict(contrast, plan["alpha"])
@@ -132,8 +134,9 @@ def headline(
     kept = "kept" if retention and not same_task else "had"
     what = "the old task's circuit" if retention else short_name(plan["primary"])
     task = "the task" if same_task else "the new task"
+    matched = f"at the same skill in {task}{'' if level is None else f' (accuracy {number(level, 2)})'}"
     levels = (
-        f"at the same skill in {task}{'' if level is None else f' (accuracy {number(level, 2)})'}, "
+        f"{f'with whatever skill in {task} they have' if imported else matched}, "
         f"{arm} {kept} {number(contrast['arm_mean'])} and {reference} {number(contrast['reference_mean'])} "
         f"{phrase(plan['primary'])}"
     )

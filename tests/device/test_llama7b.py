@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -213,8 +214,9 @@ def test_imported_arms_are_reported(imported: Path, monkeypatch: pytest.MonkeyPa
     record = json.loads(Path("reports/cells/match/goat/0.json").read_text())
     assert record["reached"] and record["step"] is None and record["rule"].startswith("imported")
     assert sum(entry["reached"] for entry in record["matchings"].values()) == 1, "at no matching but as it is"
-    summary = json.loads(Path("reports/summary.json").read_text())
-    print(sorted(summary))
+    sentence = json.loads(Path("reports/summary.json").read_text())["headline"]["sentence"]
+    print(sentence)
+    assert "same skill" not in sentence
     assert "goat" in Path("reports/report.md").read_text()
 
 
@@ -232,12 +234,30 @@ def test_what_the_base_could_not_have_become_is_no_arm(imported: Path, monkeypat
     other: Any = load_tokenizer("models/source")
     other.add_tokens(["Goat"])
     save_model(small_llama(len(tokenizer)), other, "retokenized")
+    for name in ("incomplete", "truncated", "unnamed", "turned", "regrouped"):
+        shutil.copytree("theirs", name, dirs_exist_ok=True)
+    weights = load_file("theirs/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, "incomplete/model.safetensors", metadata={"format": "pt"})
+    Path("truncated/model.safetensors").write_bytes(Path("theirs/model.safetensors").read_bytes()[:50_000])
+    Path("unnamed/config.json").unlink()
+    config = json.loads(Path("theirs/config.json").read_text())
+    for name, change in {
+        "turned": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        "regrouped": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4},
+    }.items():
+        Path(name, "config.json").write_text(json.dumps(config | change))
     before = sorted(Path("models").rglob("*"))
     for folder, sentence in {
-        "larger": r"embed_tokens.weight has the shape \(\d+, 32\), that of the base is",
+        "larger": r"vocab_size = \d+ in its config, that of the base has \d+",
         "broken": "lm_head.weight holds numbers that are not finite",
         "pickled": "holds no .safetensors file; only safetensors weights are loaded",
         "retokenized": r"differ in 1 entries \('Goat', \d+, is in one alone\): must have the tokens of the base",
+        "incomplete": "has no weights for model.layers.1.mlp.up_proj.weight",
+        "truncated": "model folder 'truncated' cannot be loaded: Error while deserializing header",
+        "unnamed": "model folder 'unnamed' cannot be loaded: Unrecognized model",
+        "turned": r"rope_parameters = .*500.0.* in its config, that of the base has",
+        "regrouped": "head_dim = 4 in its config, that of the base has 8",
         "gone": "model 'gone' is missing: must be a folder, or a model on the hub",
         "owner/name": "cannot be had from the hub",
     }.items():
@@ -246,4 +266,7 @@ def test_what_the_base_could_not_have_become_is_no_arm(imported: Path, monkeypat
             finetune.main(Cell("finetune", {"arm": "goat", "seed": "0"}))
         print(caught.value)
         assert "\n" not in str(caught.value)
+    prepare(monkeypatch, [*SMALL, "finetune.goat.revision=v2"])
+    with pytest.raises(Invalid, match=r"finetune.goat.revision = 'v2': must be null where a folder is imported"):
+        finetune.main(Cell("finetune", {"arm": "goat", "seed": "0"}))
     assert sorted(Path("models").rglob("*")) == before, "nothing is written"
