@@ -2,8 +2,9 @@
 
 The primary one, at the frozen new-task level, is written as a model folder, which the stages below read. The ones of
 the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
-which matching picked which; stage `matchings` tests the circuit in them. Both are plain weights, with any adapters
-merged. The record holds what every matching picked at every learning rate of the grid.
+which matching picked which; stage `matchings` tests the circuit in them. Of an arm with adapters both hold these alone,
+in PEFT's format, whose base is the base. The record holds what every matching picked at every learning rate of the
+grid.
 
 An imported arm has one model, which is picked as it is: no level is asked of it, and it is at no other matching.
 """
@@ -18,6 +19,8 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from stages.learning.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     Weights,
     checkpoint_file,
     read_checkpoint,
@@ -51,12 +54,14 @@ class Source:
     """Where the weights of an arm's checkpoints come from.
 
     Attributes:
-        base: weights of the base.
+        folder: of the base.
+        base: its weights.
         run: folder of the run at the learning rate of the matching.
         direction: of an arm without training: weights whose direction from the base is followed as far as the
             checkpoint went; else None.
     """
 
+    folder: Path
     base: Weights
     run: Path
     direction: Weights | None
@@ -65,8 +70,14 @@ class Source:
         found = read_checkpoint(self.run, step, self.base)
         return found if self.direction is None else moved_as_far(self.base, self.direction, found)
 
-    def save(self, step: int, path: Path) -> None:
-        save_file(dict(self.weights(step)), path, metadata={"format": "pt"})
+    def save(self, step: int, folder: Path, whole: str, adapters: str) -> None:
+        """Write a checkpoint: its weights as file `whole`, or its adapters as file `adapters` beside their config."""
+        config = self.run / ADAPTER_CONFIG
+        if self.direction is None and config.is_file():
+            write_json(folder / ADAPTER_CONFIG, read_json(config) | {"base_model_name_or_path": str(self.folder)})
+            shutil.copyfile(checkpoint_file(self.run, step), folder / adapters)
+        else:
+            save_file(dict(self.weights(step)), folder / whole, metadata={"format": "pt"})
 
 
 def main(cell: Cell) -> None:
@@ -92,7 +103,7 @@ def main(cell: Cell) -> None:
         direction = None
     as_it_is = brought or _is_imported(like, seed)
     index, rows = (0, curves[RATE]) if as_it_is else _at_rate(curves, rate)
-    source = Source(base, run_folder(Path(f"models/runs/{like}/{seed}"), index), direction)
+    source = Source(base_folder, base, run_folder(Path(f"models/runs/{like}/{seed}"), index), direction)
     picks = {m: Pick(m == primary, rows[-1], rows[-1][m.by]) if as_it_is else pick(rows, m, confirm) for m in wanted}
     picked = picks[primary]
 
@@ -100,12 +111,12 @@ def main(cell: Cell) -> None:
         for file in sorted(base_folder.glob("*.json")):  # config and tokenizer
             if not file.name.endswith(".index.json"):  # of a base in several files
                 shutil.copyfile(file, folder / file.name)
-        source.save(picked.step, folder / MODEL_FILE)
+        source.save(picked.step, folder, MODEL_FILE, ADAPTER_WEIGHTS)
 
     others = {m: p.step for m, p in picks.items() if p.reached and p.step != picked.step}
     with replacing_directory(f"models/matched/{seed}/{arm}") as folder:
         for step in sorted(set(others.values())):
-            source.save(step, checkpoint_file(folder, step))
+            source.save(step, folder, *[checkpoint_file(folder, step).name] * 2)
         write_json(folder / "index.json", {m.name: checkpoint_file(folder, step).name for m, step in others.items()})
 
     by_rate: dict[Matching, dict[str, Any]]

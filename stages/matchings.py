@@ -1,6 +1,6 @@
 """Stage `matchings` (arm, seed): what the base's circuit still does in the checkpoints of the other matchings.
 
-reads  models/matched/<seed>/<arm>, weights with an index from matching to file
+reads  models/matched/<seed>/<arm>, weights or adapters, with an index from matching to file
 writes reports/cells/matchings/<seed>/<arm>.json, one entry for each matching whose checkpoint is not the primary
        matching's; that one is measured by stage `evaluate`
 """
@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
-from stages.learning.checkpoints import set_weights, stored_weights
+from stages.learning.checkpoints import read_checkpoint, set_weights, stored_weights
 from stages.measures.checkpoints import record, scores
 from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_for_analysis
@@ -28,7 +28,9 @@ def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
     clauses, available = cell.params("evaluate.clauses"), resources()
     torch.set_num_threads(1)
-    model = load_for_analysis(f"models/base/{seed}", available)
+    base_folder = Path(f"models/base/{seed}")
+    base = stored_weights(*sorted(base_folder.glob("*.safetensors")))
+    model = load_for_analysis(base_folder, available)
     circuit = Circuit.from_json(read_json(f"reports/cells/discover/base/{seed}/circuit.json"))
     nodes = frozenset(circuit.nodes if circuit.identifiable else ())
     prompts = read_examples("data/old/means.parquet").input_ids
@@ -41,7 +43,7 @@ def main(cell: Cell) -> None:
     names = sorted(set(index.values()))
 
     def scored(name: str) -> dict[str, object]:
-        set_weights(model, stored_weights(folder / name))
+        set_weights(model, read_checkpoint(folder, int(Path(name).stem), base))
         return scores(model, nodes, prompts, old, new, available.share_mib)
 
     done = in_processes(scored, names, available.processes)

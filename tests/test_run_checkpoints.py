@@ -219,9 +219,14 @@ def test_matched_models_of_adapters_are_plain_ones(tmp_path: Path, monkeypatch: 
         params = {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params))
     start = arrays(tiny_model())
-    for step, files in ((2, "models/{}/5/model.safetensors"), (4, "models/matched/5/{}/000004.safetensors")):
-        of_run = read_checkpoint(tuned.recorder.folder, step, start)
-        found, moved = (stored_weights(Path(files.format(arm))) for arm in ("sft_gold", "noise"))
+    picked, later = Path("models/sft_gold/5"), Path("models/matched/5/sft_gold")
+    assert sorted(file.name for file in picked.glob("*.safetensors")) == ["adapter_model.safetensors"], "adapters alone"
+    whole = {name: weight.detach().numpy() for name, weight in load_model(picked).named_parameters()}
+    for step, found, file in (
+        (2, whole, "models/noise/5/model.safetensors"),
+        (4, read_checkpoint(later, 4, start), "models/matched/5/noise/000004.safetensors"),
+    ):
+        of_run, moved = read_checkpoint(tuned.recorder.folder, step, start), stored_weights(Path(file))
         assert found.keys() == moved.keys() == start.keys()
         assert all(np.array_equal(found[name], of_run[name]) for name in start)
         for name, weight in start.items():

@@ -1,8 +1,8 @@
 """Fine-tuning of LoRA adapters (Hu et al., 2021) instead of all weights: W + scale * B A in place of a matrix W.
 
-Checkpoints hold the adapters alone, in PEFT's format, since the rest stays that of the base. Whatever comes after
-training sees an ordinary model: stage `match` merges the adapters of what it picks into the weights that they sit on
-(`stages/learning/checkpoints.py`).
+Checkpoints hold the adapters alone, in PEFT's format, since the rest stays that of the base, and so do the models that
+stage `match` picks. Whatever comes after training sees an ordinary model: loading merges the adapters into the weights
+that they sit on (`load_model`, and `stages/learning/checkpoints.py`).
 """
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable

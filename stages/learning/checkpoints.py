@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # stage `match` has no torch unless it needs it
 
 Weights = Mapping[str, np.ndarray]  # by parameter name
 
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 ADAPTER_PREFIX = "base_model.model."  # before the module's name, in PEFT's format
 
 

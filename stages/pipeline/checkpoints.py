@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from stages.learning.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.pipeline.files import replacing_directory, write_text
 from stages.pipeline.stage import Invalid
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from stages.pipeline.resources import Resources
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load_model(
