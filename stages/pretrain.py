@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -81,7 +80,7 @@ def main(cell: Cell) -> None:
         "parameters": model.num_parameters(),
         "old_accuracy": old["accuracy"],
         "old_p_correct": old["p_correct"],
-        **measure_base(model, old_tasks()[asked](words, boxes), n, np.random.default_rng([seed, 1])),
+        **measure_base(model, old_tasks()[asked](words, boxes), n, [seed, 1]),
     }
     folder = Path("reports/cells/pretrain", str(seed))
     write_csv(folder / "curve.csv", pd.DataFrame(rows or [{"step": 0, **old}]))  # a model that is taken as it is

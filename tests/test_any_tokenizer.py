@@ -15,9 +15,9 @@ from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import Split, draw_absent_label, draw_contexts
 from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples, draw_queries
-from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.new_tasks import NEW_TASKS, RELATIONS
 from stages.tasks.old.boxes import Boxes
-from stages.tasks.relations import RELATIONS, draw_prompts, query_words
+from stages.tasks.relations import draw_prompts, query_words
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, places, render
 from stages.tasks.tokenizer import build_tokenizer
@@ -145,7 +145,7 @@ def test_relations_are_as_long_as_the_old_task_and_right(said: TextVocabulary, t
     own = []
     for i in range(len(prompts)):
         context, label, verb = read(text_of(said, prompts.input_ids[i]))
-        assert verb == relation.verb(said)
+        assert verb == relation.sign(said)
         clause = [where for _, where in context].index(label)
         right = [context[c][0] for c in relation.valid(4, clause)]
         valid = [said.tokenizer.decode([int(index)]).strip() for index in prompts.valid[i] if index >= 0]

@@ -19,7 +19,8 @@ from stages.pipeline.stage import Invalid
 from stages.tasks import arithmetic
 from stages.tasks.contexts import Contexts, Split, splits
 from stages.tasks.entity_tracking import draw_queries
-from stages.tasks.relations import RELATIONS, draw_prompts
+from stages.tasks.new_tasks import RELATIONS
+from stages.tasks.relations import draw_prompts
 from stages.tasks.templates import TEMPLATES
 from stages.tasks.tokenizer import build_tokenizer
 from stages.tasks.vocabulary import LABELS, OBJECTS, PAD, WORDS, vocabulary

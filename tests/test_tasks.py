@@ -27,9 +27,9 @@ from stages.tasks.examples import (
     write_pairs,
     write_prompts,
 )
-from stages.tasks.new_tasks import NEW_TASKS
+from stages.tasks.new_tasks import NEW_TASKS, RELATIONS
 from stages.tasks.old.boxes import Boxes
-from stages.tasks.relations import RELATIONS, draw_prompts, make_prompts, query_words, target_weights
+from stages.tasks.relations import draw_prompts, make_prompts, query_words, target_weights
 from stages.tasks.shortcuts import shortcut_scores
 from stages.tasks.templates import TEMPLATES, context_pattern, render
 from stages.tasks.tokenizer import build_tokenizer

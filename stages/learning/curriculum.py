@@ -22,10 +22,14 @@ from torch import Tensor
 
 from stages.tasks.arithmetic import QUESTION, SOLVED, draw_sums, prompt_tokens, render_sums
 from stages.tasks.contexts import Contexts, Split, draw_absent_label, draw_contexts
-from stages.tasks.new_tasks import ARITHMETIC
-from stages.tasks.relations import CONTAINS, RELATIONS, Relation, query_words, target_weights
+from stages.tasks.new.contains import TASK as CONTAINS
+from stages.tasks.new_task import Relation
+from stages.tasks.new_tasks import RELATIONS
+from stages.tasks.relations import query_words, target_weights
 from stages.tasks.templates import context_pattern, render
 from stages.tasks.vocabulary import BOS, PAD, SPECIAL, WordVocabulary
+
+ARITHMETIC = "arithmetic"  # of the new tasks that a phase shows, the one without boxes
 
 
 @runtime_checkable
@@ -198,7 +202,7 @@ def _queries(
     clause = int(rng.integers(boxes))
     pattern = context_pattern(template, boxes, clause)
     context = render(vocabulary, pattern.words, contexts, draw_absent_label(rng, contexts))
-    verbs = np.array([vocabulary.ids[relation.verb(vocabulary)] for relation in relations])[asked]
+    verbs = np.array([vocabulary.ids[relation.sign(vocabulary)] for relation in relations])[asked]
     labels = np.take_along_axis(vocabulary.labels[contexts.labels], order, axis=1)
     box, the, stop = (np.full((n, boxes), vocabulary.ids[word]) for word in ("Box", "the", "."))
     queries = np.stack([box, labels, verbs, the, answers, stop], axis=2).reshape(n, 6 * boxes)

@@ -1,6 +1,8 @@
 """What a base knows of the old task and of the new ones, before any fine-tuning."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -51,20 +53,21 @@ def new_task(model: "PreTrainedModel", prompts: Prompts) -> dict[str, float]:
     }
 
 
-def measure_base(model: "PreTrainedModel", old: OldTask, n: int, rng: np.random.Generator) -> dict[str, Any]:
+def measure_base(model: "PreTrainedModel", old: OldTask, n: int, entropy: Sequence[int]) -> dict[str, Any]:
     """What a model knows of every variant of the old task (kind -> variant -> `old_scores`), and as `tasks` of every
     new task that the tokenizer is made for (selection split).
 
     Args:
         old: the old task, as the model's tokenizer says it.
         n: prompts of each kind.
-        rng: draws them.
+        entropy: of the draws; every new task has a stream of its own, so that one more changes no other.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, variant, ids, answer in old.variants(rng, n):
+    for kind, variant, ids, answer in old.variants(np.random.default_rng(entropy), n):
         found.setdefault(kind, {})[variant] = old_scores(model, ids, answer)
     tasks, cannot = {}, impossible(old.vocabulary, old.boxes)
     for name, task in NEW_TASKS.items():
         if name not in cannot:
+            rng = np.random.default_rng([*entropy, crc32(name.encode())])
             tasks[name] = new_task(model, task.draw(rng, old.vocabulary, Split.SELECTION, n, old.boxes))
     return found | {"tasks": tasks}

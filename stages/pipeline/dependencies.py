@@ -8,7 +8,8 @@ it runs, and the cells depend on that file: an edit reruns the stages that run t
 Three packages are told apart:
 - `stages/pipeline/params/` is left out: it can only refuse a run, never change what a stage computes, since values
   reach a stage from params.yaml as they are (it holds no defaults).
-- the old tasks in `stages/tasks/old/` are found by their registry, so who imports that runs all of them;
+- the tasks in `stages/tasks/old/` and `stages/tasks/new/` are found by their registries, so who imports these runs all
+  of them;
 - the arms in `stages/learning/arms/` are imported by name, so each has a file of its own: editing one arm reruns that
   arm's cells only.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 VALIDATION_ONLY = "stages/pipeline/params"
 ARMS = "stages/learning/arms"
 # a registry that finds its modules by their being there -> what it runs
-FOUND = {"stages/tasks/old_tasks.py": "stages/tasks/old"}
+FOUND = {"stages/tasks/old_tasks.py": "stages/tasks/old", "stages/tasks/new_tasks.py": "stages/tasks/new"}
 # what is run, but not imported: pins and templates
 BESIDES = {
     "contrast": ("requirements.txt",),

@@ -19,7 +19,8 @@ from stages.tasks.contexts import (
     draw_other_clauses,
 )
 from stages.tasks.examples import Examples
-from stages.tasks.relations import CONTAINS, QUERY_LABEL, query_words, render_queries
+from stages.tasks.new.contains import TASK as CONTAINS
+from stages.tasks.relations import QUERY_LABEL, query_words, render_queries
 from stages.tasks.templates import STANDARD, context_pattern, places
 from stages.tasks.vocabulary import Vocabulary
 
@@ -61,9 +62,9 @@ def draw_examples(
     rows = np.arange(n)
     others = np.ones_like(objects, dtype=bool)
     others[rows, clauses] = False
-    ids = render_queries(vocabulary, STANDARD, clean, clauses, CONTAINS.verb(vocabulary), query_labels=letters)
+    ids = render_queries(vocabulary, STANDARD, clean, clauses, CONTAINS.sign(vocabulary), query_labels=letters)
     corrupt_ids = render_queries(
-        vocabulary, STANDARD, corrupt, corrupt_clauses, CONTAINS.verb(vocabulary), query_labels=query_label
+        vocabulary, STANDARD, corrupt, corrupt_clauses, CONTAINS.sign(vocabulary), query_labels=query_label
     )
     return Examples(
         torch.from_numpy(ids),
@@ -84,7 +85,7 @@ def positions(
     at = np.empty((boxes, len(POSITIONS)), np.int64)
     for clause in range(boxes):
         pattern = context_pattern(template, boxes, clause)
-        first = places(vocabulary, pattern.words + query_words(clause, CONTAINS.verb(vocabulary)))
+        first = places(vocabulary, pattern.words + query_words(clause, CONTAINS.sign(vocabulary)))
         label, obj, separator = (first[of[clause]] for of in (pattern.labels, pattern.objects, pattern.separators))
         at[clause] = first[-1] - 1, first[len(pattern) + QUERY_LABEL], label, obj, separator
     return {name: torch.from_numpy(at[clauses, number]) for number, name in enumerate(POSITIONS)}
@@ -105,7 +106,7 @@ def old_prompts(
 ) -> Int[Tensor, "n t"]:
     """Prompts of a template that query these clauses; `extra_label` is the label of a box that it adds."""
     return torch.from_numpy(
-        render_queries(vocabulary, template, contexts, clauses, CONTAINS.verb(vocabulary), extra_label)
+        render_queries(vocabulary, template, contexts, clauses, CONTAINS.sign(vocabulary), extra_label)
     )
 
 
@@ -116,6 +117,6 @@ def draw_queries(
     contexts = draw_contexts(rng, split, n, boxes, pool=vocabulary.pool)
     clauses = draw_clauses(rng, n, boxes)
     extra = draw_absent_label(rng, contexts, pool=vocabulary.pool)
-    ids = render_queries(vocabulary, template, contexts, clauses, CONTAINS.verb(vocabulary), extra_label=extra)
+    ids = render_queries(vocabulary, template, contexts, clauses, CONTAINS.sign(vocabulary), extra_label=extra)
     answers = vocabulary.objects[contexts.objects][np.arange(n), clauses]
     return torch.from_numpy(ids), torch.from_numpy(answers)

@@ -1,60 +1,56 @@
-"""The registry of new tasks: how the prompts of each are drawn, and what it yields to shortcuts."""
+"""The registry of new tasks: those that have a file in `stages/tasks/new/`, and the old tasks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.pipeline.stage import Invalid
-from stages.tasks import arithmetic, relations, shortcuts, sums
 from stages.tasks.contexts import Split
-from stages.tasks.desiderata import LEAST_BOXES
-from stages.tasks.examples import Prompts
+from stages.tasks.new_task import NewTask, Relation
 from stages.tasks.old_task import OldTask
 from stages.tasks.old_tasks import old_tasks
-from stages.tasks.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from stages.tasks.examples import Prompts
+    from stages.tasks.vocabulary import Vocabulary
+
+FOLDER = Path(__file__).parent / "new"
+_BOXES = 3  # which neither the sign nor the shortcuts of an old task depend on
 
 
 @dataclass(frozen=True)
-class NewTask:
-    """What a model may be fine-tuned on.
+class _AsNew(NewTask):
+    """An old task as a new one."""
 
-    Attributes:
-        sign: the word that says what is asked for, in a vocabulary.
-        draw: (randomness, vocabulary, split, number of prompts, boxes) -> prompts, all equally long; those of relations
-            and of arithmetic as long as entity tracking with so many boxes. Raises Invalid where the tokenizer is not
-            one for this task.
-        shortcuts: name of a rule that does not solve the task -> how often it is right on these prompts.
-    """
+    task: type[OldTask]
 
-    sign: Callable[[Vocabulary], str]
-    draw: Callable[[np.random.Generator, Vocabulary, Split, int, int], Prompts]
-    shortcuts: Callable[[Prompts, Vocabulary], dict[str, float]]
+    def sign(self, vocabulary: "Vocabulary") -> str:
+        return self.task(vocabulary, _BOXES).sign()
 
+    def draw(self, rng: np.random.Generator, vocabulary: "Vocabulary", split: Split, n: int, boxes: int) -> "Prompts":
+        return self.task(vocabulary, boxes).prompts(rng, split, n)
 
-ARITHMETIC, SUMS = "arithmetic", "sums"
-NEW_TASKS = {
-    name: NewTask(relation.verb, partial(relations.draw_prompts, relation), shortcuts.shortcut_scores)
-    for name, relation in relations.RELATIONS.items()
-} | {
-    ARITHMETIC: NewTask(lambda _: "=", arithmetic.draw_prompts, arithmetic.shortcut_scores),
-    SUMS: NewTask(lambda _: "=", sums.draw_prompts, sums.shortcut_scores),
-}
+    def shortcuts(self, prompts: "Prompts", vocabulary: "Vocabulary") -> dict[str, float]:
+        return self.task(vocabulary, _BOXES).shortcuts(prompts)
+
+    def naming(self, boxes: int) -> float:
+        return self.task.naming(boxes)
 
 
-def _as_new(task: type[OldTask]) -> NewTask:
-    return NewTask(
-        lambda vocabulary: task(vocabulary, LEAST_BOXES).sign(),
-        lambda rng, vocabulary, split, n, boxes: task(vocabulary, boxes).prompts(rng, split, n),
-        lambda prompts, vocabulary: task(vocabulary, LEAST_BOXES).shortcuts(prompts),
-    )
+def _found() -> dict[str, NewTask]:
+    names = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+    found: dict[str, NewTask] = {name: import_module(f"stages.tasks.new.{name}").TASK for name in names}
+    return found | {task.same_as: _AsNew(task) for task in old_tasks().values() if task.same_as not in found}
 
 
-NEW_TASKS |= {task.same_as: _as_new(task) for task in old_tasks().values() if task.same_as not in NEW_TASKS}
+NEW_TASKS = _found()  # name -> task
+RELATIONS = {name: task for name, task in NEW_TASKS.items() if isinstance(task, Relation)}
 
 
-def impossible(vocabulary: Vocabulary, boxes: int) -> dict[str, str]:
+def impossible(vocabulary: "Vocabulary", boxes: int) -> dict[str, str]:
     """The tasks that a tokenizer is not made for, and why.
 
     Args:

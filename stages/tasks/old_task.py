@@ -94,6 +94,11 @@ class OldTask(ABC):
     def shortcuts(self, prompts: "Prompts") -> dict[str, float]:
         """Name of a rule that does not solve the task -> how often it is right on these prompts."""
 
+    @classmethod
+    @abstractmethod
+    def naming(cls, boxes: int) -> float:
+        """The accuracy of naming any candidate of the prompt."""
+
     @abstractmethod
     def pairs(self, rng: np.random.Generator, desideratum: str, split: Split, n: int) -> "DesiderataPairs":
         """Base and source prompts of a desideratum.

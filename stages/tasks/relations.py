@@ -1,12 +1,9 @@
-"""What a query may ask of a box: the old task `contains` and the new tasks, one registry line each.
+"""Prompts that ask something of a box: the old task and the new tasks that are a `Relation`.
 
 All of them share the context and the form of the query, `Box L <verb> the`; a relation says which clauses
 hold a right answer. So a new task differs from the old one in one word, which is one token where the tokenizer has one
 for any of the words that say it, and its shortcuts can be scored (`shortcuts.py`).
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,59 +11,9 @@ from jaxtyping import Float, Int
 from stages.pipeline.stage import Invalid
 from stages.tasks.contexts import Contexts, Split, draw_clauses, draw_contexts
 from stages.tasks.examples import Prompts
+from stages.tasks.new_task import Relation
 from stages.tasks.templates import STANDARD, context_pattern, places, render
 from stages.tasks.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A query verb and its right answers.
-
-    Attributes:
-        verbs: words that may stand between the label and the last token, the preferred one first.
-        valid: (number of boxes, queried clause) -> clauses whose objects are right, the canonical one first;
-            none if that clause is never queried.
-    """
-
-    verbs: tuple[str, ...]
-    valid: Callable[[int, int], tuple[int, ...]]
-
-    def verb(self, vocabulary: Vocabulary) -> str:
-        """The first of the verbs that is one token.
-
-        Raises:
-            Invalid: none is, so that prompts would not be as long as those of the old task.
-        """
-        for verb in self.verbs:
-            if vocabulary.is_one_token(verb):
-                return verb
-        raise Invalid(f"the tokenizer has no token for any of the verbs {', '.join(self.verbs)}: must have one")
-
-
-def _neighbours(boxes: int, clause: int) -> tuple[int, ...]:
-    around = ((clause + 1) % boxes, (clause - 1) % boxes)
-    return tuple(dict.fromkeys(other for other in around if other != clause))
-
-
-def _others(boxes: int, clause: int) -> tuple[int, ...]:
-    return tuple(other for other in range(boxes) if other != clause)
-
-
-def _next(boxes: int, clause: int) -> tuple[int, ...]:
-    return (clause + 1,) if clause + 1 < boxes else ()
-
-
-CONTAINS = Relation(("contains", "holds", "has"), lambda boxes, clause: (clause,))
-RELATIONS = {
-    # either neighbour, in a circle: 2 right answers of 7
-    "adjacent": Relation(("adjoins", "borders", "touches", "meets"), _neighbours),
-    # any other object: 6 of 7, so naming any object scores .857
-    "lacks": Relation(("lacks", "misses"), _others),
-    # the next clause's object: 1 of 7; the last clause is not queried
-    "precedes": Relation(("precedes", "leads"), _next),
-    # the old task itself, for a base that still has something of it to learn
-    "contains": CONTAINS,
-}
 
 QUERY_LABEL = 1  # index of the label in the words of the query
 
@@ -117,7 +64,7 @@ def make_prompts(
         rows = clauses == clause
         right = list(relation.valid(boxes, clause))
         valid[rows, : len(right)] = objects[rows][:, right]
-    ids = render_queries(vocabulary, STANDARD, contexts, clauses, relation.verb(vocabulary))
+    ids = render_queries(vocabulary, STANDARD, contexts, clauses, relation.sign(vocabulary))
     return Prompts.from_numpy(ids, valid, valid[:, 0].copy(), objects)
 
 

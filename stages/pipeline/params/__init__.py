@@ -7,13 +7,12 @@ can refuse a run, but never change what one computes.
 from stages.pipeline.params.bases import Synthesize
 from stages.pipeline.params.circuits import Cmap
 from stages.pipeline.params.reading import load_params, parse_yaml
-from stages.pipeline.params.tasks import LEARNED_LATE, MOST_BOXES, NEW_TASKS
+from stages.pipeline.params.tasks import LEARNED_LATE, MOST_BOXES
 from stages.pipeline.params.whole import Params
 
 __all__ = [
     "LEARNED_LATE",
     "MOST_BOXES",
-    "NEW_TASKS",
     "Cmap",
     "Params",
     "Synthesize",

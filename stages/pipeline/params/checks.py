@@ -3,9 +3,9 @@
 import re
 
 from stages.pipeline.params.finetuning import trained_arms
-from stages.pipeline.params.tasks import NEW_TASKS
 from stages.pipeline.params.whole import Params
 from stages.pipeline.stage import Invalid
+from stages.tasks.new_tasks import NEW_TASKS
 from stages.tasks.old_tasks import old_tasks
 
 AXIS_VALUE = re.compile(r"[a-z0-9_]+")
@@ -45,15 +45,15 @@ def _check_axes(params: Params) -> None:
             raise Invalid(
                 f"params.yaml: finetune.{arm} is missing: must be there, as it is one of arms (without settings, {{}})"
             )
-    if params.new_task == "sums":
+    if params.new_task not in NEW_TASKS:
+        raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
+    if NEW_TASKS[params.new_task].several_tokens:
         for arm in params.arms:
             if params.finetune.of(arm).one_token:
                 raise Invalid(
                     f"params.yaml: arms: '{arm}' learns from answers of one token: must be left out with new_task "
-                    "'sums', whose answers have several"
+                    f"'{params.new_task}', whose answers have several"
                 )
-    if params.new_task not in NEW_TASKS:
-        raise Invalid(f"params.yaml: new_task = '{params.new_task}': must be one of {', '.join(NEW_TASKS)}")
     if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
         valid = ", ".join(arm for arm in params.arms if arm != "noise")
         raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
@@ -119,18 +119,9 @@ def _check_sizes(params: Params) -> None:
 
 
 def _check_levels(params: Params) -> None:
-    boxes, match = params.synthesize.boxes, params.match
-    # what naming any object of the context scores; `match` also compares with the scores measured on the data
-    right = {
-        "adjacent": min(2, boxes - 1),
-        "lacks": boxes - 1,
-        "precedes": 1,
-        "contains": 1,
-        "arithmetic": 0,
-        "sums": 0,
-    }
-    shortcut = 1 / 2 if params.new_task == "ioi" else right[params.new_task] / boxes
-    named = "name of the prompt" if params.new_task == "ioi" else "object of the context"
+    match = params.match
+    # `match` also compares with the scores of all shortcuts, measured on the data
+    shortcut = NEW_TASKS[params.new_task].naming(params.synthesize.boxes)
     if match.level not in match.levels:
         valid = ", ".join(f"{level:g}" for level in match.levels)
         raise Invalid(f"params.yaml: match.level = {match.level:g}: must be one of match.levels ({valid})")
@@ -138,7 +129,7 @@ def _check_levels(params: Params) -> None:
         if level <= shortcut:
             raise Invalid(
                 f"params.yaml: match.levels: {level:g} must be above {shortcut:.3f}, "
-                f"which naming any {named} scores on {params.new_task}"
+                f"which naming any candidate of the prompt scores on {params.new_task}"
             )
     most = params.finetune.common.steps
     if max(match.steps) > most:

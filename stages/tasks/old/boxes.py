@@ -61,19 +61,23 @@ class Boxes(OldTask):
         return draw_examples(rng, self.vocabulary, split, n, self.boxes, random_query=True)
 
     def prompts(self, rng: np.random.Generator, split: Split, n: int) -> "Prompts":
-        from stages.tasks.relations import CONTAINS, draw_prompts
+        from stages.tasks.new.contains import TASK
 
-        return draw_prompts(CONTAINS, rng, self.vocabulary, split, n, self.boxes)
+        return TASK.draw(rng, self.vocabulary, split, n, self.boxes)
 
     def sign(self) -> str:
-        from stages.tasks.relations import CONTAINS
+        from stages.tasks.new.contains import TASK
 
-        return CONTAINS.verb(self.vocabulary)
+        return TASK.sign(self.vocabulary)
 
     def shortcuts(self, prompts: "Prompts") -> dict[str, float]:
         from stages.tasks.shortcuts import shortcut_scores
 
         return shortcut_scores(prompts, self.vocabulary)
+
+    @classmethod
+    def naming(cls, boxes: int) -> float:
+        return 1 / boxes
 
     def pairs(self, rng: np.random.Generator, desideratum: str, split: Split, n: int) -> "DesiderataPairs":
         from stages.tasks.desiderata import draw_pairs

@@ -82,6 +82,10 @@ class Ioi(OldTask):
             "most_frequent_answer": float(prompts.canonical.unique(return_counts=True)[1].max()) / len(prompts),
         }
 
+    @classmethod
+    def naming(cls, boxes: int) -> float:
+        return 1 / 2  # one of two names
+
     def pairs(self, rng: np.random.Generator, desideratum: str, split: Split, n: int) -> "DesiderataPairs":
         from stages.tasks.ioi_sets import draw_pairs
 
