@@ -136,6 +136,7 @@ def _find(
         settings.merge_overlap,
         settings.max_depth,
         settings.screen,
+        settings.most_senders,
     )
     with tqdm(desc=title, unit="hop", mininterval=0.5) as bar:
 

@@ -153,13 +153,13 @@ class Imagined(PathPatcher):
         return [-whole[:, None] + senders[:, 0].float() @ self.little for _ in receivers]
 
 
-def selection_of(patcher: "Imagined | Signed") -> Selection:
+def selection_of(patcher: "Imagined | Signed", rule: Rule = RULE) -> Selection:
     """By the parts' own numbers."""
     n = patcher.walker.n_heads
     together = patcher.effects("last", torch.ones(1, 1, n, dtype=torch.bool), [Receivers()])[0][0]
     alone = patcher.effects("last", torch.eye(n, dtype=torch.bool)[:, None], [Receivers()])[0][None]
     patcher.rows = 0
-    args = (Metric.LOGIT_DIFFERENCE, RULE, "last", Receivers(), together, alone)
+    args = (Metric.LOGIT_DIFFERENCE, rule, "last", Receivers(), together, alone)
     found = select_heads(patcher, *args)
     senders = {sign: tuple((0, patcher.place.index(head)) for _, head in of) for sign, of in found.senders.items()}
     return replace(found, senders=senders)
@@ -245,6 +245,17 @@ def test_heads_for_and_against_the_answer_are_found_with_their_signs(name):
     chosen = [at in signs[1] | signs[-1] for at in range(12)]  # the slow way: what the senders leave out, in both tests
     left, missing = broken([not at for at in chosen]), broken([True] * 12) - broken(chosen)
     assert abs(left) <= found.tolerance + 0.01 and abs(missing) <= found.tolerance + 0.01
+
+
+def test_a_spread_effect_has_the_senders_that_do_enough_alone():
+    """Every head does as much as any other one: no few of them are the mechanism."""
+    patcher = Imagined(lambda broken: sum(broken) / len(broken))
+    whole = selection_of(patcher)
+    few, cost = selection_of(patcher, replace(RULE, most_senders=4)), patcher.rows
+    print(whole, few, cost)
+    assert len(whole.senders[1]) >= 11 and whole.shortfall == 0
+    assert len(few.senders[1]) == 4 and few.shortfall > 0.5 and cost < 20
+    assert selection_of(patcher, replace(RULE, most_senders=11)) == whole, "a most that is not needed changes nothing"
 
 
 def test_what_cannot_be_found_is_a_shortfall():

@@ -17,6 +17,7 @@ RULE = Rule(
     merge_overlap=0.5,
     max_depth=5,
     screen=0.5,
+    most_senders=40,
 )
 
 

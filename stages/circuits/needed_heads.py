@@ -57,9 +57,9 @@ def needed(
     patched: HeadSet,
     order: Sequence[Head],
     sign: int,
-) -> list[Head]:
-    """Steps 2 to 4: which of the heads in `order`, strongest first, account for what all of them do; none where that is
-    tolerated.
+) -> list[Head] | None:
+    """Steps 2 to 4: which of the heads in `order`, strongest first, account for what all of them do: none where that is
+    tolerated, and no list where it takes more than the rule's most.
 
     Args:
         tolerated: strength that need not be accounted for.
@@ -86,6 +86,9 @@ def needed(
     whole = sign * scored(change([pair(order)[0]])[0]).strength
     if float(whole) <= tolerated:
         return []
+    most = rule.most_senders
+    if most is not None and len(order) > most and not pass_both([order[:most]])[0]:
+        return None
     sure = [head for head in order if head in effect.sure and sign * effect.strength[head] > 0]
     among = sure if sure and pass_both([sure])[0] else list(order)
     added = torch.cumsum(torch.stack([sign * effect.strength[head] for head in among]), 0)

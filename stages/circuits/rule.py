@@ -29,6 +29,10 @@ class Rule:
             for the answer, and those against it; all alone where what every head is estimated to do adds up to less
             than this share of `minimum_effect`, whatever the signs. None: `gate_sets` say whether it counts, and then
             every head is patched alone; on large models that is several times the work.
+        most_senders: where so many of the strongest heads do not account for the coverage, the effect is spread over
+            the layers and no set of heads is its mechanism: senders are those of them that do enough alone, and what
+            they leave out is the shortfall of the selection. None: as many as it takes, which in large models can be
+            nearly all heads and costs several joint patches for each.
     """
 
     minimum_effect: float
@@ -38,6 +42,7 @@ class Rule:
     merge_overlap: float
     max_depth: int
     screen: float | None = None
+    most_senders: int | None = None
 
     def counts(self, joint: Scores, sign: int) -> Bool[Tensor, "*sets"]:
         """Whether heads that are patched together do something, in the direction of a sign."""

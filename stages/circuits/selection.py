@@ -32,9 +32,10 @@ Algorithm for one side U with senders C. E(K + U - C) - E(K) must be at most the
 - K = one sender, and K = all senders but one: no head outside stands in for that one, or is needed beside it.
 
 1. E of every single head below the highest receiver; it puts the heads in order. One of 0 may have a stand-in;
-2. the shortest run of the strongest heads that passes the first two tests: of those that do enough alone, if
-   these pass, else of all. It is looked for from where the single effects add up to enough, in steps that double, and
-   then by bisection;
+2. where the rule has a most and so many of the strongest heads do not pass the first two tests, C is those of them
+   that do enough alone, and nothing more is asked. Else the shortest run of the strongest heads that passes: of those
+   that do enough alone, if these pass, else of all. It is looked for from where the single effects add up to enough,
+   in steps that double, and then by bisection;
 3. of these, heads are dropped while both tests still pass: first those that do too little alone, then those whose
    single loss the tests pass. All of them go, or else the weaker and then the stronger half of them, and so on down
    to single heads, or to parts that together do too little by the measure of step 4;
@@ -195,7 +196,7 @@ def _complete(
             if gap and not more and rounds < ROUNDS:
                 sign = 1 if gap > 0 else -1
                 rest = [head for head in order[sign] if head not in senders]
-                more = needed(effect, scored, rule, tolerance, patched, rest, sign)
+                more = needed(effect, scored, rule, tolerance, patched, rest, sign) or []
                 found[sign] += more
         if not more:
             break
@@ -216,6 +217,8 @@ def _one_side(
     if not rule.counts(whole, sign) or sign * float(whole.strength) <= tolerated:
         return []
     found = needed(effect, scored, rule, tolerated, frozenset(), side, sign)
+    if found is None:
+        return [head for head in side[: rule.most_senders] if head in effect.sure and sign * effect.strength[head] > 0]
     senders = frozenset(found)
     parts = [part for sender in found for part in (frozenset({sender}), senders - {sender})]
     effect.of_each([*parts, *(everything - (senders - part) for part in parts)])  # in one question, while none joins
@@ -224,7 +227,7 @@ def _one_side(
             gap = scored(effect.of(everything - (set(found) - patched)) - effect.of(patched))
             if rule.counts(gap, sign) and sign * float(gap.strength) > tolerated + BEYOND * float(gap.noise):
                 outside = [head for head in side if head not in found]
-                found += needed(effect, scored, rule, tolerated, frozenset(patched), outside, sign)
+                found += needed(effect, scored, rule, tolerated, frozenset(patched), outside, sign) or []
     return found
 
 

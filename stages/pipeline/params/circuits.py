@@ -33,6 +33,7 @@ class Discover(Section):
     coverage: Fraction
     merge_overlap: Fraction
     max_depth: Count
+    most_senders: Count | None
     identifiable_accuracy: Fraction
     paper_top: PaperTop | None
 
