@@ -26,6 +26,7 @@ from tests.test_learning import (
     SECTION,
     TRAINING,
     checkpoint,
+    section_with,
     tiny_examples,
     tiny_model,
     tiny_prompts,
@@ -75,8 +76,7 @@ def test_fresh_adapters_change_nothing_and_merged_ones_answer_alike() -> None:
 def test_arms_train_adapters_and_nothing_else(arm: str) -> None:
     """Checkpoints hold adapters alone; merged, they have the names and shapes of the base, and differ from it by
     matrices of the rank."""
-    settings = {"samples_per_prompt": 4, "temperature": 1.0, "beta": 0.1 if arm == "dpo" else 0.0}
-    section = SimpleNamespace(**settings, every=2, fraction=0.5, probability=0.5)
+    section = section_with(beta=0.1 if arm == "dpo" else 0.0, every=2, fraction=0.5, probability=0.5)
     run, start = adapted_run(arm, section=section), arrays(tiny_model())
     importlib.import_module(f"stages.learning.arms.{arm}").train(run)
     assert len(checkpoint(run, 4)) == 2 * 2 * len(LORA.modules)

@@ -59,6 +59,10 @@ def finetune(**arms: Any) -> dict[str, Any]:
     return PARAMS["finetune"] | arms
 
 
+def changed(arm: str, **settings: Any) -> dict[str, Any]:
+    return {"finetune": finetune(**{arm: PARAMS["finetune"][arm] | settings})}
+
+
 @pytest.mark.parametrize("arm", trained_arms())
 def test_every_arm_has_settings_and_training(arm: str) -> None:
     module = importlib.import_module(f"stages.learning.arms.{arm}")
@@ -98,7 +102,21 @@ def test_an_arm_that_nobody_asks_for_needs_no_section(tmp_path: Path) -> None:
     [
         ({"finetune": finetune(ppo={})}, "finetune: there is no arm 'ppo': must be one of .*sft_replay, or a model"),
         ({"finetune": finetune(copy={})}, "finetune: an arm cannot be named 'copy'"),
-        ({"finetune": finetune(grpo={"samples_per_prompt": 8, "temperature": 1.0})}, "finetune.grpo.beta is missing"),
+        (
+            {"finetune": finetune(dr_grpo={"samples_per_prompt": 8, "temperature": 1.0})},
+            "finetune.dr_grpo.num_iterations is missing",
+        ),
+        (
+            changed("dr_grpo", loss_type="cispo"),
+            "finetune.dr_grpo.loss_type = 'cispo': must be 'dr_grpo', 'bnpo' or 'dapo'",
+        ),
+        (changed("grpo", loss_type="sapo"), "grpo.loss_type = 'sapo': must be 'grpo', 'dr_grpo', 'bnpo' or 'dapo'"),
+        (changed("dr_grpo_kl", scale_rewards="group"), "finetune.dr_grpo_kl.scale_rewards = 'group': must be 'none'"),
+        (changed("grpo", scale_rewards="none"), "finetune.grpo.scale_rewards = 'none': must be 'group' or 'batch'"),
+        (changed("grpo", scale_rewards=True), "finetune.grpo.scale_rewards = True: must be 'group' or 'batch'"),
+        (changed("rloo", scale_rewards="group"), "finetune.rloo.scale_rewards is not a known parameter"),
+        (changed("reinforce", num_iterations=0), "finetune.reinforce.num_iterations = 0: must be greater than or eq"),
+        (changed("random_reward", epsilon=0.0), "finetune.random_reward.epsilon = 0.0: must be greater than 0"),
         ({"finetune": finetune(sft_gold={"beta": 1.0})}, "finetune.sft_gold.beta is not a known parameter"),
         ({"finetune": finetune(theirs={"import": "a/b"})}, "finetune.theirs.adapter is missing"),
         ({"finetune": {"common": PARAMS["finetune"]["common"]}}, "finetune.sft_gold is missing: must be there"),

@@ -46,7 +46,7 @@ def _cells(root: Path, *changes: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "only"),
     [
-        ("arms=[sft_gold,self_sft,reinforce,grpo,sft_replay,noise,rloo]", "rloo-"),
+        ("arms=[sft_gold,self_sft,reinforce,dr_grpo,sft_replay,noise,rloo]", "rloo-"),
         ("seeds=[0,1,2,3]", "3"),
     ],
 )
@@ -59,6 +59,6 @@ def test_one_more_arm_or_seed_leaves_all_other_cells_as_they_are(empty: Path, ch
 
 
 def test_fewer_arms_need_no_other_change(empty: Path) -> None:
-    before, after = _cells(empty), _cells(empty, "arms=[sft_gold,grpo]")
+    before, after = _cells(empty), _cells(empty, "arms=[sft_gold,dr_grpo]")
     assert after.keys() < before.keys()
     assert {name for name in after if before[name] != after[name]} - LISTED == COLLECTED

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stages.learning import adapters, reinforcement, supervised
-from stages.learning.arms import grpo, sft_gold
+from stages.learning.arms import dr_grpo, sft_gold
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe, last_log_probs
 from stages.learning.rewards import validity
@@ -24,7 +24,7 @@ from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, prompt_order
 from stages.tasks.examples import Examples, Prompts
 from tests.plain_loop import of_last_token, train_plainly
-from tests.test_learning import SECTION, TRAINING, largest_difference, new_folder
+from tests.test_learning import SECTION, TRAINING, largest_difference, new_folder, section_with
 
 TEXTS = [f"When {a} and {b} went to the {place}, {b} gave a drink to" for a, b, place in (
     ("Mary", "John", "store"), ("Anna", "Paul", "park"), ("Tom", "Kate", "school"), ("Lisa", "Mark", "garden"),
@@ -150,11 +150,11 @@ def test_supervised_labels_are_the_answer_and_nothing_else(monkeypatch: pytest.M
 @pytest.mark.parametrize("baseline", [True, False])
 def test_reinforcement_learns_from_ends_of_text_as_from_any_answer(baseline: bool) -> None:
     """Half of the vocabulary is right, the end of text among it, which is drawn often."""
-    run = bpe_run("grpo", model_that_ends(5.0))
+    run = bpe_run("dr_grpo", model_that_ends(5.0))
     right = torch.arange(0, len(TOKENIZER), 2).expand(len(TEXTS), -1)
     generator = run.draw("samples")
     fed = watch(run)
-    reinforcement.fit(run, validity(right), baseline, samples_per_prompt=4, temperature=1.0)
+    reinforcement.fit(run, validity(right), baseline)
     prompts = {tuple(row) for row in run.train.input_ids.tolist()}
     for inputs in fed:  # sampling and loss share a pass; probes see the same prompts
         assert {tuple(row) for row in inputs["input_ids"].tolist()} <= prompts
@@ -178,16 +178,16 @@ def test_reinforcement_learns_from_ends_of_text_as_from_any_answer(baseline: boo
 
 def test_an_end_of_text_that_is_drawn_is_rewarded_and_not_masked() -> None:
     """The base is made to answer with it nearly always, so that the loss is about it alone."""
-    run = bpe_run("reinforce", model_that_ends(6.0))
+    run = replace(bpe_run("reinforce", model_that_ends(6.0)), section=section_with(samples_per_prompt=8))
     before = last_log_probs(run.model, run.train.input_ids)[:, EOS]
     end_is_right = torch.full_like(run.train.valid, EOS)
-    reinforcement.fit(run, validity(end_is_right), False, samples_per_prompt=8, temperature=1.0)
+    reinforcement.fit(run, validity(end_is_right), baseline=False)
     after = last_log_probs(run.model, run.train.input_ids)[:, EOS]
     print(f"p {before.exp().mean():.3f} -> {after.exp().mean():.3f}")
     assert bool((after > before).all())
 
 
-@pytest.mark.parametrize("arm", [sft_gold, grpo], ids=["sft_gold", "grpo"])
+@pytest.mark.parametrize("arm", [sft_gold, dr_grpo], ids=["sft_gold", "dr_grpo"])
 def test_every_part_of_a_run_sees_the_same_ids(arm: SimpleNamespace) -> None:
     """Training, sampling and probes, also with adapters and with the last layer at the end alone."""
     model = bpe_model()

@@ -31,7 +31,7 @@ def test_other_words_stay_what_they_are(text: str) -> None:
 @pytest.mark.parametrize(
     ("override", "found"),
     [
-        ("finetune.grpo_kl.beta=1e-5", 1e-5),
+        ("finetune.dr_grpo_kl.beta=1e-5", 1e-5),
         ("match.kl=[2e-2,3e-1]", (0.02, 0.3)),
         ("drift.relearning.betas=[9e-1,0.999]", (0.9, 0.999)),
         ("pretrain.curriculum.final.templates.standard=3e-1", 0.3),
@@ -66,9 +66,9 @@ def test_an_experiment_runs_in_a_linked_worktree(tmp_path: Path, dvc: Dvc, monke
     ):
         subprocess.run(["git", *command], cwd=clone, check=True, capture_output=True)
     assert (linked / ".git").is_file()  # so it is one
-    done = dvc(linked, "exp", "run", "-S", "finetune.grpo_kl.beta=1e-5", "synthesize")
+    done = dvc(linked, "exp", "run", "-S", "finetune.dr_grpo_kl.beta=1e-5", "synthesize")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert load_params(linked / "params.yaml").finetune.of("grpo_kl").beta == 1e-5
+    assert load_params(linked / "params.yaml").finetune.of("dr_grpo_kl").beta == 1e-5
     assert (linked / "data/old/evaluation.parquet").exists() and not (clone / "data/old").exists()
     shown = json.loads(dvc(linked, "exp", "show", "--json", "--hide-queued").stdout)
     experiments = [entry for revision in shown for entry in revision.get("experiments") or []]

@@ -22,8 +22,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from stages import match
 from stages.learning import answers, probes, reinforcement, supervised
 from stages.learning.arms import (
-    grpo,
-    grpo_kl,
+    dr_grpo,
+    dr_grpo_kl,
     iterative_sft,
     joint,
     noise,
@@ -47,8 +47,10 @@ from stages.learning.settings import Training
 from stages.learning.trainers import common_arguments, refuse_dropout
 from stages.learning.workers import Job, run_jobs
 from stages.pipeline.checkpoints import load_model, save_model
+from stages.pipeline.params import load_params
 from stages.pipeline.stage import Cell, Invalid
 from stages.tasks.examples import Examples, Prompts, write_examples, write_prompts
+from tests.conftest import REPOSITORY
 from tests.plain_loop import of_last_token, train_plainly
 
 torch.set_num_threads(1)
@@ -71,8 +73,16 @@ TRAINING = Training(
     warmup_steps=0,
     seed=0,
 )
-SECTION = SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=0.0)
+SECTION = SimpleNamespace(
+    samples_per_prompt=4, temperature=1.0, loss_type="dr_grpo", scale_rewards="none", num_iterations=1, epsilon=0.2,
+    beta=0.0,
+)  # fmt: skip
 RUNS = tempfile.TemporaryDirectory(prefix="runs-")  # gone when the tests end
+
+
+def section_with(**changed: Any) -> SimpleNamespace:
+    """The settings of an arm, some of them changed or added."""
+    return SimpleNamespace(**vars(SECTION) | changed)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -176,13 +186,13 @@ def test_warm_up_rises_to_a_constant_rate_and_its_first_step_moves() -> None:
 
 
 ARMS_THAT_TRAIN = [
-    sft_gold, sft_far, sft_oracle, self_sft, iterative_sft, reinforce, grpo, rloo, random_reward, sft_replay, joint,
+    sft_gold, sft_far, sft_oracle, self_sft, iterative_sft, reinforce, dr_grpo, rloo, random_reward, sft_replay, joint,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS_THAT_TRAIN)
 def test_all_arms_see_the_same_prompts_in_the_same_order(arm) -> None:  # type: ignore[no-untyped-def]
-    section = SimpleNamespace(**vars(SECTION), fraction=0.2, every=2, probability=0.5)
+    section = section_with(fraction=0.2, every=2, probability=0.5)
     run = tiny_run(arm.__name__.rpartition(".")[2], section=section)
     seen: list[torch.Tensor] = []
 
@@ -210,16 +220,20 @@ def test_supervised_equals_a_plain_loop() -> None:
     assert error < 1e-6 < 1e-3 < moved
 
 
-@pytest.mark.parametrize("baseline", [True, False])
-def test_reinforcement_equals_a_plain_loop(baseline: bool) -> None:
-    run = tiny_run("grpo")
+@pytest.mark.parametrize(
+    ("baseline", "scale_rewards"), [(True, "none"), (True, "group"), (True, "batch"), (False, "none")]
+)
+def test_reinforcement_equals_a_plain_loop(baseline: bool, scale_rewards: str) -> None:
+    run = tiny_run("grpo", section=section_with(scale_rewards=scale_rewards))
     generator = run.draw("samples")
-    reinforcement.fit(run, validity(run.train.valid), baseline, samples_per_prompt=4, temperature=1.0)
+    reinforcement.fit(run, validity(run.train.valid), baseline)
 
     def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         draws = torch.multinomial(logp.detach().exp().repeat_interleave(4, 0), 1, generator=generator).view(-1, 4)
         reward = (draws[:, :, None] == run.train.valid[rows][:, None, :]).any(-1).float()
         advantage = reward - reward.mean(1, keepdim=True) * baseline
+        if scale_rewards != "none":
+            advantage /= (reward.std() if scale_rewards == "batch" else reward.std(1, keepdim=True)) + 1e-4
         return -(advantage * logp.gather(1, draws)).mean()
 
     error = largest_difference(run.model, plain_loop(run, loss))
@@ -228,19 +242,30 @@ def test_reinforcement_equals_a_plain_loop(baseline: bool) -> None:
     assert error < 1e-6 < 1e-3 < moved
 
 
+def test_a_stream_of_draws_is_shared_by_those_that_name_it() -> None:
+    """GRPO with and without the division see the same samples at first; all others draw by their own names."""
+    params = load_params(REPOSITORY / "params.yaml").finetune
+    draws = {
+        arm: torch.rand(3, generator=tiny_run(arm, section=params.of(arm)).draw("samples")).tolist()
+        for arm in ("grpo", "dr_grpo", "dr_grpo_kl", "reinforce", "rloo")
+    }
+    assert draws["grpo"] == draws["dr_grpo"] == torch.rand(3, generator=tiny_run("grpo").draw("samples")).tolist()
+    assert len({tuple(drawn) for drawn in draws.values()}) == 4
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_one_pass_trainer_equals_the_plain_trl_trainer_on_the_same_samples(temperature: float, tmp_path: Path) -> None:
-    run, plain = tiny_run("grpo"), tiny_run("grpo")
+    run, plain = (tiny_run("dr_grpo", section=section_with(temperature=temperature)) for _ in range(2))
     reward = validity(run.train.valid)
     samples: list[dict] = []
     original = reinforcement._roll_out
     try:
         reinforcement._roll_out = lambda prompts, trainer: samples.append(original(prompts, trainer)) or samples[-1]
-        reinforcement.fit(run, reward, baseline=True, samples_per_prompt=4, temperature=temperature)
+        reinforcement.fit(run, reward)
     finally:
         reinforcement._roll_out = original
     replayed = iter(samples)
-    arguments = common_arguments(plain, str(tmp_path)) | reinforcement.grpo_arguments(4, 6, temperature, 0.0)
+    arguments = common_arguments(plain, str(tmp_path)) | reinforcement.grpo_arguments(plain.section, 6)
     GRPOTrainer(
         model=plain.model,
         reward_funcs=reward,
@@ -345,13 +370,13 @@ def test_rloo_equals_a_plain_loop_with_the_other_samples_as_baseline() -> None:
     assert error < 1e-6 < 1e-3 < moved
 
 
-def test_grpo_kl_equals_a_plain_loop_against_the_base_on_disk(tmp_path: Path) -> None:
+def test_dr_grpo_kl_equals_a_plain_loop_against_the_base_on_disk(tmp_path: Path) -> None:
     save_model(tiny_model(), tiny_tokenizer(), tmp_path / "base")
     beta = 0.5
-    run = tiny_run("grpo_kl", section=SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=beta))
+    run = tiny_run("dr_grpo_kl", section=section_with(beta=beta))
     run.model.config._name_or_path = str(tmp_path / "base")  # as it is for a model that was loaded
     generator = run.draw("samples")
-    grpo_kl.train(run)
+    dr_grpo_kl.train(run)
     base = last_logits(tiny_model(), run.train.input_ids).log_softmax(-1)
 
     def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -364,8 +389,8 @@ def test_grpo_kl_equals_a_plain_loop_against_the_base_on_disk(tmp_path: Path) ->
         return (beta * divergence - (reward - reward.mean(1, keepdim=True)) * ours).mean()
 
     error = largest_difference(run.model, plain_loop(run, loss))
-    unpenalised = tiny_run("grpo_kl")
-    grpo_kl.train(unpenalised)
+    unpenalised = tiny_run("dr_grpo_kl")
+    dr_grpo_kl.train(unpenalised)
     matters = largest_difference(run.model, unpenalised.model)
     print(f"maximum error {error:.1e}, the penalty changes {matters:.1e}")
     assert error < 1e-6 < 1e-4 < matters
@@ -488,11 +513,11 @@ def jobs_for(workplace: Path, arm: str, section: object, folder: Path, base: str
 
 
 def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: Path) -> None:
-    job = jobs_for(workplace, "grpo", SECTION, tmp_path)[1]
+    job = jobs_for(workplace, "dr_grpo", SECTION, tmp_path)[1]
     [curve] = run_jobs([job], parallel=2)
-    run = tiny_run("grpo", job.learning_rate)
+    run = tiny_run("dr_grpo", job.learning_rate)
     with last_layer_at_the_end(run.model, tokens=2):  # as a worker does; another order of additions
-        grpo.train(run)
+        dr_grpo.train(run)
     names = sorted(path.name for path in run.recorder.folder.iterdir())
     assert names == ["000001.safetensors", "000002.safetensors", "000004.safetensors"]
     assert names == sorted(path.name for path in (tmp_path / "lr1").iterdir())
@@ -504,7 +529,7 @@ def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: 
 
 def test_errors_of_workers_reach_the_parent(workplace: Path, tmp_path: Path) -> None:
     with pytest.raises(Invalid, match="models/none' is missing: must be a folder"):
-        run_jobs(jobs_for(workplace, "grpo", SECTION, tmp_path, base="models/none"), parallel=1)
+        run_jobs(jobs_for(workplace, "dr_grpo", SECTION, tmp_path, base="models/none"), parallel=1)
 
 
 def test_match_writes_the_picked_checkpoint_and_its_noise_twin(

@@ -170,14 +170,14 @@ def _changed(path: str, value: Any) -> dict[str, Any]:
 
 
 BAD = [
-    ("finetune.grpo.bta", 0.1, "finetune.grpo.bta"),
+    ("finetune.dr_grpo.bta", 0.1, "finetune.dr_grpo.bta"),
     ("unknown_section", {}, "unknown_section"),
     ("pretrain.model.layers", "six", "pretrain.model.layers"),
     ("seeds", [0, 0], "seeds"),
     ("seeds", [], "seeds"),
     ("arms", ["sft-gold"], "sft-gold"),
     ("arms", ["sft_gold", "ppo"], "ppo"),
-    ("models", ["base", "grpo"], "models is not a known parameter"),
+    ("models", ["base", "dr_grpo"], "models is not a known parameter"),
     ("new_task", "juggling", "juggling"),
     ("old_task", "juggling", "old_task = 'juggling': must be one of boxes"),
     ("synthesize.boxes", 27, "synthesize.boxes"),
@@ -193,8 +193,12 @@ BAD = [
     ("match.norm", [], "match.norm"),
     ("match.learning_rate", 0.77, "match.learning_rate"),
     ("match.noise_like", "ppo", "match.noise_like"),
-    ("contrast.contrasts", [["grpo", "ppo"]], "ppo"),
-    ("contrast.contrasts", [["rloo", "joint"], ["grpo", "rloo"]], "must compare two of the arms, sft_gold, self_sft"),
+    ("contrast.contrasts", [["dr_grpo", "ppo"]], "ppo"),
+    (
+        "contrast.contrasts",
+        [["rloo", "joint"], ["dr_grpo", "rloo"]],
+        "must compare two of the arms, sft_gold, self_sft",
+    ),
     ("contrast.base_faithfulness", 1.1, "contrast.base_faithfulness"),
     ("pretrain.settle", -1, "pretrain.settle"),
     ("pretrain.curriculum.settle", PARAMS["pretrain"]["curriculum"]["final"], "no phase may be named 'settle'"),

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM
 from stages.learning import reinforcement
 from stages.learning.answers import draw_valid
 from stages.learning.arms import (
+    dr_grpo,
     grpo,
     iterative_sft,
     joint,
@@ -25,6 +27,7 @@ from stages.learning.arms import (
     sft_replay,
 )
 from stages.learning.knowledge import new_task
+from stages.learning.policy_gradient import Loss
 from stages.learning.probes import Probe, canonical_logits, score_answers
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
@@ -37,6 +40,7 @@ from tests.test_learning import (
     TRAINING,
     largest_difference,
     new_folder,
+    section_with,
     tiny_examples,
     tiny_model,
     tiny_prompts,
@@ -45,7 +49,7 @@ from tests.test_learning import (
 from tests.test_learning import tiny_run as one_token_run
 
 STOP = 42
-SECTION = SimpleNamespace(samples_per_prompt=4, temperature=1.0, beta=0.0, fraction=0.2, probability=0.5, every=2)
+SECTION = section_with(fraction=0.2, probability=0.5, every=2)
 
 
 def sequence_prompts(n: int = 40, options: int = 2, seed: int = 3) -> Prompts:
@@ -214,15 +218,21 @@ def record_samples(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], lis
     return samples
 
 
-@pytest.mark.parametrize("arm", [grpo, reinforce], ids=["grpo", "reinforce"])
-def test_reinforcement_equals_a_plain_loop_on_what_trl_generates(monkeypatch: pytest.MonkeyPatch, arm: Any) -> None:
+@pytest.mark.parametrize(
+    ("arm", "loss_type"),
+    [(dr_grpo, "dr_grpo"), (reinforce, "dr_grpo"), (grpo, "grpo"), (grpo, "bnpo"), (reinforce, "dapo")],
+)
+def test_reinforcement_equals_a_plain_loop_on_what_trl_generates(
+    monkeypatch: pytest.MonkeyPatch, arm: Any, loss_type: str
+) -> None:
     samples = record_samples(monkeypatch)
     # many answers are right, so that rewards differ: all of one token and the stop
     prompts = sequence_prompts()
     valid = torch.full((40, 40, 4), -1)
     valid[:, :, 0], valid[:, :, 1] = torch.arange(1, 41), STOP
     prompts = Prompts(prompts.input_ids, valid, valid[:, 0], valid[:, :, 0])
-    run, again = (a_run("grpo", prompts, stopping_model()) for _ in range(2))
+    section = section_with(loss_type=loss_type, scale_rewards="group" if arm is grpo else "none")
+    run, again = (replace(a_run("dr_grpo", prompts, stopping_model()), section=section) for _ in range(2))
     again.model.load_state_dict(run.model.state_dict())
     arm.train(run)
     lengths = {len(completion) for _, completions in samples for completion in completions}
@@ -232,15 +242,20 @@ def test_reinforcement_equals_a_plain_loop_on_what_trl_generates(monkeypatch: py
 
     def loss(model: Any, step: int, rows: torch.Tensor) -> torch.Tensor:
         given, completions = samples[step]
+        tokens = sum(map(len, completions))
         total = torch.zeros(())
         for place, row in enumerate(rows.repeat_interleave(4).tolist()):
             assert given[place] == prompts.input_ids[row].tolist()
             group = [completions[i] for i in range(place - place % 4, place - place % 4 + 4)]
             rewards = [float(r or 0) for r in reward(prompts=[str(row)] * 4, completion_ids=group)]
             won.append(rewards[place % 4])
-            advantage = rewards[place % 4] - (sum(rewards) / 4 if arm is grpo else 0)
-            total = total - advantage * log_prob(model, prompts.input_ids[row], completions[place]).sum() / 4
-        return total / len(completions)
+            advantage = rewards[place % 4] - (0 if arm is reinforce else sum(rewards) / 4)
+            if arm is grpo:
+                advantage /= float(np.std(rewards, ddof=1)) + 1e-4
+            size = {"dr_grpo": 4 * len(completions), "grpo": len(completions[place]) * len(completions)}
+            log_p = log_prob(model, prompts.input_ids[row], completions[place]).sum()
+            total = total - advantage * log_p / size.get(loss_type, tokens)
+        return total
 
     oracle = train_plainly(stopping_model(), run, loss)
     error = largest_difference(run.model, oracle)
@@ -251,29 +266,29 @@ def test_reinforcement_equals_a_plain_loop_on_what_trl_generates(monkeypatch: py
 
 
 POLICIES = [
-    {},
-    {"loss_type": "grpo", "scale_rewards": "group"},
-    {"loss_type": "dapo", "scale_rewards": "batch"},
-    {"num_iterations": 2, "epsilon": 0.001},
-    {"loss_type": "bnpo", "scale_rewards": "group", "num_iterations": 3, "epsilon": 0.01},
+    (baseline, section_with(loss_type=loss_type, scale_rewards=scale_rewards, num_iterations=iterations, epsilon=0.001))
+    for baseline, scales in ((True, ("none", "group", "batch")), (False, ("none",)))
+    for loss_type, scale_rewards, iterations in product(get_args(Loss), scales, (1, 2))
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: ", ".join(map(str, policy.values())) or "as it was")
-@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize(
+    ("baseline", "section"),
+    POLICIES,
+    ids=lambda value: ", ".join(map(str, list(vars(value).values())[2:5])) if value not in (True, False) else None,
+)
 def test_one_pass_and_trl_take_the_same_steps_on_the_same_samples(
-    monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any], baseline: bool
+    monkeypatch: pytest.MonkeyPatch, baseline: bool, section: SimpleNamespace
 ) -> None:
-    if not baseline and "scale_rewards" in policy:
-        pytest.skip("a raw reward is not scaled")
-    fast, plain = one_token_run("grpo", section=SECTION), one_token_run("grpo", section=SECTION)
+    """With every value that params allow."""
+    fast, plain = (one_token_run("dr_grpo", section=section) for _ in range(2))
     half = torch.arange(0, 43, 2).expand(40, -1)  # of the vocabulary is right
     samples: list[dict[str, Any]] = []
     original = reinforcement._roll_out
     monkeypatch.setattr(
         reinforcement, "_roll_out", lambda prompts, trainer: samples.append(original(prompts, trainer)) or samples[-1]
     )
-    reinforcement.fit(fast, validity(half), baseline, 4, 1.0, **policy)
+    reinforcement.fit(fast, validity(half), baseline)
     replayed = iter(samples)
 
     def replay(self: Any, prompt_ids: list[list[int]], *args: Any) -> Any:
@@ -282,17 +297,17 @@ def test_one_pass_and_trl_take_the_same_steps_on_the_same_samples(
         return known["completion_ids"], None
 
     monkeypatch.setattr(reinforcement.AnswersTrainer, "_generate_single_turn", replay)
-    reinforcement.fit(plain, validity(half), baseline, 4, 1.0, one_pass=False, **policy)
-    assert len(samples) == -(-TRAINING.steps // policy.get("num_iterations", 1))
+    reinforcement.fit(plain, validity(half), baseline, one_pass=False)
+    assert len(samples) == TRAINING.steps // section.num_iterations
     error, moved = largest_difference(fast.model, plain.model), largest_difference(fast.model, tiny_model())
     clipped = [[row["clip_fraction"] for row in run.recorder.rows[1:]] for run in (fast, plain)]
     print(f"maximum error {error:.1e}, largest change {moved:.1e}, clipped {clipped[0]}")
     assert error < 1e-6 < 1e-3 < moved
     assert clipped[0] == pytest.approx(clipped[1])
-    assert (max(clipped[0]) > 0) == ("num_iterations" in policy)  # the first step on a batch clips nothing
+    assert (max(clipped[0]) > 0) == (section.num_iterations > 1)  # the first step on a batch clips nothing
     norms = [[row["gradient_norm"] for row in run.recorder.rows[1:]] for run in (fast, plain)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    expected = [24 * -(-step // policy.get("num_iterations", 1)) for step in (1, 2, 4)]
+    expected = [24 * -(-step // section.num_iterations) for step in (1, 2, 4)]
     assert [row["completions"] for row in fast.recorder.rows[1:]] == expected
 
 

@@ -82,12 +82,12 @@ def _cells(clone: Path) -> dict[str, list[str]]:
 
 def test_a_param_of_one_arm_makes_only_its_cells_stale(smoke_run: Path, dvc: Dvc) -> None:
     params = yaml.safe_load((smoke_run / "params.yaml").read_text())
-    key, value = next((k, v) for k, v in params["finetune"]["grpo"].items() if not isinstance(v, bool | str))
-    with _param(smoke_run, f"finetune.grpo.{key}", value + 1):
+    key, value = next((k, v) for k, v in params["finetune"]["dr_grpo"].items() if not isinstance(v, bool | str))
+    with _param(smoke_run, f"finetune.dr_grpo.{key}", value + 1):
         direct = _stale(dvc, smoke_run)
         result = dvc(smoke_run, "repro", "--dry")
     seeds = _cells(smoke_run)["seeds"]
-    assert direct == {f"finetune@grpo-{seed}" for seed in seeds}
+    assert direct == {f"finetune@dr_grpo-{seed}" for seed in seeds}
     # --dry follows the change: a stage that would run is announced, and so is what reads its outputs
     assert not [line for line in result.stdout.splitlines() if "Running stage" in line and "sft" in line]
 
@@ -108,7 +108,7 @@ def test_report_params_make_only_the_report_stale(smoke_run: Path, dvc: Dvc) -> 
         ("stages/discover.py", {"discover"}),
         ("stages/match.py", {"match"}),
         ("stages/circuits/transplant.py", {"cmap"}),
-        ("stages/learning/arms/grpo.py", {"finetune@grpo"}),
+        ("stages/learning/arms/dr_grpo.py", {"finetune@dr_grpo"}),
         ("stages/learning/curriculum.py", {"pretrain"}),
     ],
 )
@@ -134,9 +134,9 @@ def test_reverting_a_param_restores_from_the_run_cache(smoke_run: Path, dvc: Dvc
     seed = _cells(smoke_run)["seeds"][0]
     lock = smoke_run / "dvc.lock"
     entries = yaml.safe_load(lock.read_text())
-    del entries["stages"][f"cmap@grpo-{seed}"]
+    del entries["stages"][f"cmap@dr_grpo-{seed}"]
     with _edited(lock, yaml.safe_dump(entries)):
-        result = dvc(smoke_run, "repro", "--single-item", f"cmap@grpo-{seed}")
+        result = dvc(smoke_run, "repro", "--single-item", f"cmap@dr_grpo-{seed}")
         assert result.returncode == 0
         assert "is cached - skipping run" in result.stdout
 

@@ -32,29 +32,34 @@ class Look:
         label: its name in figures and tables.
         colour: hexadecimal RGB.
         marker: of matplotlib.
+        about: what an arm learns from, in one line.
     """
 
     label: str
     colour: str
     marker: str
+    about: str = "–"
 
 
 LOOKS = {
     "base": Look("Base", "#000000", "*"),
-    "sft_gold": Look("SFT (gold)", "#D55E00", "o"),
-    "sft_far": Look("SFT (far)", "#8C2D04", "X"),
-    "sft_oracle": Look("SFT (oracle)", "#F0B04A", "p"),
-    "self_sft": Look("SFT (own samples)", "#E69F00", "s"),
-    "iterative_sft": Look("SFT (resampled)", "#A6761D", "h"),
-    "reinforce": Look("REINFORCE", "#56B4E9", "^"),
-    "grpo": Look("GRPO", "#0072B2", "D"),
-    "grpo_kl": Look("GRPO + KL", "#003F6B", "v"),
-    "rloo": Look("RLOO", "#4C72D0", ">"),
-    "dpo": Look("DPO", "#117733", "<"),
-    "sft_replay": Look("SFT + replay", "#CC79A7", "P"),
-    "noise": Look("Random direction", "#8A8A8A", "d"),
-    "random_reward": Look("GRPO, random reward", "#B9B9B9", "<"),
-    "joint": Look("Joint training", "#5B3A5E", "H"),
+    "sft_gold": Look("SFT (gold)", "#D55E00", "o", "the one canonical answer of each prompt"),
+    "sft_far": Look("SFT (far)", "#8C2D04", "X", "the right answer that the base finds least likely"),
+    "sft_oracle": Look("SFT (oracle)", "#F0B04A", "p", "the base's whole distribution over the right answers"),
+    "self_sft": Look("SFT (own samples)", "#E69F00", "s", "the base's own right answers, drawn once"),
+    "iterative_sft": Look("SFT (resampled)", "#A6761D", "h", "the model's own right answers, drawn anew as it learns"),
+    "reinforce": Look("REINFORCE", "#56B4E9", "^", "rewards of its own samples as they are, without a baseline"),
+    "rloo": Look("RLOO", "#4C72D0", ">", "rewards minus the mean reward of the other samples of a prompt"),
+    "dr_grpo": Look("Dr. GRPO", "#0072B2", "D", "rewards minus the mean reward of a prompt's samples"),
+    "dr_grpo_kl": Look(
+        "Dr. GRPO + KL", "#003F6B", "v", "rewards as Dr. GRPO has, with a penalty on the KL to the base"
+    ),
+    "grpo": Look("GRPO", "#2A4DA0", "8", "rewards as Dr. GRPO has, divided by their standard deviation at a prompt"),
+    "dpo": Look("DPO", "#117733", "<", "the canonical answer preferred to a wrong one of the base"),
+    "sft_replay": Look("SFT + replay", "#CC79A7", "P", "gold answers, and some old-task prompts in every step"),
+    "noise": Look("Random direction", "#8A8A8A", "d", "nothing: moved in weights along a random direction"),
+    "random_reward": Look("Random reward", "#B9B9B9", "<", "rewards that know nothing of the answers"),
+    "joint": Look("Joint training", "#5B3A5E", "H", "gold answers, and as many old-task prompts"),
 }
 _SPARE = (("#009E73", "8"), ("#6B8E23", "o"), ("#44AA99", "s"), ("#882255", "D"))
 

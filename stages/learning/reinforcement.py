@@ -35,8 +35,7 @@ class AnswersTrainer(GRPOTrainer):
     Args:
         prompt_ids: token ids of all training rows.
         generator: source of the samples.
-        baseline: subtract the mean reward of the prompt's completions (GRPO), or use the raw reward
-            (REINFORCE).
+        baseline: subtract the mean reward of the prompt's completions, or use the raw reward.
         stop: token that ends a completion; None: those that the model's own texts end with.
     """
 
@@ -131,75 +130,54 @@ def _roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     }
 
 
-def grpo_arguments(
-    samples_per_prompt: int,
-    prompts_per_step: int,
-    temperature: float,
-    beta: float = 0.0,
-    length: int = 1,
-    stop: int | None = None,
-    loss_type: str = "dr_grpo",
-    scale_rewards: str = "none",
-    num_iterations: int = 1,
-    epsilon: float = 0.2,
-) -> dict[str, Any]:
-    """Arguments of GRPOConfig; what is not named in `fit` is the policy gradient without later additions.
+def grpo_arguments(section: Any, prompts_per_step: int, length: int = 1, stop: int | None = None) -> dict[str, Any]:
+    """Arguments of GRPOConfig that say what is learned, and how.
 
     Args:
+        section: settings of an arm (`PolicyGradient`). One without `scale_rewards` or `beta` divides rewards by
+            nothing and has no reference model.
+        prompts_per_step: different ones.
         length: most tokens of a completion.
         stop: token that ends a completion; None: those that the model's own texts end with.
     """
     return {
-        "per_device_train_batch_size": samples_per_prompt * prompts_per_step,  # TRL counts completions
-        "num_generations": samples_per_prompt,
-        "num_iterations": num_iterations,
-        "epsilon": epsilon,
+        "per_device_train_batch_size": section.samples_per_prompt * prompts_per_step,  # TRL counts completions
+        "num_generations": section.samples_per_prompt,
+        "num_iterations": section.num_iterations,
+        "epsilon": section.epsilon,
         "max_completion_length": length,
-        "temperature": temperature,
+        "temperature": section.temperature,
         "top_k": 0,
         "top_p": 1.0,
-        "loss_type": loss_type,
-        "scale_rewards": scale_rewards,
-        "beta": beta,
+        "loss_type": section.loss_type,
+        "scale_rewards": getattr(section, "scale_rewards", "none"),
+        "beta": getattr(section, "beta", 0.0),
         "mask_truncated_completions": False,
         "generation_kwargs": None if stop is None else {"eos_token_id": [stop]},
     }
 
 
-def fit(
-    run: Run,
-    reward: Reward,
-    baseline: bool,
-    samples_per_prompt: int,
-    temperature: float,
-    beta: float = 0.0,
-    one_pass: bool = True,
-    **policy: Any,
-) -> None:
-    """Train `run.model` by policy gradient on fresh samples of each batch of prompts.
+def fit(run: Run, reward: Reward, baseline: bool = True, one_pass: bool = True) -> None:
+    """Train `run.model` by policy gradient on samples of each batch of prompts, with the settings of `run.section`.
 
-    By default one gradient step is taken on each batch, and the loss is that of Dr. GRPO (Liu et al. 2025, arXiv
-    2503.20783): the sum over the tokens of -advantage * log p, averaged over completions and divided by the length of
-    the longest answer; advantage = reward minus the mean of its group, or the raw reward without `baseline`
-    (REINFORCE, Williams 1992).
+    The loss of a token is -advantage * its probability / that when it was drawn, the ratio clipped (Schulman et al.
+    2017, arXiv 1707.06347); see `PolicyGradient` for what the sum is divided by. With one iteration that is the policy
+    gradient alone. Advantage = reward minus the mean of its group, divided by nothing (Dr. GRPO, Liu et al. 2025, arXiv
+    2503.20783) or by a standard deviation (GRPO, Shao et al. 2024, arXiv 2402.03300), or the raw reward without
+    `baseline` (REINFORCE, Williams 1992). With several iterations each batch of prompts serves so many steps in turn,
+    and fewer batches are used. With `beta` above 0 the base is loaded a second time.
 
     Args:
         reward: see `rewards`.
-        samples_per_prompt: completions drawn for each prompt, at least 2.
-        temperature: of samples and loss; 1 is on-policy.
-        beta: weight of KL(policy || base); above 0 the base is loaded a second time.
+        baseline: subtract the mean reward of the prompt's completions.
         one_pass: where answers are one token, pass each prompt through the model once; False: as TRL does.
-        policy: `loss_type`, `scale_rewards`, `num_iterations` and `epsilon` as in GRPOConfig. With several iterations
-            each batch of prompts serves so many steps in turn, and fewer batches are used.
     """
     refuse_dropout(run.model)
     prompts, stop = run.train, run.train.stop
     length = prompts.valid.shape[-1] if prompts.several_tokens else 1
     trainer_class = OneTokenTrainer if one_pass and not prompts.several_tokens else AnswersTrainer
-    completions = samples_per_prompt * run.training.prompts_per_step
-    arguments = grpo_arguments(
-        samples_per_prompt, run.training.prompts_per_step, temperature, beta, length, stop, **policy
-    )
+    completions = run.section.samples_per_prompt * run.training.prompts_per_step
+    arguments = grpo_arguments(run.section, run.training.prompts_per_step, length, stop)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
             model=run.model,
@@ -208,7 +186,7 @@ def fit(
             train_dataset=Dataset.from_dict({"prompt": [str(row) for row in run.order.flatten()]}),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, completions, arguments["num_iterations"])],
+            callbacks=[KeepCheckpoints(run.recorder, completions, run.section.num_iterations)],
             prompt_ids=prompts.input_ids,
             generator=run.draw("samples"),
             baseline=baseline,

@@ -117,6 +117,8 @@ class Run:
     recorder: Recorder
 
     def draw(self, purpose: str) -> torch.Generator:
-        """A generator for one purpose; equal for all learning rates, so that they differ in nothing else."""
-        entropy = [self.training.seed, self.seed, zlib.crc32(self.arm.encode()), zlib.crc32(purpose.encode())]
+        """A generator for one purpose; equal for all learning rates, so that they differ in nothing else, and for arms
+        whose settings name the same `stream`."""
+        stream: str = getattr(self.section, "stream", None) or self.arm
+        entropy = [self.training.seed, self.seed, zlib.crc32(stream.encode()), zlib.crc32(purpose.encode())]
         return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from accelerate.state import AcceleratorState
 from stages import discover
 from stages.circuits.load_check import differences
 from stages.circuits.walker import Walker
-from stages.learning.arms import grpo, iterative_sft, noise, self_sft, sft_gold, sft_oracle
+from stages.learning.arms import dr_grpo, iterative_sft, noise, self_sft, sft_gold, sft_oracle
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe
 from stages.learning.run import Recorder, Run
@@ -23,7 +22,7 @@ from stages.pipeline.resources import Resources
 from tests.comparing import record_difference
 from tests.device.second_device import DEVICE, Elsewhere, second_device
 from tests.oracles import random_model
-from tests.test_learning import SECTION, checkpoint, new_folder, tiny_examples, tiny_run
+from tests.test_learning import checkpoint, new_folder, section_with, tiny_examples, tiny_run
 from tests.test_search import stage_cell, stage_folder, written  # noqa: F401
 
 
@@ -82,7 +81,7 @@ def test_stage_discover_finds_the_same(
 
 
 def run_on(device: str, arm: Any) -> Run:
-    section = SimpleNamespace(**vars(SECTION), every=2, scales=[0.1, 0.2])
+    section = section_with(every=2, scales=[0.1, 0.2])
     run = tiny_run(arm.__name__.rpartition(".")[2], section=section)
     model: Any = run.model
     model.to(device)
@@ -94,7 +93,7 @@ def run_on(device: str, arm: Any) -> Run:
     return run
 
 
-@pytest.mark.parametrize("arm", [sft_gold, sft_oracle, self_sft, iterative_sft, grpo, noise])
+@pytest.mark.parametrize("arm", [sft_gold, sft_oracle, self_sft, iterative_sft, dr_grpo, noise])
 def test_arms_learn_the_same_from_the_same_draws(device: str, arm: Any) -> None:
     there = run_on(device, arm)
     assert there.model.device == DEVICE and all(isinstance(weight, Elsewhere) for weight in there.model.parameters())

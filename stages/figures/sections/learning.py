@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.figures.parts import Picture, Section, Table
-from stages.figures.style import label
+from stages.figures.style import label, look
 from stages.statistics.wording import number
 
 
 def section(summary: Mapping[str, Any]) -> Section:
-    """The curves, the budgets of the arms and what their learning rates lead to."""
+    """What the arms learn from, their curves, their budgets and what their learning rates lead to."""
+    arms = Table(
+        "What each arm learns from.",
+        ("Arm", "Learns from"),
+        [(label(arm), look(arm).about) for arm in summary["arms"]],
+        2,
+    )
     rows = [
         (
             label(e["arm"]),
@@ -59,5 +65,5 @@ def section(summary: Mapping[str, Any]) -> Section:
                 "lines are seeds, thick ones their means.",
             ),
         ),
-        tables,
+        (arms, *tables),
     )

@@ -1,28 +1,22 @@
-"""Policy gradient on the model's own samples, their mean reward at each prompt as baseline (Dr. GRPO)."""
+"""`dr_grpo` with advantages divided by the standard deviation of a prompt's rewards (GRPO; Shao et al. 2024).
 
-from typing import TYPE_CHECKING
+The division gives a prompt that the model nearly always, or nearly never, answers rightly as much weight as any other.
+"""
 
-from stages.pipeline.params.fields import NotNegative, Sampling
+from typing import Literal
 
-if TYPE_CHECKING:
-    from stages.learning.run import Run
+from stages.learning.policy_gradient import Loss, PolicyGradient
+from stages.learning.policy_gradient import learn_from_validity as train
+from stages.pipeline.params.fields import NotNegative
+
+__all__ = ["Settings", "train"]
 
 
-class Settings(Sampling):
-    """`beta` is the weight of the divergence from the base."""
+class Settings(PolicyGradient):
+    """`scale_rewards`: whose standard deviation divides, the prompt's (group) or that of all samples of the step
+    (batch). `beta` is the weight of KL(policy || base).
+    """
 
+    loss_type: Loss
+    scale_rewards: Literal["group", "batch"]
     beta: NotNegative
-
-
-def train(run: "Run") -> None:
-    from stages.learning import reinforcement
-    from stages.learning.rewards import validity
-
-    reinforcement.fit(
-        run,
-        validity(run.train.valid),
-        baseline=True,
-        samples_per_prompt=run.section.samples_per_prompt,
-        temperature=run.section.temperature,
-        beta=run.section.beta,
-    )

@@ -2,24 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from stages.pipeline.params.fields import Sampling
+from stages.learning.policy_gradient import Loss, PolicyGradient
 
 if TYPE_CHECKING:
     from stages.learning.run import Run
 
 
-class Settings(Sampling):
-    """Those of its samples."""
+class Settings(PolicyGradient):
+    """No `scale_rewards`, as nothing is subtracted."""
+
+    loss_type: Loss
 
 
 def train(run: "Run") -> None:
     from stages.learning import reinforcement
     from stages.learning.rewards import validity
 
-    reinforcement.fit(
-        run,
-        validity(run.train.valid),
-        baseline=False,
-        samples_per_prompt=run.section.samples_per_prompt,
-        temperature=run.section.temperature,
-    )
+    reinforcement.fit(run, validity(run.train.valid), baseline=False)

@@ -1,20 +1,22 @@
 """REINFORCE with the mean reward of a prompt's *other* samples as baseline (RLOO; Ahmadian et al. 2024).
 
-The advantage is k / (k - 1) times that of `grpo`, with k samples a prompt, which is the same direction: an optimiser
+The advantage is k / (k - 1) times that of `dr_grpo`, with k samples a prompt, which is the same direction: an optimiser
 that divides by the size of past gradients makes little of the factor. It is TRL's RLOO with the one-pass sampling of
 `reinforcement`, which TRL's RLOOTrainer has no hook for.
 """
 
 from typing import TYPE_CHECKING
 
-from stages.pipeline.params.fields import Sampling
+from stages.learning.policy_gradient import Loss, PolicyGradient
 
 if TYPE_CHECKING:
     from stages.learning.run import Run
 
 
-class Settings(Sampling):
-    """Those of its samples."""
+class Settings(PolicyGradient):
+    """No `scale_rewards`: divided by a standard deviation, the factor would be gone, and it would be `grpo`."""
+
+    loss_type: Loss
 
 
 def train(run: "Run") -> None:
@@ -29,4 +31,4 @@ def train(run: "Run") -> None:
         rewards = valid(prompts=prompts, completion_ids=completion_ids)
         return [None if reward is None else reward * samples / (samples - 1) for reward in rewards]
 
-    reinforcement.fit(run, scaled, baseline=True, samples_per_prompt=samples, temperature=run.section.temperature)
+    reinforcement.fit(run, scaled)

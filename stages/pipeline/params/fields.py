@@ -16,7 +16,9 @@ class Section(BaseModel):
     """A section of params.yaml: every key required, no other key allowed, no silent conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    one_token: ClassVar[bool] = False  # of an arm's settings: whether it learns from answers of one token alone
+    # of an arm's settings:
+    one_token: ClassVar[bool] = False  # whether it learns from answers of one token alone
+    stream: ClassVar[str | None] = None  # the name by which it draws, where that is not its own
 
 
 class Sampling(Section):
