@@ -34,7 +34,7 @@ from stages.figures import (
 )
 from stages.figures.document import document, to_html, to_markdown
 from stages.figures.style import label, png
-from stages.measures.scores import ENDINGS
+from stages.measures.scores import ENDINGS, score_of
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
 from stages.pipeline.stage import Cell, Invalid, run
 from stages.statistics import frames
@@ -42,7 +42,7 @@ from stages.statistics import similarity as circuits
 from stages.statistics.budgets import table_of_budgets
 from stages.statistics.cells import BASE, Cells, long_form, read_cells
 from stages.statistics.matchings import long_table
-from stages.statistics.primary import base_measure, score_of
+from stages.statistics.primary import base_measure
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
 from stages.statistics.wording import number, short_name

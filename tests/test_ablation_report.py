@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stages import contrast, report
-from stages.measures.scores import ENDINGS, shares
+from stages.measures.scores import ENDINGS, score_of, shares
 from stages.pipeline.files import read_json
 from stages.statistics import by_ablation, by_score
 from tests.synthetic_records import Experiment
@@ -46,6 +46,9 @@ def _write(root: Path, patch: pytest.MonkeyPatch, beyond: float = 0.02, **primar
                 found[kind] = {"size": 18} | scores | shares("faithfulness", scores, full)
                 found[kind] |= {"from_donor": 0.3 + 0.1 * own} if strength < 1 else {}
             record["circuit"] = dict(found["own_means"])
+            judged = score_of(primary["primary_measure"])
+            if judged != "accuracy":  # records of earlier runs do not say it
+                record["inspection"]["minimality"] |= {"score": judged, f"core_share{ENDINGS[judged]}": 0.75}
         record["circuit_by_ablation"] = found
         path.write_text(json.dumps(record))
     values = EXPERIMENT.params()
@@ -107,6 +110,10 @@ def test_which_score_is_primary_and_why(
     name = {"": "accuracy: the likeliest token", "_ld": "logit difference: it compares"}[ending]
     assert f"The primary score is the {name}" in text and f"For {beyond:.3f} of the prompts" in text
     assert ("accuracy misses what these circuits do" in text) is said
+    judged, core, gap = {"": ("accuracy", 0.99, None), "_ld": ("logit difference", 0.75, 0.1)}[ending]
+    assert f"with the share of the circuit's {judged} that the core keeps" in text
+    [base, *_] = summary["table_circuits"]
+    assert base["core_share"] == pytest.approx(core) and (gap is None or base["worst_gap"] == pytest.approx(gap))
 
 
 NO_LEAST = {"base_faithfulness": 0.0}

@@ -21,12 +21,12 @@ from stages.circuits.walker import Walker
 from stages.cmap import patch_both_ways
 from stages.evaluate import circuit_by_ablation, evaluate, inspect_circuit
 from stages.measures.checkpoints import record, scores
-from stages.measures.scores import shares
+from stages.measures.scores import score_of, shares
 from stages.pipeline.params.measures import MEASURES, is_measure
 from stages.pipeline.resources import Resources
 from stages.statistics.cells import Cells, read_cells
 from stages.statistics.contrasts import compare, left_out_bases
-from stages.statistics.primary import above_chance, base_measure, random_floor, score_of
+from stages.statistics.primary import above_chance, base_measure, random_floor
 from stages.statistics.retention import add_retention
 from stages.statistics.summary import plan_of
 from stages.tasks.examples import Examples, Prompts
@@ -64,10 +64,8 @@ def made_here() -> set[str]:
     old = Examples(IDS, answer, others, at, every, IDS.flip(0), at)
     new = Prompts(IDS, answer[:, None], answer, others)
     circuit = Circuit((Group("fetch", "last", "logits", None, ((2, 0), (1, 3), (0, 1))),), 3, 4)
-    settings = SimpleNamespace(
-        random_circuits=1, clauses="every", prune_threshold=0.01, random_subsets=1, greedy_steps=1, greedy_examples=2
-    )
-    settings.knockout_window = 1
+    settings = SimpleNamespace(random_circuits=1, clauses="every", random_subsets=1, greedy_steps=1, greedy_examples=2)
+    settings.score, settings.prune_threshold, settings.knockout_window = "logit_difference", 0.01, 1
     available = Resources(1, MEMORY)
     ranking = [Node(layer, head, "last") for layer in range(3) for head in range(4)]
     records: dict[tuple[str, str, str], Any] = {}

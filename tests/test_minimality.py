@@ -16,9 +16,11 @@ from stages.circuits.ablation import mean_outputs
 from stages.circuits.circuit import Circuit, Component, Group, Node
 from stages.evaluate import inspect_circuit
 from stages.measures.completeness import completeness, greedy_worst, random_subsets
+from stages.measures.inspection import gaps, minimality
 from stages.measures.minimality import ScoreOf, Trial, by_elimination, by_pairs, relative_loss
 from stages.measures.prepared import Prepared
 from stages.measures.readout import Readout
+from stages.measures.scores import ENDINGS
 from stages.measures.size_curve import areas, enough, ranked_nodes, share_of_model, sizes
 from stages.pipeline.resources import Resources
 from stages.tasks.examples import Examples
@@ -172,6 +174,49 @@ def test_on_a_model_every_search_stays_below_the_best_and_finds_the_missed(seed:
     assert pruned.after == pytest.approx(naive([pruned.core])[0], abs=1e-9)
 
 
+@pytest.mark.parametrize("score", ENDINGS)
+def test_pruning_and_the_worst_set_judge_by_the_score_that_is_asked_for(score: str) -> None:
+    """Every trial and every gap of the greedy search is that score in whole hooked passes, and so is what they say."""
+    model = random_model("llama_gqa", seed=3)
+    walker = walker_of(model)
+    means = mean_outputs(walker, random_prompts(20, seed=1), MEMORY)
+    nodes = frozenset(Node(layer, head, "last") for layer in range(3) for head in (0, 1, 3))
+    answer, others = walker.run(IDS).logits.argmax(-1), torch.tensor([[7, 8, 9]] * 6)
+    prepared = Prepared(walker, means, Examples(IDS, answer, others, AT, {}, IDS, AT), MEMORY)
+
+    def of(logits: torch.Tensor) -> float:
+        return Readout.of(logits[:, None], answer, others).means()[0][score]
+
+    def in_place(circuit: Collection[Node]) -> float:
+        return of(naive_circuit(model, IDS, means, AT, circuit))
+
+    def slow(sets: Sequence[frozenset[Node]]) -> list[float]:
+        found = []
+        for gone in sets:
+            at_mean = {node: means[node.layer, AT[node.position], node.head] for node in gone}
+            left = naive_exchange(model, IDS, at_mean, AT, dict.fromkeys(gone, 1.0))
+            found.append(abs(in_place(nodes - gone) - of(left)))
+        return found
+
+    found = minimality(prepared, nodes, score, THRESHOLD)
+    again = by_elimination(lambda circuits: [in_place(circuit) for circuit in circuits], nodes, nodes, THRESHOLD)
+    verdicts = [trial["verdict"] for trial in found["trials"]]
+    kept = {node for node, verdict in zip(sorted(nodes), verdicts, strict=True) if verdict == "core"}
+    pairs = [(found[score], again.before), (found[f"core_{score}"], again.after)]
+    trials = zip(found["trials"], [again.trials[node] for node in sorted(nodes)], strict=True)
+    pairs += [(a[key], getattr(b, key)) for a, b in trials for key in ("before", "after")]
+    error = max(abs(ours - naive) for ours, naive in pairs)
+    print(f"{score}: {len(kept)} of {len(nodes)} in the core, max error {error:.1e}")
+    assert error <= 1e-9 and kept == again.core and found["score"] == score
+    assert found[f"core_share{ENDINGS[score]}"] == pytest.approx(again.after / again.before, abs=1e-9)
+
+    worst = greedy_worst(lambda sets: gaps(prepared, nodes, sets, score), nodes, 3)
+    assert worst == greedy_worst(slow, nodes, 3) and worst
+    error = abs(gaps(prepared, nodes, [worst], score)[0] - slow([worst])[0])
+    print(f"{score}: the worst of {len(worst)} heads, error of its gap {error:.1e}")
+    assert error <= 1e-9
+
+
 def test_completeness_equals_whole_hooked_passes() -> None:
     model = random_model("qwen2")
     walker = walker_of(model)
@@ -245,6 +290,7 @@ def test_record_of_a_model() -> None:
         Group("bind", "earlier_separator", "fetch", Component.V, ((0, 1),)),
     ]
     settings = SimpleNamespace(
+        score="candidate_accuracy",
         prune_threshold=THRESHOLD,
         random_subsets=2,
         greedy_steps=2,
@@ -266,6 +312,7 @@ def test_record_of_a_model() -> None:
         assert error <= 1e-12
     assert set(found["completeness"]) == {"nothing", "fetch", "bind", "random_1", "random_2", "worst_found"}
     counts = found["minimality"]
+    assert counts["score"] == "candidate_accuracy"
     assert counts["core"] + counts["stand_ins"] + counts["idle"] == counts["size"] == len(counts["trials"]) == 3
     assert found["size_curve"]["sizes"][-1] == len(every_node(3, 4)) and found["size_curve"]["share"][0] == 0
     paths = found["knockout"]["paths"]

@@ -220,6 +220,12 @@ BAD = [
     ("pretrain.curriculum.final.tasks", {"contains": {"share": 0.1, "own": 0.4}}, "'contains': must be one of"),
     ("contrast.base_faithfulness", -0.1, "contrast.base_faithfulness"),
     ("contrast.primary_measure", "evaluate.circuit.retentoin", "a measure such as 'evaluate.circuit.retention'"),
+    ("evaluate.score", "logit", "evaluate.score = 'logit': must be 'accuracy', 'candidate_accuracy', 'logit_diff"),
+    (
+        "contrast.primary_measure",
+        "evaluate.circuit_by_ablation.resampled.retention_ld",
+        "evaluate.score = accuracy: must be logit_difference, the score of contrast.primary_measure = evaluate",
+    ),
     ("contrast.secondary_measures", ["drift.kl"], "secondary_measures.0: 'drift.kl': no record has it"),
     (
         "contrast.predictors",

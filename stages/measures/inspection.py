@@ -1,8 +1,8 @@
 """A closer look at one circuit in one model: complete, minimal, faithful at which size, and fed by which layers.
 
-Parts of the record: `completeness` (see that module), `minimality` (by elimination, F is the accuracy), `size_curve`
-(nodes in the order of their scores) and `knockout` (by the central layer of the window in which one position cannot see
-another). All but the elimination itself have the four `scores`.
+Parts of the record: `completeness` (see that module), `minimality` (by elimination), `size_curve` (nodes in the order
+of their scores) and `knockout` (by the central layer of the window in which one position cannot see another). All have
+the four `scores`; the settings name one of them, by which heads are eliminated and the worst set is searched for.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -66,7 +66,7 @@ def inspect(
         groups: of the circuit; without one, only what needs no circuit is measured.
         ranking: all nodes, strongest first; empty where there is no circuit.
         paths: of attention between positions of `prompts`, by name.
-        settings: `prune_threshold`, `random_subsets`, `greedy_steps`, `knockout_window`.
+        settings: `score`, `prune_threshold`, `random_subsets`, `greedy_steps`, `knockout_window`.
         generator: of the random sets.
         available: processes, and their memory beside the model.
     """
@@ -78,14 +78,16 @@ def inspect(
         removed: dict[str, Collection[Node]] = {group.name: frozenset(group.nodes) for group in groups}
         drawn = random_subsets(circuit, settings.random_subsets, generator)
         removed |= {f"random_{number}": nodes for number, nodes in enumerate(drawn, start=1)}
-        removed[WORST] = greedy_worst(lambda sets: _gaps(searched, circuit, sets), circuit, settings.greedy_steps)
+        removed[WORST] = greedy_worst(
+            lambda sets: gaps(searched, circuit, sets, settings.score), circuit, settings.greedy_steps
+        )
         return completeness(model, circuit, removed)
 
     # in an order in which two processes have about the same to do
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     if circuit:
         parts["completeness"] = completeness_of_circuit
-        parts["minimality"] = lambda: minimality(model, circuit, settings.prune_threshold)
+        parts["minimality"] = lambda: minimality(model, circuit, settings.score, settings.prune_threshold)
         parts["size_curve"] = lambda: size_curve(model, ranking, len(circuit))
     parts["knockout"] = lambda: knockout(model, paths, settings.knockout_window)
     found = in_processes(lambda name: parts[name](), list(parts), available.processes)
@@ -93,25 +95,27 @@ def inspect(
     return record | dict(zip(parts, found, strict=True))
 
 
-def minimality(model: Prepared, circuit: Collection[Node], threshold: float) -> dict[str, Any]:
-    """Which heads of a circuit are missed, by accuracy; `trials` says with which K, and what F was before and after.
+def minimality(model: Prepared, circuit: Collection[Node], score: str, threshold: float) -> dict[str, Any]:
+    """Which heads of a circuit are missed, by one of the four scores; `trials` says with which K, and what that score
+    was before and after.
 
     Returns:
-        `size` and number of `core` heads, `stand_ins` and `idle` heads; `core_share`, what the core alone has of the
-        circuit's accuracy, and the same of the other scores; and one trial for each head.
+        `size` and number of `core` heads, `stand_ins` and `idle` heads; the four scores of the circuit and of its core
+        (`core_accuracy` and so on), and as `core_share` what the core has of the circuit's; one trial for each head.
     """
     found = by_elimination(
-        lambda circuits: model.in_place(circuits).correct.double().mean(0).tolist(), circuit, circuit, threshold
+        lambda circuits: [entry[score] for entry in model.in_place(circuits).means()], circuit, circuit, threshold
     )
     whole, core = model.in_place([frozenset(circuit), found.core]).means()
     return {
+        "score": score,
         "threshold": threshold,
         "size": len(found.trials),
         "core": len(found.core),
         "stand_ins": len(found.stand_ins),
         "idle": len(found.idle),
-        "accuracy": found.before,
-        "core_accuracy": found.after,
+        **whole,
+        **{f"core_{name}": core[name] for name in ENDINGS},
         **shares("core_share", core, whole),
         "trials": [
             {
@@ -166,9 +170,10 @@ def knockout(model: Prepared, paths: Mapping[str, Path], width: int) -> dict[str
     return record
 
 
-def _gaps(model: Prepared, circuit: frozenset[Node], sets: Sequence[frozenset[Node]]) -> list[float]:
+def gaps(model: Prepared, circuit: frozenset[Node], sets: Sequence[frozenset[Node]], score: str) -> list[float]:
+    """How far apart circuit and model are in a score when each of some sets of heads is taken out of both."""
     kept, left = model.in_place([circuit - nodes for nodes in sets]).means(), model.without(sets).means()
-    return [abs(a["accuracy"] - b["accuracy"]) for a, b in zip(kept, left, strict=True)]
+    return [abs(a[score] - b[score]) for a, b in zip(kept, left, strict=True)]
 
 
 def _verdict(found: Pruning, node: Node) -> str:

@@ -25,6 +25,9 @@ all three are dropped together.
    keeps and a smallest circuit does not need.
 Each verdict is certified by an explicit K. A score by any search is at most the best over all K, so a missed head is
 certain, and an idle one only as far as the search went.
+
+F is any score of which a larger one is better. A head that works against the answer is never missed: without it F
+rises. Each head that goes may cost a little less than the threshold, so state what the core has of the whole.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -35,3 +35,11 @@ def shares(name: str, part: Mapping[str, Any], whole: Mapping[str, Any]) -> dict
         for score, ending in ENDINGS.items()
         if score in part and score in whole
     }
+
+
+def score_of(measure: str) -> str:
+    """The score that a measure is, or is a share of; accuracy for all that are of no score, such as distances."""
+    name = measure.rpartition(".")[2].removeprefix("old_")
+    if name in ENDINGS:
+        return name
+    return next((score for score, ending in ENDINGS.items() if ending and name.endswith(ending)), "accuracy")

@@ -12,11 +12,11 @@ Records of earlier runs have no other outputs; of them there is no such table.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stages.measures.scores import ABLATIONS, ENDINGS
+from stages.measures.scores import ABLATIONS, ENDINGS, score_of
 from stages.statistics.cells import BASE, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan
 from stages.statistics.paired import t_interval
-from stages.statistics.primary import BY_ABLATION, score_of
+from stages.statistics.primary import BY_ABLATION
 from stages.statistics.wording import SCORES, number
 
 # outputs around the circuit -> the kinds with the model's own and with the base's, and the words for them

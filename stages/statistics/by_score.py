@@ -6,10 +6,10 @@ Records of earlier runs lack two of the scores; of them there is no such table.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.measures.scores import ENDINGS
+from stages.measures.scores import ENDINGS, score_of
 from stages.statistics.cells import BASE, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe
-from stages.statistics.primary import CIRCUIT, is_of_score, random_shares, score_of
+from stages.statistics.primary import CIRCUIT, is_of_score, random_shares
 from stages.statistics.wording import SCORES, number, short_name
 
 MOST_BEYOND = 0.1  # share of the prompts: above it, the accuracy of a circuit misses what it does

@@ -5,18 +5,10 @@ does not work in place cannot say what fine-tuning keeps of it: it counts by the
 the same ablation.
 """
 
-from stages.measures.scores import ENDINGS
+from stages.measures.scores import ENDINGS, score_of
 from stages.statistics.cells import BASE, Cells, mean_of_defined
 
 CIRCUIT, BY_ABLATION = "evaluate.circuit", "evaluate.circuit_by_ablation"
-
-
-def score_of(measure: str) -> str:
-    """The score that a measure is, or is a share of; accuracy for all that are of no score, such as distances."""
-    name = measure.rpartition(".")[2].removeprefix("old_")
-    if name in ENDINGS:
-        return name
-    return next((score for score, ending in ENDINGS.items() if ending and name.endswith(ending)), "accuracy")
 
 
 def is_of_score(measure: str) -> bool:

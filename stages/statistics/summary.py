@@ -8,13 +8,14 @@ lists.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from stages.measures.scores import ENDINGS, score_of
 from stages.statistics import by_ablation, by_score, enhancement
 from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.inputs import table_of_inputs
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
-from stages.statistics.primary import above_chance, base_measure, random_floor, random_shares, score_of
+from stages.statistics.primary import above_chance, base_measure, random_floor, random_shares
 from stages.statistics.similarity import table
 from stages.statistics.wording import SCORES, adjustment_sentences, headline, number, one_arm_at_a_time, verdict
 
@@ -63,7 +64,7 @@ def summarise(
     heads = enhancement.table_of_transplants(cells) if same_task else []
     findings = enhancement.findings(models, heads, names) if same_task else []
     scores, ablations = by_score.table_scores(cells, plan, left_out), by_ablation.table_ablations(cells, plan, left_out)
-    answer = "No contrast was planned."
+    judged_by, answer = _judged_by(cells), "No contrast was planned."
     if first:
         imported = any(cells.imported(first[side]) for side in ("arm", "reference"))
         answer = headline(first, names, statistics["plan"], level, same_task, imported)
@@ -132,7 +133,8 @@ def summarise(
             for model in cells.models
             for seed in cells.seeds
         ],
-        "table_circuits": [_circuit_tests(cells, model) for model in cells.models],
+        "circuits_judged_by": judged_by,
+        "table_circuits": [_circuit_tests(cells, model, judged_by) for model in cells.models],
         "table_similarity": table(statistics, cells.arms),
         "similarity_pairs_of_bases": statistics["similarity"]["floor"]["pairs"],
         "table_learning_rates": [
@@ -236,6 +238,9 @@ _INSPECTED = {
     "core": "minimality.core",
     "stand_ins": "minimality.stand_ins",
     "idle": "minimality.idle",
+}
+# the same by the score that stage `evaluate` judged by
+_JUDGED = {
     "core_share": "minimality.core_share",
     "worst_gap": "completeness.worst_found.gap",
     "cpr": "size_curve.cpr",
@@ -244,23 +249,32 @@ _INSPECTED = {
 }
 
 
-def _circuit_tests(cells: Cells, model: str) -> dict[str, Any]:
+def _judged_by(cells: Cells) -> str:
+    """The score that heads were eliminated by; records of earlier runs, which do not say it, have accuracy."""
+    minimality = [
+        (cells.record("evaluate", BASE, seed).get("inspection") or {}).get("minimality") or {} for seed in cells.seeds
+    ]
+    return next((record["score"] for record in minimality if "score" in record), "accuracy")
+
+
+def _circuit_tests(cells: Cells, model: str, score: str) -> dict[str, Any]:
     """Is the base's circuit minimal, complete and of the right size in this model? Means over the seeds that count."""
     seeds = [seed for seed in cells.seeds if model == BASE or cells.reached(model, seed)]
     found: dict[str, Any] = {"model": model, "seeds": len(seeds)}
-    for name, path in _INSPECTED.items():
+    ending = ENDINGS[score]
+    for name, path in (_INSPECTED | {name: f"{path}{ending}" for name, path in _JUDGED.items()}).items():
         found[name] = mean_of_defined([cells.value(f"evaluate.inspection.{path}", model, seed) for seed in seeds])
-    gaps = [_gaps(cells, model, seed) for seed in seeds]
+    gaps = [_gaps(cells, model, seed, f"gap{ending}") for seed in seeds]
     found["group_gap"] = mean_of_defined([gap for entry in gaps for gap in entry["group"]])
     found["random_gap"] = mean_of_defined([gap for entry in gaps for gap in entry["random"]])
     return found
 
 
-def _gaps(cells: Cells, model: str, seed: str) -> dict[str, list[float]]:
+def _gaps(cells: Cells, model: str, seed: str, gap: str) -> dict[str, list[float]]:
     """Gaps between circuit and model without a set of heads, for groups and for random sets."""
     record = (cells.record("evaluate", model, seed).get("inspection") or {}).get("completeness") or {}
-    random = [entry["gap"] for name, entry in record.items() if name.startswith("random_")]
-    others = [e["gap"] for name, e in record.items() if not name.startswith(("random_", "worst_", "nothing"))]
+    random = [entry[gap] for name, entry in record.items() if name.startswith("random_")]
+    others = [e[gap] for name, e in record.items() if not name.startswith(("random_", "worst_", "nothing"))]
     return {"group": others, "random": random}
 
 

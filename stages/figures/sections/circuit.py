@@ -5,7 +5,7 @@ from typing import Any
 
 from stages.figures.parts import Picture, Section, Table
 from stages.figures.style import label
-from stages.statistics.wording import count, number
+from stages.statistics.wording import SCORES, count, number
 
 
 def section(summary: Mapping[str, Any]) -> Section:
@@ -64,6 +64,8 @@ def section(summary: Mapping[str, Any]) -> Section:
 
 
 def _circuit_tests(summary: Mapping[str, Any]) -> Table:
+    score = summary["circuits_judged_by"]
+    said, unit = SCORES[score], ", as a share of the whole model's" if score == "logit_difference" else ""
     rows = [
         (
             label(e["model"]),
@@ -79,10 +81,10 @@ def _circuit_tests(summary: Mapping[str, Any]) -> Table:
         "Is the base's circuit minimal and complete? Pruning split, means over all bases, and over the "
         "seeds at which an arm reached the level. Minimal: heads that are missed (core), "
         "heads that could replace one of them (stand-ins) and heads that are "
-        "not missed (idle), with the share of the circuit's accuracy that the core keeps. Complete: how far "
-        "apart the accuracies of circuit and model are when the same heads are taken out of both, on average "
+        f"not missed (idle), with the share of the circuit's {said} that the core keeps. Complete: how far "
+        f"apart circuit and model are in {said}{unit} when the same heads are taken out of both, on average "
         "over groups and over random sets, and for the worst set that was found; 0 is complete. CPR and CMD "
-        "are the areas under the size curve and between it and 1, in accuracy; enough is the number of nodes "
+        f"are the areas under the size curve and between it and 1, in {said}; enough is the number of nodes "
         "from which on circuits keep nine tenths, over the seeds where any do.",
         (
             "Model",

@@ -6,8 +6,7 @@ from typing import Any
 from stages.figures.parts import Picture, Section, Table
 from stages.figures.sections.formatting import contrast_name, mean_interval, of_arms
 from stages.figures.style import label
-from stages.measures.scores import ENDINGS
-from stages.statistics.primary import score_of
+from stages.measures.scores import ENDINGS, score_of
 from stages.statistics.wording import number
 
 _MATCHED_BY = {

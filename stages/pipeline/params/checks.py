@@ -2,6 +2,7 @@
 
 import re
 
+from stages.measures.scores import score_of
 from stages.pipeline.params.finetuning import trained_arms
 from stages.pipeline.params.whole import Params
 from stages.pipeline.stage import Invalid
@@ -22,6 +23,7 @@ def check(params: Params) -> None:
     _check_old_task(params)
     _check_sizes(params)
     _check_levels(params)
+    _check_score(params)
     if params.source.kind == "curriculum":
         _check_curriculum(params)
 
@@ -138,6 +140,15 @@ def _check_levels(params: Params) -> None:
     if match.learning_rate not in rates:
         valid = ", ".join(f"{rate:g}" for rate in rates)
         raise Invalid(f"params.yaml: match.learning_rate = {match.learning_rate:g}: must be one of {valid}")
+
+
+def _check_score(params: Params) -> None:
+    primary, score = params.contrast.primary_measure, params.evaluate.score
+    if primary.rpartition(".")[2].startswith("retention") and score != score_of(primary):
+        raise Invalid(
+            f"params.yaml: evaluate.score = {score}: must be {score_of(primary)}, the score of "
+            f"contrast.primary_measure = {primary}"
+        )
 
 
 def _check_curriculum(params: Params) -> None:

@@ -41,6 +41,7 @@ class Discover(Section):
 class Evaluate(Section):
     clauses: Literal["every", "queried"]
     random_circuits: Annotated[int, Field(ge=20)]
+    score: Literal["accuracy", "candidate_accuracy", "logit_difference", "p_correct"]
     prune_threshold: Positive
     random_subsets: Count
     greedy_steps: Count
