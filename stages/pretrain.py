@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
+from stages.learning.import_checks import refuse_unfit
 from stages.learning.knowledge import measure_base, old_scores
 from stages.learning.pretraining import Progress, Settings, Stuck, train
 from stages.learning.settings import CurveRow
@@ -40,6 +41,7 @@ def main(cell: Cell) -> None:
     boxes, asked = cell.params("synthesize.boxes"), cell.params("old_task")
     seed = int(cell.item["seed"])
     tokenizer = load_tokenizer(SOURCE)
+    refuse_unfit(cell, SOURCE, thoroughly=False)  # those that were named after stage `source` ran
     words = vocabulary_of(tokenizer, source.bos)
     torch.use_deterministic_algorithms(True, warn_only=available.device != "cpu")
     # Nothing here reads what was not written.
@@ -72,6 +74,8 @@ def main(cell: Cell) -> None:
             how = {"taught": teaching.model_dump(mode="json"), "steps": int(rows[-1]["step"])}
         n = min(len(examples), FEWER)
     old = old_scores(model, examples.input_ids, examples.answer)
+    if source.kind != "curriculum" and cell.params("teach") is None:
+        _refuse_ignorant(old["accuracy"], asked, cell.undeclared("discover.identifiable_accuracy"))
     record = {
         "seed": seed,
         "source": source.kind,
@@ -86,6 +90,15 @@ def main(cell: Cell) -> None:
     write_csv(folder / "curve.csv", pd.DataFrame(rows or [{"step": 0, **old}]))  # a model that is taken as it is
     write_json(folder / "record.json", record)
     save_model(model, tokenizer, Path("models/base", str(seed)))
+
+
+def _refuse_ignorant(accuracy: float, task: str, least: float) -> None:
+    """Of a model that is taken as it is: without the old task it has no circuit that fine-tuning could keep."""
+    if accuracy < least:
+        raise Invalid(
+            f"source: the model answers {accuracy:.3f} of the selection prompts of old_task = '{task}', below "
+            f"discover.identifiable_accuracy = {least:g}: must be taught it (teach), or be another model"
+        )
 
 
 def _taught(

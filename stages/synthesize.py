@@ -43,7 +43,12 @@ def main(cell: Cell) -> None:
     settings = cell.params("synthesize")
     tokenizer = load_tokenizer(SOURCE)
     words, boxes = vocabulary_of(tokenizer, cell.params("source.bos")), settings.boxes
-    chosen, old_task = cell.params("new_task"), old_tasks()[cell.params("old_task")](words, boxes)
+    chosen, asked = cell.params("new_task"), cell.params("old_task")
+    try:
+        old_task = old_tasks()[asked](words, boxes)
+        old_task.examples(np.random.default_rng(0), Split.DISCOVERY, 1)
+    except Invalid as error:
+        raise Invalid(f"old_task = '{asked}': {error}") from None
 
     def rng(name: str) -> np.random.Generator:
         """One stream a file, so that the size of one set changes no other set."""

@@ -1,7 +1,7 @@
 """The tasks in the tokens of any tokenizer: ids, positions and answers, against the text that the ids decode to."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,9 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def split_words_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows objects, labels and verbs as one token, and cuts all other words to pieces."""
+def split_words_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows objects, labels and verbs, and `more`, as one token, and cuts all other words to
+    pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +42,7 @@ def split_words_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    known = [f" {word}" for word in (*OBJECTS, *LABELS, "contains", "borders", "lacks", "precedes")]
+    known = [f" {word}" for word in (*OBJECTS, *LABELS, "contains", "borders", "lacks", "precedes", *more)]
     tokenizer.train_from_iterator(known * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=STARTS, eos_token=STARTS)
 

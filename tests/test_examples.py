@@ -6,20 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 
 from stages.circuits.circuit import Circuit
 from stages.circuits.exchange import random_nodes
 from stages.measures.overlap import overlap_at
 from stages.tasks.published import GPT2_SMALL_IOI
+from tests.readme import block
 
 
 def example(name: str, **smaller: str) -> str:
     """A block of the README, with some of its text replaced; each replaced text must be there."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(rf"<!-- example: {name} -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 1
-    code = blocks[0]
+    code = block(name)
     for long, short in smaller.items():
         assert f"{long}=" in code
         code = re.sub(rf"\b{long}=[^,)]+", f"{long}={short}", code)

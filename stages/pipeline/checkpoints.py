@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from stages.learning.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from stages.pipeline.files import replacing_directory, write_text
+from stages.pipeline.hub import reason
 from stages.pipeline.stage import Invalid
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def load_model(
         Invalid: there are no safetensors weights, the base of an adapter is missing, the hub cannot give the model, or
             the adapter does not fit (see `stages.circuits.lora.merge`).
     """
-    own = _adapter_of(folder)
+    own = adapter_of(folder)
     if own is not None and adapter is not None:
         raise Invalid(
             f"folder '{folder}' is an adapter, too: load_model(base, adapter='{adapter}') needs a whole model"
@@ -83,13 +84,13 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | Non
     """
     from stages.circuits.lora import merge  # only where there is an adapter, as PEFT
 
-    folder = _adapter_folder(adapter, revision)
+    folder = adapter_folder(adapter, revision)
     from peft import PeftConfig, PeftModel
 
     try:
         adapted = PeftModel(base, PeftConfig.from_pretrained(str(folder)))  # pyright: ignore[reportArgumentType]
         found = adapted.load_adapter(str(folder), "default", torch_device=str(base.device))
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise Invalid(f"adapter '{adapter}' does not fit its base: {_first_line(error)}") from error
     wrong = [*found.missing_keys, *found.unexpected_keys]
     if wrong:
@@ -106,11 +107,7 @@ def load_adapter(base: PreTrainedModel, adapter: str | Path, revision: str | Non
 def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | None, dtype: str) -> PreTrainedModel:
     """Load a model without adapter; `adapter` is what needs it, for the sentence."""
     needed = "" if adapter is None else f", which adapter '{adapter}' needs,"
-    is_folder = Path(model).is_dir()
-    if is_folder and not list(Path(model).glob("*.safetensors")):
-        raise Invalid(f"model folder '{model}'{needed} holds no .safetensors file; only safetensors weights are loaded")
-    if not is_folder and not (isinstance(model, str) and HUB_ID.fullmatch(model)):
-        raise Invalid(f"model '{model}'{needed} is missing: must be a folder, or a model on the hub (owner/name)")
+    refuse_no_model(model, needed)
     logging.disable_progress_bar()  # the terminal belongs to the stages' own progress bars
     try:
         found, loading = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -120,27 +117,50 @@ def _whole_model(model: str | Path, adapter: str | Path | None, revision: str | 
             attn_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,
-            **_found_at(model, revision),
+            **found_at(model, revision),
         )
     except (OSError, ValueError, SafetensorError) as error:
-        if is_folder:
-            raise Invalid(f"model folder '{model}'{needed} cannot be loaded: {_first_line(error)}") from error
-        raise Invalid(
-            f"model '{model}'{needed} is no folder here, and cannot be had from the hub"
-            f"{'' if revision is None else f' at revision {revision}'} with safetensors weights: {_first_line(error)}"
-        ) from error
+        raise cannot_be_had(model, needed, revision, error) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would draw them at random
         raise Invalid(f"model '{model}'{needed} has no weights for {missing[0]} ({len(missing)} such entries)")
     return found.eval()
 
 
-def _found_at(model: str | Path, revision: str | None) -> dict[str, Any]:
+def refuse_no_model(model: str | Path, needed: str = "") -> None:
+    """Refuse what can be no model, without a look into it.
+
+    Args:
+        model: folder or id.
+        needed: part of the sentence.
+    """
+    is_folder = Path(model).is_dir()
+    if is_folder and not list(Path(model).glob("*.safetensors")):
+        raise Invalid(f"model folder '{model}'{needed} holds no .safetensors file; only safetensors weights are loaded")
+    if not is_folder and not (isinstance(model, str) and HUB_ID.fullmatch(model)):
+        raise Invalid(f"model '{model}'{needed} is missing: must be a folder, or a model on the hub (owner/name)")
+
+
+def cannot_be_had(model: str | Path, needed: str, revision: str | None, error: Exception) -> Invalid:
+    """The sentence on a model that is not given; `needed` is part of it."""
+    said = _first_line(error)
+    if isinstance(error, SafetensorError):
+        said = f"{said.rstrip('.')}: its weights must be whole safetensors files, not pickles of that name"
+    if Path(model).is_dir():
+        return Invalid(f"model folder '{model}'{needed} cannot be loaded: {said}")
+    return Invalid(
+        f"model '{model}'{needed} is no folder here, and cannot be had from the hub"
+        f"{'' if revision is None else f' at revision {revision}'} with safetensors weights: "
+        f"{reason(error, str(model)) or said}"
+    )
+
+
+def found_at(model: str | Path, revision: str | None) -> dict[str, Any]:
     """What `from_pretrained` is told of where to look: in the folder alone, or on the hub at a revision."""
     return {"local_files_only": True} if Path(model).is_dir() else {"revision": revision or "main"}
 
 
-def _adapter_of(folder: str | Path) -> str | None:
+def adapter_of(folder: str | Path) -> str | None:
     """The base of a folder that holds an adapter alone; None for any other.
 
     Raises:
@@ -164,7 +184,7 @@ def _adapter_of(folder: str | Path) -> str | None:
     return base
 
 
-def _adapter_folder(adapter: str | Path, revision: str | None) -> Path:
+def adapter_folder(adapter: str | Path, revision: str | None) -> Path:
     """The folder of an adapter with safetensors weights; one on the hub is fetched, without anything else there."""
     folder = Path(adapter)
     if not folder.is_dir() and isinstance(adapter, str) and HUB_ID.fullmatch(adapter):
@@ -176,8 +196,11 @@ def _adapter_folder(adapter: str | Path, revision: str | None) -> Path:
             )
         except (OSError, ValueError) as error:
             raise Invalid(
-                f"adapter '{adapter}' is no folder here, and cannot be had from the hub: {_first_line(error)}"
+                f"adapter '{adapter}' is no folder here, and cannot be had from the hub: "
+                f"{reason(error, adapter) or _first_line(error)}"
             ) from error
+    if not folder.is_dir():
+        raise Invalid(f"adapter '{adapter}' is missing: must be a folder, or an adapter on the hub (owner/name)")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise Invalid(f"adapter '{adapter}' holds no {name}; only adapters with safetensors weights are loaded")
@@ -208,11 +231,13 @@ def load_pretrained_tokenizer(model: str, revision: str | None = None) -> PreTra
     """
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-    at = _found_at(model, revision)
+    at = found_at(model, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False, **at)
     except (OSError, ValueError) as error:
-        raise Invalid(f"the tokenizer of '{model}' cannot be had: {_first_line(error)}") from error
+        raise Invalid(
+            f"the tokenizer of '{model}' cannot be had: {reason(error, model) or _first_line(error)}"
+        ) from error
     if not tokenizer.is_fast:
         raise Invalid(f"the tokenizer of '{model}' is a slow one: must have a fast one (tokenizer.json)")
     return tokenizer

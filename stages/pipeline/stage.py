@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from stages.pipeline.hub import stay_offline
 from stages.pipeline.memory import keep_freed_memory, keep_what_exists
 
 PARAMS_FILE = Path("params.yaml")
@@ -40,10 +41,11 @@ class Cell:
         declared = declared_params(self.stage, self.item)
         if not any(path == prefix or path.startswith(prefix + ".") for prefix in declared):
             raise KeyError(f"stage '{self.stage}' reads '{path}', which dvc.yaml does not declare for it")
-        value: Any = _validated()
-        for key in path.split("."):
-            value = value[key] if isinstance(value, dict) else getattr(value, key)
-        return value
+        return _at(path)
+
+    def undeclared(self, path: str) -> Any:
+        """The same of a path that need not be declared: for a check that can only refuse the run, as in params."""
+        return _at(path)
 
 
 def declared_params(stage: str, item: dict[str, str]) -> list[str]:
@@ -73,7 +75,7 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
             if value not in valid:
                 raise Invalid(f"{axis} = '{value}': must be one of {', '.join(valid)}, as {axis}s in params.yaml say")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        stay_offline()
         from stages.pipeline.resources import claim_device  # which needs this module
 
         claim_device()
@@ -86,6 +88,13 @@ def run(stage: str, axes: tuple[str, ...], work: Callable[[Cell], None]) -> None
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _at(path: str) -> Any:
+    value: Any = _validated()
+    for key in path.split("."):
+        value = value[key] if isinstance(value, dict) else getattr(value, key)
+    return value
 
 
 _cache: dict[str, Any] = {}

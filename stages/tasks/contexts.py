@@ -105,7 +105,10 @@ def draw_contexts(
     objects_left = int(pool.objects.sum()) - (0 if without_objects is None else without_objects.shape[1])
     labels_left = int(pool.labels.sum()) - (0 if without_labels is None else without_labels.shape[1])
     if boxes > objects_left or boxes > labels_left:
-        raise Invalid(f"boxes = {boxes}: {objects_left} objects and {labels_left} labels are left")
+        raise Invalid(
+            f"boxes = {boxes}: {objects_left} objects and {labels_left} labels are left: must be fewer boxes, or a "
+            "tokenizer that has more of these words as one token"
+        )
     objects, labels = np.empty((n, boxes), np.int64), np.empty((n, boxes), np.int64)
     todo = np.arange(n)
     while len(todo):
