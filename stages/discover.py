@@ -25,15 +25,13 @@ from tqdm import tqdm
 
 from stages.circuits.circuit import Circuit
 from stages.circuits.given_hops import HopSpec, given_hops
-from stages.circuits.pairs import AlignedPairs
 from stages.circuits.patcher import Patcher, Progress
-from stages.circuits.path_patching import PathPatcher
 from stages.circuits.precision import first_hop, rank_agreement
 from stages.circuits.reading import Attention, mean_attention
 from stages.circuits.rule import Rule
 from stages.circuits.scores import Metric, Scores, measure_of
 from stages.circuits.search import Found, Hop, search
-from stages.circuits.spread import spread_patcher
+from stages.circuits.spread import aligned, patcher_of
 from stages.circuits.walker import Walker
 from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_npz
@@ -64,15 +62,7 @@ def main(cell: Cell) -> None:
             exact, _first_hop(walker, few, metric, available), len(few), settings.minimum_head_effect
         )
 
-    def patcher_of(rows: slice) -> PathPatcher:
-        part = examples.select(rows)
-        measure = measure_of(metric, part.answer, part.others)
-        patcher = PathPatcher(walker, _pairs(part), measure, available.share_mib)
-        if not rows.start:  # all processes have equal shares, so the first one tells how far all are
-            patcher.watch = _SenderBar()
-        return patcher
-
-    patcher = spread_patcher(walker, _pairs(examples), patcher_of, available.processes)
+    patcher = patcher_of(walker, examples, metric, available.share_mib, available.processes, _SenderBar)
     accuracy = float(patcher.correct.float().mean())
     if accuracy < settings.identifiable_accuracy:
         circuit, hops = Circuit((), walker.n_layers, walker.n_heads, identifiable=False), []
@@ -112,11 +102,7 @@ def _walker(cell: Cell, available: Resources) -> Walker:
 
 def _first_hop(walker: Walker, examples: Examples, metric: Metric, available: Resources) -> Scores:
     measure = measure_of(metric, examples.answer, examples.others)
-    return first_hop(walker, _pairs(examples), measure, metric, examples.readout, available.share_mib)
-
-
-def _pairs(examples: Examples) -> AlignedPairs:
-    return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+    return first_hop(walker, aligned(examples), measure, metric, examples.readout, available.share_mib)
 
 
 def _find(

@@ -7,8 +7,8 @@ writes reports/cells/drift/<arm>/<seed>.json
          old, new      divergences of the answers; of answers of several tokens along the canonical one
          weight_norm*, per_matrix*, per_head*
          cka           of the residual stream at the last token of old prompts
-         relearning    steps on a few old examples until the old task is back
-         retraced      the hops of the base measured again in the tuned model: accuracy on the discovery split, the
+         relearning    steps on a few old examples until the old task is back, and the scores before and after them
+         retraced      the hops of the base measured again in the tuned model: its scores on the discovery split, the
                        effect of all heads of each hop, similarity, overlap and edges; these are null, with a reason,
                        where the circuit of base or tuned model is not identifiable
        reports/cells/drift/<arm>/<seed>.npz
@@ -89,7 +89,7 @@ def main(cell: Cell) -> None:
 
 
 def _relearn(base: Any, tuned: Any, settings: Any) -> dict[str, Any]:
-    from stages.measures.relearning import accuracy, relearn
+    from stages.measures.relearning import relearn, whole_scores
     from stages.tasks.examples import read_examples
 
     examples = read_examples("data/old/relearning.parquet").select(slice(0, settings.examples))
@@ -98,7 +98,7 @@ def _relearn(base: Any, tuned: Any, settings: Any) -> dict[str, Any]:
         tuned,
         examples,
         probe,
-        settings.share * accuracy(base, probe),
+        settings.share * whole_scores(base, probe)["accuracy"],
         settings.most_steps,
         settings.learning_rate,
         settings.betas,
@@ -110,6 +110,8 @@ def _relearn(base: Any, tuned: Any, settings: Any) -> dict[str, Any]:
         "steps": found.steps,
         "regained": found.steps is not None,
         "most_steps": settings.most_steps,
+        "before": found.before,
+        "after": found.after,
     }
 
 
@@ -120,10 +122,13 @@ def _retraced(
     import numpy as np
 
     from stages.circuits.scores import Metric
+    from stages.circuits.spread import patcher_of
     from stages.measures.edge_scores import EdgeScores
     from stages.measures.edges import edge_changes
     from stages.measures.overlap import overlaps
+    from stages.measures.relearning import whole_scores
     from stages.measures.retracing import retrace
+    from stages.measures.scores import ENDINGS
     from stages.measures.similarity import similarity
     from stages.tasks.examples import read_examples
 
@@ -135,20 +140,19 @@ def _retraced(
     nothing = {"joint": None, "similarity": None, "overlap": None, "edges": None}
     if base is None:
         reason = "no circuit is identifiable in the base"
-        return {"accuracy": None, "identifiable": False, "reason": reason} | nothing, {}
+        return dict.fromkeys(ENDINGS) | {"identifiable": False, "reason": reason} | nothing, {}
     examples = read_examples("data/old/discovery.parquet").select(slice(0, found["examples"]))
     metric = Metric(found["score"])
-    patcher = _patcher(walker, examples, metric, available)
-    accuracy = float(patcher.correct.double().mean())
-    if accuracy < found["identifiable_accuracy"]:
-        reason = f"old-task accuracy {accuracy:.3f} is below {found['identifiable_accuracy']:g}"
-        return {"accuracy": accuracy, "identifiable": False, "reason": reason} | nothing, {}
+    whole: dict[str, Any] = dict(whole_scores(walker.model, examples))
+    if whole["accuracy"] < found["identifiable_accuracy"]:
+        reason = f"old-task accuracy {whole['accuracy']:.3f} is below {found['identifiable_accuracy']:g}"
+        return whole | {"identifiable": False, "reason": reason} | nothing, {}
+    patcher = patcher_of(walker, examples, metric, available.share_mib, available.processes)
     scores, joint = retrace(patcher, metric, discovered["hops"], base.hops)
     tuned = EdgeScores.of(discovered["hops"], scores)
     assert tuned is not None  # the same hops are scored
     before = {hop["name"]: hop["joint"] for hop in discovered["hops"]}
-    return {
-        "accuracy": accuracy,
+    return whole | {
         "identifiable": True,
         "reason": None,
         "joint": {hop: {"base": before[hop], "tuned": value} for hop, value in joint.items()},
@@ -156,22 +160,6 @@ def _retraced(
         "overlap": overlaps(base, tuned, discovered["size"]),
         "edges": edge_changes(base, tuned, settings.strong_edge),
     }, scores
-
-
-def _patcher(walker: "Walker", examples: Any, metric: Any, available: Resources) -> Any:
-    from stages.circuits.pairs import AlignedPairs
-    from stages.circuits.path_patching import PathPatcher
-    from stages.circuits.scores import measure_of
-    from stages.circuits.spread import spread_patcher
-
-    def pairs(of: Any) -> AlignedPairs:
-        return AlignedPairs(of.input_ids, of.corrupt_ids, of.positions, of.corrupt_positions)
-
-    def make(rows: slice) -> PathPatcher:
-        part = examples.select(rows)
-        return PathPatcher(walker, pairs(part), measure_of(metric, part.answer, part.others), available.share_mib)
-
-    return spread_patcher(walker, pairs(examples), make, available.processes)
 
 
 if __name__ == "__main__":

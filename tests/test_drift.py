@@ -199,7 +199,14 @@ def test_stage_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert record["old"]["kl"] == pytest.approx(expected, rel=1e-5)
     assert len(record["per_head"]) == 8 and len(record["per_head"][0]) == 3
     assert len(record["cka"]["layers"]) == 2 and record["relearning"]["steps"] == 0
+    assert record["relearning"]["before"] == record["relearning"]["after"]
     retraced = record["retraced"]
+    column = ids[:, :1]
+    with torch.no_grad():
+        logits = tiny_model(2, 1)(ids).logits[:, -1].double()
+    difference = (logits.gather(1, column)[:, 0] - logits.gather(1, ids[:, 1:3]).mean(1)).mean().item()
+    assert retraced["logit_difference"] == pytest.approx(difference, rel=1e-4)
+    assert retraced["p_correct"] == pytest.approx(logits.softmax(1).gather(1, column).mean().item(), rel=1e-4)
     assert retraced["identifiable"] and set(retraced["similarity"]["hops"]) == {"answer", "q_last"}
     assert set(retraced["joint"]) == {"answer", "q_last", "k_last"} and retraced["joint"]["q_last"]["base"] == 0.5
     assert retraced["overlap"]["nodes"] == 8 and retraced["overlap"]["at_circuit"]["size"] == 3

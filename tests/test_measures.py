@@ -17,10 +17,13 @@ import yaml
 
 from stages.circuits.ablation import mean_outputs
 from stages.circuits.circuit import Circuit, Group, Node
+from stages.circuits.precision import rank_agreement
+from stages.circuits.scores import Metric, score
 from stages.circuits.walker import Walker
 from stages.cmap import patch_both_ways
 from stages.evaluate import circuit_by_ablation, evaluate, inspect_circuit
 from stages.measures.checkpoints import record, scores
+from stages.measures.relearning import relearn, whole_scores
 from stages.measures.scores import score_of, shares
 from stages.pipeline.params.measures import MEASURES, is_measure
 from stages.pipeline.resources import Resources
@@ -85,6 +88,11 @@ def made_here() -> set[str]:
     records["cmap", "grpo", "0"] = patch_both_ways(
         base, tuned, old, sets, 1, MEMORY, np.random.default_rng(0), inputs=("q", "k", "v")
     )
+    clean, corrupt = torch.ones(6), torch.zeros(6)
+    exact, rounded = (score(Metric.LOGIT_DIFFERENCE, torch.rand(3, 4, 6), clean, corrupt) for _ in range(2))
+    records["discover", "grpo", "0"] = {"precision": rank_agreement(exact, rounded, 6, 0.1)}
+    again = relearn(tuned.model, old, old, 1.1, 1, 1e-3, (0.9, 0.999), 0.0)
+    records["drift", "grpo", "0"] = {"relearning": vars(again), "retraced": whole_scores(tuned.model, old)}
     add_retention(records, "base")
     return {
         f"{stage}.{path}"

@@ -18,7 +18,7 @@ from stages.measures.alignment import hsic, last_streams, linear_cka
 from stages.measures.edge_scores import EdgeScores
 from stages.measures.edges import edge_changes
 from stages.measures.overlap import overlap_at, overlaps, strengths
-from stages.measures.relearning import accuracy, relearn
+from stages.measures.relearning import relearn, whole_scores
 from stages.measures.retracing import retrace
 from stages.measures.similarity import KINDS, floor, similarity
 from stages.tasks.examples import Examples
@@ -304,6 +304,20 @@ def test_relearning_counts_steps_and_leaves_the_model_alone() -> None:
     assert found.steps is not None and 0 < found.steps < 60 and len(found.accuracies) == found.steps + 1
     assert found.accuracies[-1] >= 0.5 > max(found.accuracies[:-1])
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert relearn(model, examples, probe, accuracy(model, probe), **settings).steps == 0
+    start = whole_scores(model, probe)
+    assert found.before == start and found.before["accuracy"] == found.accuracies[0]
+    assert found.after["accuracy"] == found.accuracies[-1] and found.after["p_correct"] > start["p_correct"]
+    with torch.no_grad():
+        logits = model(probe.input_ids).logits[:, -1].double()
+    own, other = (logits[torch.arange(48), ids] for ids in (probe.answer, probe.others[:, 0]))
+    expected = {
+        "accuracy": (logits.argmax(1) == probe.answer).double().mean().item(),
+        "candidate_accuracy": (own > other).double().mean().item(),
+        "logit_difference": (own - other).mean().item(),
+        "p_correct": logits.softmax(1)[torch.arange(48), probe.answer].mean().item(),
+    }
+    print(f"scores: maximum error {max(abs(start[name] - value) for name, value in expected.items()):.1e}")
+    assert start == pytest.approx(expected, abs=1e-6)
+    assert relearn(model, examples, probe, start["accuracy"], **settings).steps == 0
     short = relearn(model, examples, probe, 0.5, **once)
     assert short.steps is None and len(short.accuracies) == 2

@@ -5,6 +5,7 @@ processes of one thread do this faster than threads, which wait for each other a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +14,13 @@ from torch import Tensor
 from stages.circuits.exchange import slices
 from stages.circuits.pairs import AlignedPairs, Pairs
 from stages.circuits.patcher import Patcher, Progress
+from stages.circuits.path_patching import PathPatcher
+from stages.circuits.scores import Metric, measure_of
 from stages.circuits.sweep import Receivers
 from stages.circuits.walker import Walker
 from stages.pipeline.processes import Servers
+
+Self = TypeVar("Self", bound="Paired")
 
 
 class SpreadPatcher(Patcher):
@@ -80,3 +85,52 @@ def spread_patcher(
 ) -> Patcher:
     """A patcher over all examples; of one process, in this one. Arguments and errors as `SpreadPatcher`."""
     return make(slice(None)) if processes == 1 else SpreadPatcher(walker, pairs, make, processes)
+
+
+@runtime_checkable
+class Paired(Protocol):
+    """Prompts with answers and corrupt partners, as the sets of tasks are."""
+
+    @property
+    def input_ids(self) -> Int[Tensor, "n t"]: ...
+    @property
+    def answer(self) -> Int[Tensor, " n"]: ...
+    @property
+    def others(self) -> Int[Tensor, "n k"]: ...
+    @property
+    def positions(self) -> Mapping[str, Int[Tensor, "n ..."]]: ...
+    @property
+    def corrupt_ids(self) -> Int[Tensor, "n u"]: ...
+    @property
+    def corrupt_positions(self) -> Mapping[str, Int[Tensor, "n ..."]]: ...
+    def select(self: Self, index: Any) -> Self: ...
+
+
+def aligned(examples: Paired) -> AlignedPairs:
+    """The pairs alone."""
+    return AlignedPairs(examples.input_ids, examples.corrupt_ids, examples.positions, examples.corrupt_positions)
+
+
+def patcher_of(
+    walker: Walker,
+    examples: Paired,
+    metric: Metric,
+    memory_mib: float,
+    processes: int,
+    watch: Callable[[], Callable[[Progress], None]] | None = None,
+) -> Patcher:
+    """A `spread_patcher` over the examples that measures what a metric is computed from.
+
+    Args:
+        memory_mib: how much memory each process may take beside the model.
+        watch: makes what watches the patcher of the first share, which tells how far all are, as shares are equal.
+    """
+
+    def make(rows: slice) -> PathPatcher:
+        part = examples.select(rows)
+        patcher = PathPatcher(walker, aligned(part), measure_of(metric, part.answer, part.others), memory_mib)
+        if watch is not None and not rows.start:
+            patcher.watch = watch()
+        return patcher
+
+    return spread_patcher(walker, aligned(examples), make, processes)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from stages.learning.probes import last_logits
+from stages.measures.readout import Readout
 from stages.tasks.examples import Examples
 
 if TYPE_CHECKING:
@@ -28,16 +29,20 @@ class Relearning:
         target: accuracy that counts as relearned.
         accuracies: before any step, and after each.
         steps: the first number of steps at the target; None if it was not reached.
+        before, after: the four scores before any step, and after the last one.
     """
 
     target: float
     accuracies: list[float]
     steps: int | None
+    before: dict[str, float]
+    after: dict[str, float]
 
 
-def accuracy(model: "PreTrainedModel", examples: Examples) -> float:
-    """Share of the examples whose answer is the most likely token of the whole vocabulary."""
-    return float((last_logits(model, examples.input_ids).argmax(-1) == examples.answer).double().mean())
+def whole_scores(model: "PreTrainedModel", examples: Examples) -> dict[str, float]:
+    """The four `scores` of a whole model."""
+    logits = last_logits(model, examples.input_ids)
+    return Readout.of(logits[:, None], examples.answer, examples.others).means()[0]
 
 
 def relearn(
@@ -60,9 +65,13 @@ def relearn(
         most_steps: where to stop.
         learning_rate, betas, weight_decay: of AdamW.
     """
-    found = [accuracy(model, probe)]
-    if found[0] >= target:
-        return Relearning(target, found, 0)
+    found = [whole_scores(model, probe)]
+
+    def relearning(steps: int | None) -> Relearning:
+        return Relearning(target, [scores["accuracy"] for scores in found], steps, found[0], found[-1])
+
+    if found[0]["accuracy"] >= target:
+        return relearning(0)
     learner = copy.deepcopy(model).eval()  # without dropout
     optimiser = torch.optim.AdamW(learner.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
     for step in range(1, most_steps + 1):
@@ -73,7 +82,7 @@ def relearn(
             logits = learner(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
             (functional.cross_entropy(logits, answer, reduction="sum") / len(examples)).backward()
         optimiser.step()
-        found.append(accuracy(learner, probe))
-        if found[-1] >= target:
-            return Relearning(target, found, step)
-    return Relearning(target, found, None)
+        found.append(whole_scores(learner, probe))
+        if found[-1]["accuracy"] >= target:
+            return relearning(step)
+    return relearning(None)

@@ -67,7 +67,8 @@ MEASURES = (
     *_of("drift", ("old", "new"), _DIVERGENCES),
     *_of("drift", ("weight_norm", "weight_norm_relative", "cka.mean")),
     *_of("drift.relearning", ("target", "steps", "regained", "most_steps")),
-    *_of("drift.retraced", ("accuracy", "identifiable")),
+    *_of("drift.relearning", ("before", "after"), SCORES),
+    *_of("drift.retraced", ("identifiable", *SCORES)),
     *_of("drift.retraced.joint.*", ("base", "tuned")),
     *_of("drift.retraced.similarity", ("together", "hops.*"), ("cosine", "pearson", "spearman"), _COMPARED_WITH),
     "drift.retraced.overlap.nodes",
@@ -83,6 +84,8 @@ MEASURES = (
     *_of("matchings.matchings.*.circuit", _KEPT),
     *_of("discover", ("accuracy", "clean", "corrupt", "identifiable", "size")),
     *_of("discover", ("sizes.*", "nodes_per_position.*")),
+    *_of("discover.precision", ("examples", "heads", "spearman", "largest_difference", "shared_of_10_strongest")),
+    *_of("discover.precision", ("least", "heads_of_least", "spearman_of_least")),
 )
 
 
