@@ -20,9 +20,10 @@ from stages.circuits.pairs import Pairs
 from stages.circuits.walker import Walker
 from stages.measures.circuit_in_place import Scores, faithfulness, in_place
 from stages.measures.prompts import AnsweredPrompts
+from stages.measures.scores import ABLATIONS
 from stages.pipeline.stage import Invalid
 from stages.tasks.ioi import ioi_prompts
-from tests.oracles import float64_softmax, hooked_logits, random_model
+from tests.oracles import float64_softmax, head_outputs, hooked_logits, random_model
 from tests.oracles_ablation import naive_circuit, naive_means, random_circuit, random_positions, random_prompts
 
 Group = tuple[AnsweredPrompts, Int[Tensor, "m t"]]
@@ -88,6 +89,39 @@ def test_every_score_is_that_of_whole_passes(family: str) -> None:
     assert found.faithfulness == pytest.approx(found.circuit.logit_difference / found.model.logit_difference)
 
 
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_what_is_around_a_circuit_is_that_of_whole_passes(ablation: str) -> None:
+    """Means, or the outputs in each prompt's partner, of the model or of another one."""
+    model, base = random_model("llama_gqa"), random_model("llama_gqa", seed=1)
+    groups = [(prompts, ids[: len(prompts)]) for prompts, ids in groups_of(model)]
+    nodes = random_circuit(3, 4, 0.4, seed=1)
+    of_base = Walker(base) if ablation.startswith("base_") else None
+    found = in_place(Walker(model), groups, nodes, "corrupt", 2, 5, ablation=ablation, base=of_base)
+    small = in_place(Walker(model), groups, nodes, "corrupt", 2, 5, 1e-6, 2, ablation, of_base)
+    generator = np.random.default_rng(5)
+    variants = [(found.circuit, nodes), (found.nothing, frozenset())]
+    variants += zip(found.random, [random_nodes(nodes, 3, 4, generator) for _ in range(2)], strict=True)
+    outside, errors = base if of_base else model, [difference(found.model, naive(model, groups, None))]
+    for scores, kept in variants:
+        logits = []
+        for prompts, ids in groups:
+            if ablation.endswith("means"):
+                given = [naive_means(outside, ids)] * len(prompts)
+            else:
+                given = torch.stack(head_outputs(outside, ids)).unflatten(-1, (4, -1)).unbind(1)
+            logits += [  # one prompt after the other
+                naive_circuit(
+                    model, prompts.input_ids[[row]], z, {p: at[[row]] for p, at in prompts.positions.items()}, kept
+                )
+                for row, z in enumerate(given)
+            ]
+        answers, others = (torch.cat([getattr(p, name) for p, _ in groups]) for name in ("answer", "others"))
+        errors.append(difference(scores, naive_scores(torch.cat(logits), answers, others)))
+    print(f"{ablation}: largest difference of a score {max(errors):.1e}")
+    assert max(errors) <= 1e-9 and found.ablation == ablation
+    assert difference(found.circuit, small.circuit) <= 1e-9 < difference(found.circuit, found.nothing)
+
+
 def test_everything_in_place_is_the_model_and_groups_are_their_mean() -> None:
     model: Any = random_model("llama").double()
     walker, groups = Walker(model), groups_of(model)
@@ -120,7 +154,7 @@ def test_it_can_be_read_and_kept() -> None:
     found = in_place(walker, groups, nodes, "corrupt", random_circuits=2)
     lines = str(found).splitlines()
     print(found)
-    assert lines[1] == "means over the corrupt prompts of the same length; prompts: 6 of 13 tokens, 6 of 17 tokens"
+    assert lines[1] == "own means of the corrupt prompts of the same length; prompts: 6 of 13 tokens, 6 of 17 tokens"
     assert [line.split("  ")[0] for line in lines[3:]] == [
         "whole model",
         f"circuit, {len(nodes)} nodes",
@@ -203,6 +237,18 @@ def test_bad_input_is_refused() -> None:
         in_place(walker, groups, (), "corrupt")
     with pytest.raises(Invalid, match="random_circuits = -1: must be 0 or more"):
         in_place(walker, groups, [Node(0, 0, "last")], "corrupt", random_circuits=-1)
+    base, one = Walker(random_model("llama", seed=1)), [Node(0, 0, "last")]
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"ablation": "means"}, "ablation = 'means': must be one of own_means, base_means, resampled, base_resampled"),
+        ({"ablation": "base_means"}, "ablation = 'base_means': base must be the model whose heads give it, not None"),
+        ({"ablation": "resampled", "base": base}, "ablation = 'resampled': base must be None"),
+        ({"ablation": "resampled"}, r"resampled from prompts of shape \[9, 13\]: must be one for each prompt"),
+    ]
+    for said, sentence in bad:
+        with pytest.raises(Invalid, match=sentence):
+            in_place(walker, groups, one, "corrupt", **said)
+    with pytest.raises(Invalid, match="reference = 'clean': must be 'corrupt' with ablation = 'resampled'"):
+        in_place(walker, groups, one, "clean", ablation="resampled")
     crossed = [(groups[0][0], groups[1][1])]
     with pytest.raises(Invalid, match="reference = 'clean': prompts of 17 tokens beside prompts of 13"):
         in_place(walker, crossed, [Node(0, 0, "last")], "clean")

@@ -48,7 +48,7 @@ class Resampled:
     input_ids: Int[Tensor, "n t"]
 
 
-Ablation = Float[Tensor, "layers t h a"] | Resampled  # means at every position, or other prompts
+Ablation = Float[Tensor, "layers _ h a"] | Resampled  # means at every position, or other prompts
 
 
 @torch.no_grad()
@@ -74,25 +74,17 @@ def circuit_with(
         Invalid: the other prompts are not as many, or not as long, or the donor has other heads.
     """
     length = prompts.input_ids.shape[1]
-    if isinstance(ablation, Resampled):
-        _check(walker, prompts, ablation)
+    check_ablation(walker, prompts, ablation)
+    of_donor = donor_bytes(walker, length, ablation)
 
     def readings(rows: slice) -> Float[Tensor, "n 5"]:
-        some = prompts.select(rows)
-        n, left = len(some), memory_mib - len(some) * run_bytes(walker, length, BACKGROUND) / MIB
-        if isinstance(ablation, Resampled):
-            ids = ablation.input_ids[rows].to(ablation.donor.device)
-            outputs = ablation.donor.run(ids, keep=("z",)).z
-            left -= n * run_bytes(walker, length, ("z",)) / MIB
-        else:
-            outputs = ablation
+        some, outputs = prompts.select(rows), outputs_of(ablation, rows)
+        left = memory_mib - len(some) * (run_bytes(walker, length, BACKGROUND) + of_donor) / MIB
         background = ablated_run(walker, some.input_ids, outputs)
         read = _with_likeliest(reading(some.answer, some.others))
         return circuits_in_place(walker, background, outputs, some.positions, [nodes], left, read)[:, 0]
 
-    each = making_bytes(walker, length, BACKGROUND) + run_bytes(walker, length, ("z",)) * isinstance(
-        ablation, Resampled
-    )
+    each = making_bytes(walker, length, BACKGROUND) + of_donor
     at_once = rows_that_fit(walker, each, memory_mib * MIB, pass_bytes(walker, length, length))
     found = torch.cat(list(in_processes(readings, slices(len(prompts), at_once), processes)))
     return Readout.join([found[:, None, :4]]), found[:, 4].long()
@@ -107,7 +99,25 @@ def _with_likeliest(read: Reduce) -> Reduce:
     return both
 
 
-def _check(walker: Walker, prompts: Prompts, ablation: Resampled) -> None:
+def outputs_of(ablation: Ablation, rows: slice) -> Float[Tensor, "layers ... t h a"]:
+    """What heads give in some of the prompts: the means, or each one's own."""
+    if not isinstance(ablation, Resampled):
+        return ablation
+    return ablation.donor.run(ablation.input_ids[rows].to(ablation.donor.device), keep=("z",)).z
+
+
+def donor_bytes(walker: Walker, length: int, ablation: Ablation) -> int:
+    """What the other prompt of one prompt takes beside it."""
+    return run_bytes(walker, length, ("z",)) if isinstance(ablation, Resampled) else 0
+
+
+def check_ablation(walker: Walker, prompts: Prompts, ablation: Ablation) -> None:
+    """
+    Raises:
+        Invalid: the other prompts are not as many, or not as long, or the donor has other heads.
+    """
+    if not isinstance(ablation, Resampled):
+        return
     if ablation.input_ids.shape != prompts.input_ids.shape:
         of, wanted = (list(ids.shape) for ids in (ablation.input_ids, prompts.input_ids))
         raise Invalid(f"resampled from prompts of shape {of}: must be one for each prompt, as long as it, {wanted}")

@@ -3,7 +3,8 @@
 Everything outside the circuit gives its mean: at the circuit's positions the heads that it does not have, at all other
 positions every head. Means are by absolute position, so prompts are grouped by length, and a group's means are taken
 over reference prompts of its length. By default these are the corrupt prompts, which look like the clean ones but for
-what the answer hangs on, so that no mean knows the answer.
+what the answer hangs on, so that no mean knows the answer. Instead of its mean, a head outside may give its output in
+the corrupt partner of each prompt, and means or outputs may be those of another model (`by_ablation`).
 
 Of a real vocabulary the accuracy says little here: what makes the next word a name at all is ablated, too, and the
 likeliest word is another one long before the circuit stops telling the answer from the other candidates. So there are
@@ -25,10 +26,11 @@ from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import random_nodes
 from stages.circuits.pairs import Pairs, rectangle
 from stages.circuits.walker import Walker
+from stages.measures.by_ablation import Ablation, Resampled
 from stages.measures.faithfulness import evaluate_groups
 from stages.measures.prompts import AnsweredPrompts, Prompts
 from stages.measures.readout import Readout
-from stages.measures.scores import ratio
+from stages.measures.scores import ABLATIONS, ratio
 from stages.pipeline.stage import Invalid
 
 REFERENCES = ("corrupt", "clean")
@@ -58,12 +60,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class InPlace:
-    """A circuit in place, everything else mean-ablated.
+    """A circuit in place, everything else ablated.
 
     Attributes:
         nodes: size of the circuit.
         groups: number of tokens -> how many prompts have it.
         reference: the prompts that means are over: the "corrupt" or the "clean" ones, of the same length.
+        ablation: what everything else gives, one of `scores.ABLATIONS`.
         model: the whole model.
         circuit: the circuit alone.
         nothing: every head ablated everywhere.
@@ -73,6 +76,7 @@ class InPlace:
     nodes: int
     groups: dict[int, int]
     reference: str
+    ablation: str
     model: Scores
     circuit: Scores
     nothing: Scores
@@ -106,7 +110,7 @@ class InPlace:
             share += "" if self.floor is None else f" (random circuits {self.floor:.3f} at most)"
         lines = [
             f"Circuit in place{share}",
-            f"means over the {self.reference} prompts of the same length; prompts: {lengths}",
+            f"{self.ablation.replace('_', ' ')} of the {self.reference} prompts of the same length; prompts: {lengths}",
             f"{'':22}{'logit difference':>17}{'accuracy':>10}{'of candidates':>15}{'p(answer)':>11}",
         ]
         for name, scores in rows:
@@ -124,6 +128,8 @@ def faithfulness(
     seed: int = 0,
     memory_mib: float | int = 1024,
     processes: int = 1,
+    ablation: str = "own_means",
+    base: Walker | nn.Module | None = None,
 ) -> InPlace:
     """How much of the model a circuit is: in place alone, beside the whole model, nothing, and random circuits.
 
@@ -136,20 +142,30 @@ def faithfulness(
         seed: of the random circuits.
         memory_mib: how much memory each process may take beside the model.
         processes: how many to spread the prompts over.
+        ablation: what heads outside the circuit give: "own_means", "base_means", "resampled" (their outputs in the
+            corrupt partner) or "base_resampled"; see `by_ablation`.
+        base: the model whose heads give it, where it is the base's: with the same heads.
 
     Raises:
         Invalid: the circuit has no node or one that the model or the prompts do not have, the reference is another or
-            its prompts have other lengths, or an answer is several tokens.
+            its prompts have other lengths, an answer is several tokens, or ablation, base and reference do not go
+            together.
     """
     if reference not in REFERENCES:
         raise Invalid(f"reference = '{reference}': must be one of {', '.join(REFERENCES)}")
-    walker = model if isinstance(model, Walker) else Walker(model)
+    walker, of_base = _walker(model), None if base is None else _walker(base)
     nodes = frozenset(circuit.nodes if isinstance(circuit, Circuit) else circuit)
     check_heads([(node.layer, node.head) for node in nodes], walker.n_layers, walker.n_heads, "the circuit has head")
     for node in nodes:
         check_name(node.position, pairs.spans)
     groups = _by_length(pairs, reference)
-    return in_place(walker, groups, nodes, reference, random_circuits, seed, float(memory_mib), processes)
+    return in_place(
+        walker, groups, nodes, reference, random_circuits, seed, float(memory_mib), processes, ablation, of_base
+    )
+
+
+def _walker(model: Walker | nn.Module) -> Walker:
+    return model if isinstance(model, Walker) else Walker(model)
 
 
 def _by_length(pairs: Pairs, reference: str) -> list[tuple[AnsweredPrompts, Int[Tensor, "m _"]]]:
@@ -191,17 +207,34 @@ def in_place(
     seed: int = 0,
     memory_mib: float = 1024.0,
     processes: int = 1,
+    ablation: str = "own_means",
+    base: Walker | None = None,
 ) -> InPlace:
-    """`faithfulness` for groups of prompts of one length each, with the reference prompts of each group.
+    """`faithfulness` for groups of prompts of one length each, with the reference prompts of each group: one for each
+    prompt where heads are resampled.
 
     Raises:
-        Invalid: the circuit has no node, or the reference prompts of a group have another length.
+        Invalid: the circuit has no node, the reference prompts of a group have another length, or ablation, base and
+            reference do not go together.
     """
+    resampled = ablation.endswith("resampled")
+    if ablation not in ABLATIONS:
+        raise Invalid(f"ablation = '{ablation}': must be one of {', '.join(ABLATIONS)}")
+    if ablation.startswith("base_") and base is None:
+        raise Invalid(f"ablation = '{ablation}': base must be the model whose heads give it, not None")
+    if base is not None and not ablation.startswith("base_"):
+        raise Invalid(f"ablation = '{ablation}': base must be None, as its heads give nothing")
+    if resampled and reference != "corrupt":
+        raise Invalid(
+            f"reference = '{reference}': must be 'corrupt' with ablation = '{ablation}', which takes outputs in "
+            "each prompt's partner"
+        )
     if not nodes:
         raise Invalid("the circuit has no node: must have at least one")
     if random_circuits < 0:
         raise Invalid(f"random_circuits = {random_circuits}: must be 0 or more")
-    with_means = []
+    donor = walker if base is None else base
+    with_ablations: list[tuple[Prompts, Ablation]] = []
     for prompts, ids in groups:
         if ids.shape[1] != prompts.input_ids.shape[1]:
             wanted = prompts.input_ids.shape[1]
@@ -209,14 +242,15 @@ def in_place(
                 f"reference = '{reference}': prompts of {ids.shape[1]} tokens beside prompts of {wanted}: means are by "
                 "position, so lengths must be equal"
             )
-        with_means.append((prompts, mean_outputs(walker, ids, memory_mib, processes)))
+        outside = Resampled(donor, ids) if resampled else mean_outputs(donor, ids, memory_mib, processes)
+        with_ablations.append((prompts, outside))
     generator = np.random.default_rng(seed)
     random = [random_nodes(nodes, walker.n_layers, walker.n_heads, generator) for _ in range(random_circuits)]
-    found = evaluate_groups(walker, with_means, [nodes, (), *random], [], memory_mib, processes=processes)
+    found = evaluate_groups(walker, with_ablations, [nodes, (), *random], [], memory_mib, processes=processes)
     circuit, nothing, *floor = Scores.of(found.in_place)
     lengths: dict[int, int] = {}
     for prompts, _ in groups:
         length = prompts.input_ids.shape[1]
         lengths[length] = lengths.get(length, 0) + len(prompts)
     model = Scores.of(found.full)[0]
-    return InPlace(len(set(nodes)), lengths, reference, model, circuit, nothing, tuple(floor))
+    return InPlace(len(set(nodes)), lengths, reference, ablation, model, circuit, nothing, tuple(floor))

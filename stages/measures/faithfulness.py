@@ -23,6 +23,7 @@ from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit,
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import slices
 from stages.circuits.walker import KEPT, Walker
+from stages.measures.by_ablation import Ablation, check_ablation, donor_bytes, outputs_of
 from stages.measures.prompts import Prompts
 from stages.measures.readout import Readout, reading
 from stages.measures.scores import shares
@@ -79,25 +80,28 @@ def evaluate_circuits(
 
 def evaluate_groups(
     walker: Walker,
-    groups: Sequence[tuple[Prompts, Float[Tensor, "layers _ h a"]]],
+    groups: Sequence[tuple[Prompts, Ablation]],
     circuits: Sequence[Collection[Node]],
     removed: Sequence[Collection[Node]],
     memory_mib: float,
     advance: Callable[[int], object] = lambda n: None,
     processes: int = 1,
 ) -> Evaluation:
-    """`evaluate_circuits` for groups of prompts of one length each, with the model's mean head outputs over prompts of
-    that length; the readouts are of all examples, group after group."""
+    """`evaluate_circuits` for groups of prompts of one length each, with the mean head outputs over prompts of that
+    length, or resampled ones, which nothing can be removed to; the readouts are of all examples, group after group."""
     if not groups or not all(len(prompts) for prompts, _ in groups):
         raise Invalid("groups of prompts: must be at least one, and none without prompts")
+    for prompts, ablation in groups:
+        check_ablation(walker, prompts, ablation)
 
     @torch.no_grad()
     def readings(part: tuple[int, slice]) -> tuple[Float[Tensor, "n e 4"], ...]:
-        prompts, means = groups[part[0]]
-        some = prompts.select(part[1])
+        prompts, ablation = groups[part[0]]
+        some, means = prompts.select(part[1]), outputs_of(ablation, part[1])
         n, length = some.input_ids.shape
         read, ids = reading(some.answer, some.others), some.input_ids.to(walker.device)
-        left = memory_mib - n * run_bytes(walker, length) / MIB  # for passes, with one run at a time
+        own = run_bytes(walker, length) + donor_bytes(walker, length, ablation)
+        left = memory_mib - n * own / MIB  # for passes, with one run at a time
         clean = walker.run(ids, keep=KEPT if removed else ())
         full = read(clean.logits[:, None], slice(0, n))
         without = [nodes_removed(walker, clean, means, some.positions, nodes, left, read) for nodes in removed]
@@ -107,8 +111,9 @@ def evaluate_groups(
         return full, in_place, torch.stack(without, 1) if without else full[:, :0]
 
     parts = []
-    for number, (prompts, _) in enumerate(groups):
-        parts += [(number, rows) for rows in slices(len(prompts), runs_that_fit(walker, prompts, memory_mib))]
+    for number, (prompts, ablation) in enumerate(groups):
+        at_once = runs_that_fit(walker, prompts, memory_mib, donor_bytes(walker, prompts.input_ids.shape[1], ablation))
+        parts += [(number, rows) for rows in slices(len(prompts), at_once)]
     found = []
     for read in in_processes(readings, parts, processes):
         found.append(read)
@@ -116,10 +121,11 @@ def evaluate_groups(
     return Evaluation(*(Readout.join(readings) for readings in zip(*found, strict=True)))
 
 
-def runs_that_fit(walker: Walker, prompts: Prompts, memory_mib: float) -> int:
-    """On how many of the prompts a model can run at once, the run being kept."""
+def runs_that_fit(walker: Walker, prompts: Prompts, memory_mib: float, beside: int = 0) -> int:
+    """On how many of the prompts a model can run at once, the run being kept, and so many bytes beside each."""
     length = prompts.input_ids.shape[1]
-    return rows_that_fit(walker, making_bytes(walker, length), memory_mib * MIB, pass_bytes(walker, length, length))
+    each = making_bytes(walker, length) + beside
+    return rows_that_fit(walker, each, memory_mib * MIB, pass_bytes(walker, length, length))
 
 
 def circuit_record(size: int, kept: Mapping[str, float], full: Mapping[str, float]) -> dict[str, float | int | None]:
