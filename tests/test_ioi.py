@@ -122,7 +122,7 @@ def test_bad_input_is_refused(smollm2: Path) -> None:
         ioi_prompts(tokenizer, 0, seed=0)
     with pytest.raises(Invalid, match=r"wordings = \['sang'\]: must be prompts of some of gave, decided, argued"):
         ioi_prompts(tokenizer, 4, seed=0, wordings=["sang"])
-    with pytest.raises(Invalid, match="bos = '<s>': must be a special token of this tokenizer"):
+    with pytest.raises(Invalid, match="bos = '<s>': must be one token of the tokenizer's vocabulary"):
         ioi_prompts(tokenizer, 4, seed=0, bos="<s>")
     with pytest.raises(Invalid, match="0 of 50 names are one token for this tokenizer: must be at least 5"):
         ioi_prompts(build_tokenizer(), 4, seed=0)  # words of another task: every name is unknown

@@ -94,7 +94,7 @@ def test_weights_that_are_not_safetensors_are_refused(folder: Path) -> None:
 def test_a_model_without_its_tokenizer_is_refused(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(Invalid, match="model '.*' has no tokenizer: "):
+    with pytest.raises(Invalid, match="the tokenizer of '.*' cannot be had: "):
         load(folder)
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from stages.circuits.walker import Walker
-from stages.pipeline.checkpoints import load_model
+from stages.pipeline.checkpoints import load_model, load_pretrained_tokenizer
 from stages.pipeline.stage import Invalid
 
 
@@ -21,7 +20,7 @@ def load(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Walker, PreTrainedTokenizerBase]:
+) -> tuple[Walker, PreTrainedTokenizerFast]:
     """A causal language model that is checked and ready to be patched, and its tokenizer.
 
     Weights are read from safetensors only, and no code comes with them. Attention is eager, the one whose arithmetic
@@ -39,15 +38,12 @@ def load(
         the walker (the Hugging Face model is its `model`), and the tokenizer.
 
     Raises:
-        Invalid: there is no such model, tokenizer or adapter, it has no safetensors weights, or its architecture is not
-            supported.
+        Invalid: there is no such model, fast tokenizer or adapter, it has no safetensors weights, or its architecture
+            is not supported.
     """
     source = _local(path_or_id, revision, "model")
     model: Any = load_model(source, None if adapter is None else _local(adapter, None, "adapter"), revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise Invalid(f"model '{path_or_id}' has no tokenizer: {str(error).strip().splitlines()[0]}") from error
+    tokenizer = load_pretrained_tokenizer(source, revision)
     return Walker(model.to(device=device, dtype=dtype).requires_grad_(False)), tokenizer
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from stages.pipeline.stage import Invalid
+from stages.pipeline.tokens import bos_ids
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_texts(
     for what, given in (("corrupt", corrupt), ("answer", answer), ("others", others)):
         if isinstance(given, str) or len(given) != n:
             raise Invalid(f"{what} has {len(given)} entries: must be a list of one for each of the {n} clean prompts")
-    first = _bos(tokenizer, bos)
+    first = bos_ids(tokenizer, bos)
     found: dict[str, list[Any]] = {"clean": [], "corrupt": [], "answer": [], "others": []}
     spans: list[dict[str, tuple[int, ...]]] = []
     corrupt_spans: list[dict[str, tuple[int, ...]]] = []
@@ -92,15 +93,6 @@ def read_texts(
         "bos": bos,
         "dropped": dict(sorted(dropped.items())),
     }
-
-
-def _bos(tokenizer: Any, bos: str | None) -> tuple[int, ...]:
-    if bos is None:
-        return ()
-    token = tokenizer.get_vocab().get(bos)
-    if token is None:
-        raise Invalid(f"bos = '{bos}': must be one token of the tokenizer's vocabulary, or None for none")
-    return (token,)
 
 
 def _of_row(place: Place | Sequence[Place], row: int, n: int, name: str) -> Place:

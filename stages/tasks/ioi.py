@@ -20,6 +20,7 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from stages.pipeline.stage import Invalid
+from stages.pipeline.tokens import bos_ids
 
 # {a} and {b} are the two names in either order, {s} is the one that occurs twice
 WORDINGS = {
@@ -111,14 +112,14 @@ def ioi_prompts(
         n: number of prompts.
         seed: equal seeds give equal prompts.
         wordings: keys of WORDINGS.
-        bos: special token in front of every prompt, e.g. `tokenizer.bos_token`; None: nothing is.
+        bos: token in front of every prompt, e.g. `tokenizer.bos_token`; None: nothing is.
 
     Raises:
-        Invalid: there is no such wording or special token, or fewer than five names are one token for this tokenizer.
+        Invalid: there is no such wording or token, or fewer than five names are one token for this tokenizer.
     """
     if n < 1 or not wordings or set(wordings) - set(WORDINGS):
         raise Invalid(f"n = {n}, wordings = {list(wordings)}: must be prompts of some of {', '.join(WORDINGS)}")
-    encode = Encoder(tokenizer, _special(tokenizer, bos))
+    encode = Encoder(tokenizer, bos_ids(tokenizer, bos))
     tokens = encode.names([WORDINGS[wording] for wording in wordings])
     generator = np.random.default_rng(seed)
     prompts = []
@@ -134,20 +135,6 @@ def ioi_prompts(
             IoiPrompt(clean, corrupt, answer, other, ids, corrupt_ids, tokens[io], tokens[s], at, wording, io_first)
         )
     return IoiPrompts(tuple(prompts), bos, tuple(tokens), tuple(name for name in NAMES if name not in tokens))
-
-
-def _special(tokenizer: Any, bos: str | None) -> tuple[int, ...]:
-    """Token id of a special token, or nothing for None.
-
-    Raises:
-        Invalid: the tokenizer has no such special token.
-    """
-    if bos is None:
-        return ()
-    if bos not in tokenizer.all_special_tokens:
-        known = ", ".join(tokenizer.all_special_tokens)
-        raise Invalid(f"bos = '{bos}': must be a special token of this tokenizer ({known}), or None")
-    return (tokenizer.convert_tokens_to_ids(bos),)
 
 
 class Encoder:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from stages.pipeline.stage import Invalid
+from stages.pipeline.tokens import bos_ids
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
@@ -209,14 +210,11 @@ def vocabulary_of(tokenizer: Any, bos: str | None) -> Vocabulary:
         if bos != BOS:
             raise Invalid(f"bos = {bos!r}: must be '{BOS}' with the word-level tokenizer")
         return vocabulary()
-    first = () if bos is None else (tokenizer.get_vocab().get(bos),)
-    if None in first:
-        raise Invalid(f"bos = '{bos}': must be one token of the tokenizer's vocabulary, or null for none")
     return TextVocabulary(
         np.array([_one_token(tokenizer, word) for word in OBJECTS]),
         np.array([_one_token(tokenizer, word) for word in LABELS]),
         tokenizer,
-        first,
+        bos_ids(tokenizer, bos),
     )
 
 
