@@ -12,6 +12,8 @@ from stages import contrast, report
 from stages.measures.scores import ENDINGS, score_of, shares
 from stages.pipeline.files import read_json
 from stages.statistics import by_ablation, by_score
+from stages.tasks.old.boxes import Boxes
+from stages.tasks.old.ioi import Ioi
 from tests.synthetic_records import Experiment
 from tests.test_report import _derived, _unknown_numbers  # pyright: ignore[reportPrivateUsage]
 
@@ -25,10 +27,14 @@ EXPERIMENT = Experiment(
 COUNTED = {"base": (0, 1, 3), "sft_gold": (0, 1, 3), "grpo": (0, 1), "noise": (0, 1, 3)}
 # arm -> what is lost in the circuit and around it, of what it does in the base with the same outputs around it
 LOST = {"base": (0.0, 0.0), "sft_gold": (0.3, 0.1), "grpo": (0.05, 0.25), "noise": (0.04, -0.02)}
+PRECISION = {"reference": "float32", "examples": 16, "heads": 48, "largest_difference": 0.0042, "least": 0.01}
+PRECISION |= {"shared_of_10_strongest": 0.9, "heads_of_least": 9, "spearman_of_least": None}
 KINDS = {"own_means": (1.0, 1), "base_means": (1.0, 0), "resampled": (0.5, 1), "base_resampled": (0.5, 0)}
 
 
-def _write(root: Path, patch: pytest.MonkeyPatch, beyond: float = 0.02, **primary: Any) -> dict[str, Any]:
+def _write(
+    root: Path, patch: pytest.MonkeyPatch, beyond: float = 0.02, rounded: bool = False, **primary: Any
+) -> dict[str, Any]:
     """Records with four scores and every kind of outputs around the circuit, and their report; its summary."""
     EXPERIMENT.write(root)
     for path in (root / "reports/cells/evaluate").glob("*/*.json"):
@@ -51,6 +57,9 @@ def _write(root: Path, patch: pytest.MonkeyPatch, beyond: float = 0.02, **primar
                 record["inspection"]["minimality"] |= {"score": judged, f"core_share{ENDINGS[judged]}": 0.75}
         record["circuit_by_ablation"] = found
         path.write_text(json.dumps(record))
+    for path in (root / "reports/cells/discover").glob("*/*/record.json") if rounded else ():
+        agreement = PRECISION | {"spearman": 0.6 + 0.1 * int(path.parent.name)}
+        path.write_text(json.dumps(read_json(path) | {"precision": agreement}))
     values = EXPERIMENT.params()
     vars(values["contrast"]).update({"base_faithfulness": 0.8} | primary)
     patch.chdir(root)
@@ -62,7 +71,7 @@ def _write(root: Path, patch: pytest.MonkeyPatch, beyond: float = 0.02, **primar
 
 
 def test_what_is_lost_in_the_circuit_and_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = _write(tmp_path, monkeypatch, primary_measure="evaluate.circuit.retention_ld")
+    summary = _write(tmp_path, monkeypatch, rounded=True, primary_measure="evaluate.circuit.retention_ld")
     rows = {row["model"]: row for row in summary["table_ablations"]}
     assert {model: row["seeds"] for model, row in rows.items()} == {m: len(seeds) for m, seeds in COUNTED.items()}
     for arm, (inside, around) in list(LOST.items())[1:]:
@@ -84,6 +93,11 @@ def test_what_is_lost_in_the_circuit_and_around_it(tmp_path: Path, monkeypatch: 
         "0.05 was lost in Random direction (+0.040 in it, −0.020 around it) (shares of what it did in the base)."
         in text
     )
+    assert (
+        "16 of them in float32, too, on 16 prompts: the heads that send to the logits rank alike by 0.750 (Spearman, "
+        "mean; lowest 0.600), those with a score of 0.01 or more in float32 by – (–); of the ten strongest 0.90 are "
+        "the same (0.90), and no score differs by more than 0.0042."
+    ) in text
     section = text[text.index("## Which score") :]
     section = section[: section.index("\n## ")]
     print(section)
@@ -97,7 +111,8 @@ def test_which_score_is_primary_and_why(
 ) -> None:
     """That accuracy misses what circuits do is said where it is primary and other words are likelier."""
     measure = f"evaluate.circuit.retention{ending}"
-    summary = _write(tmp_path, monkeypatch, beyond, primary_measure=measure, **({} if beyond < 0.1 else NO_LEAST))
+    least = {} if beyond < 0.1 else NO_LEAST
+    summary = _write(tmp_path, monkeypatch, beyond, primary_measure=measure, **least)
     rows = {row["model"]: row for row in summary["table_scores"]}
     records = [read_json(tmp_path / f"reports/cells/evaluate/grpo/{seed}.json") for seed in COUNTED["grpo"]]
     for score in ENDINGS:
@@ -107,6 +122,7 @@ def test_which_score_is_primary_and_why(
         )
     assert rows["grpo"]["scores"]["p_correct"]["kept"] == pytest.approx(0.7)
     text = (tmp_path / "reports/report.md").read_text()
+    assert "bfloat16" not in text
     name = {"": "accuracy: the likeliest token", "_ld": "logit difference: it compares"}[ending]
     assert f"The primary score is the {name}" in text and f"For {beyond:.3f} of the prompts" in text
     assert ("accuracy misses what these circuits do" in text) is said
@@ -116,16 +132,20 @@ def test_which_score_is_primary_and_why(
     assert base["core_share"] == pytest.approx(core) and (gap is None or base["worst_gap"] == pytest.approx(gap))
 
 
-NO_LEAST = {"base_faithfulness": 0.0}
+NO_LEAST: dict[str, Any] = {"base_faithfulness": 0.0}
 
 
 def test_a_primary_measure_that_is_of_no_score() -> None:
     none = dict.fromkeys(("whole", "circuit", "kept", "faithfulness", "random"))
     table = [{"model": "base", "seeds": 0, "scores": dict.fromkeys(ENDINGS, none)}]
-    assert by_score.findings(table, "drift.old.kl") == [
+    assert by_score.findings(table, "drift.old.kl", {}) == [
         "The primary measure (KL on old-task prompts) is none of these scores; bases count by accuracy."
     ]
-    assert "likeliest token" in by_score.findings(table, "evaluate.old_accuracy")[0]
+    assert "likeliest token" in by_score.findings(table, "evaluate.old_accuracy", {})[0]
+    for task, candidates in ((Boxes, "the objects of the other boxes."), (Ioi, "the name that is said twice.")):
+        [said] = by_score.findings(table, "evaluate.circuit.retention_ld", task.described())
+        assert said.startswith("The primary score is the logit difference: it compares the answer with the other")
+        assert said.endswith(f" In {task.title} the other candidates are {candidates}")
 
 
 def test_records_of_earlier_runs_have_no_such_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,17 +67,19 @@ def table_scores(cells: Cells, plan: Plan, left_out: Mapping[str, float | None])
     return found
 
 
-def findings(table: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
+def findings(table: Sequence[Mapping[str, Any]], primary: str, task: Mapping[str, Any]) -> list[str]:
     """Which score is primary and why, and whether another one says more of these circuits.
 
     Args:
         table: what `table_scores` gives.
         primary: the primary measure.
+        task: what the old task says of itself; records of earlier runs say nothing of its candidates.
     """
     if not table:
         return []
+    candidates = f" In {task['title']} the other candidates are {task['candidates']}." if "candidates" in task else ""
     score, base = score_of(primary), table[0]["scores"]
-    found = [f"The primary score is the {SCORES[score]}: {WHY[score]}"]
+    found = [f"The primary score is the {SCORES[score]}: {WHY[score]}{candidates}"]
     if not is_of_score(primary):
         found = [
             f"The primary measure ({short_name(primary)}) is none of these scores; bases count by {SCORES[score]}."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stages.measures.scores import ENDINGS, score_of
-from stages.statistics import by_ablation, by_score, enhancement
+from stages.statistics import by_ablation, by_score, enhancement, precision
 from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
 from stages.statistics.contrasts import Plan, describe, left_out_bases
 from stages.statistics.inputs import table_of_inputs
@@ -64,6 +64,7 @@ def summarise(
     heads = enhancement.table_of_transplants(cells) if same_task else []
     findings = enhancement.findings(models, heads, names) if same_task else []
     scores, ablations = by_score.table_scores(cells, plan, left_out), by_ablation.table_ablations(cells, plan, left_out)
+    rounded = precision.table_of_precision(cells)
     judged_by, answer = _judged_by(cells), "No contrast was planned."
     if first:
         imported = any(cells.imported(first[side]) for side in ("arm", "reference"))
@@ -133,6 +134,8 @@ def summarise(
             for model in cells.models
             for seed in cells.seeds
         ],
+        "table_precision": rounded,
+        "precision_findings": precision.findings(rounded),
         "circuits_judged_by": judged_by,
         "table_circuits": [_circuit_tests(cells, model, judged_by) for model in cells.models],
         "table_similarity": table(statistics, cells.arms),
@@ -154,7 +157,7 @@ def summarise(
         "table_masks": table_of_masks(cells),
         "primary_score": score_of(plan.primary),
         "table_scores": scores,
-        "score_findings": by_score.findings(scores, plan.primary),
+        "score_findings": by_score.findings(scores, plan.primary, old_task),
         "table_ablations": ablations,
         "ablation_findings": by_ablation.findings(ablations, plan.primary, names),
         "table_desiderata_of_base": _desiderata_of_base(cells),

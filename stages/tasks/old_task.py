@@ -45,6 +45,7 @@ class OldTask(ABC):
         display: position -> how it is called in the names of hops and groups; the others are called as they are.
         root: name of the group that writes the answer into the logits.
         paper_hops: of the paper that found a circuit; none: it cannot be asked for.
+        candidates: what a score compares the answer with: the other candidates of a prompt, in a few words.
         desiderata: hypothesis on what a group carries -> what figures call it.
         wordings: of sources; `<hypothesis>-<wording>` has source prompts that are said so.
         carried: what the hypotheses are about, in a few words.
@@ -58,6 +59,7 @@ class OldTask(ABC):
     display: ClassVar[Mapping[str, str]] = {}
     root: ClassVar[str]
     paper_hops: ClassVar[tuple[PaperHop, ...]] = ()
+    candidates: ClassVar[str]
     desiderata: ClassVar[Mapping[str, str]]
     wordings: ClassVar[tuple[str, ...]] = ()
     carried: ClassVar[str]
@@ -144,6 +146,7 @@ class OldTask(ABC):
             "display": dict(cls.display),
             "root": cls.root,
             "paper_hops": [list(hop) for hop in cls.paper_hops],
+            "candidates": cls.candidates,
             "desiderata": [list(item) for item in cls.desiderata.items()],
             "carried": cls.carried,
             "desiderata_note": cls.desiderata_note,

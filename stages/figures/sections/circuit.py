@@ -27,6 +27,7 @@ def section(summary: Mapping[str, Any]) -> Section:
             f"{number(base['circuit_faithfulness'])}; random circuits of the same shape have "
             f"{number(base['random_faithfulness'])} (at most {number(base['random_faithfulness_max'])}).",
             *((of_clauses,) if clauses else ()),
+            *summary["precision_findings"],
         ),
         (
             Picture(

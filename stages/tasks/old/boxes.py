@@ -38,6 +38,7 @@ class Boxes(OldTask):
         PaperHop("pos_detector", "query_label", "pos_transmitter", "v"),
         PaperHop("struct_reader", "earlier_label", "pos_detector", "v"),
     )
+    candidates = "the objects of the other boxes"
     desiderata = {
         "positional": "Positional: the place of the box among the boxes",
         "object_value": "Object value: the object itself",

@@ -38,6 +38,7 @@ class Ioi(OldTask):
         PaperHop("induction", "s2", "s_inhibition", "v"),
         PaperHop("previous_token", "s1+1", "induction", "k"),
     )
+    candidates = "the name that is said twice"
     desiderata = {
         "name_value": "Name value: the name itself",
         "s_position": "S position: where the repeated name stands",
