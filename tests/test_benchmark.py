@@ -5,10 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from stages.circuits.circuit import Component
+from stages.circuits.ablation import mean_outputs
+from stages.circuits.circuit import Component, Node
 from stages.circuits.path_patching import PathPatcher, Receivers
+from stages.circuits.transplant import transplant
 from stages.circuits.walker import Walker
+from stages.measures.faithfulness import evaluate_circuits
+from stages.measures.prompts import AnsweredPrompts
 from tests.benchmark.__main__ import END, START, inserted, main
 from tests.benchmark.cases import CASES, build_measure, build_model, build_pairs, hops
 from tests.benchmark.measuring import RUNS, TokenLayers, memory
@@ -41,6 +46,35 @@ def test_the_naive_side_equals_the_oracle(kind):
             error = float((ours - expected).abs().max())
             print(kind, position, receivers.component, error, float(expected.abs().max()))
             assert error <= 1e-12
+
+
+def test_arithmetic_is_that_of_the_matrices_of_every_token_layer():
+    """And little beside, so that token-layers, which a narrow model counts quickly, say what a wide one takes: of path
+    patching, circuits in place, heads removed, and transplants."""
+    case = replace(MIDDLE, layers=8)
+    model = build_model(case, torch.float32)
+    pairs, walker, counted = build_pairs(case), Walker(model), TokenLayers(model)
+    ids = pairs.clean_ids
+    prompts = AnsweredPrompts(ids, ids[:, 0], ids[:, 1:4], pairs.positions)
+    nodes = [Node(layer, layer % 4, position) for layer in range(8) for position in pairs.positions]
+    means = mean_outputs(walker, ids, 64.0)
+    run, donor = walker.run(ids), walker.run(pairs.corrupt_ids)
+    patcher = PathPatcher(walker, pairs, build_measure(case), 64.0)
+    work = {
+        "path patching": lambda: patcher.head_effects("last", [Receivers()]),
+        "evaluation": lambda: evaluate_circuits(walker, means, prompts, [nodes, nodes[:5], ()], [nodes[:8]], 64.0),
+        "transplants": lambda: transplant(walker, run, donor, pairs.positions, nodes, 64.0),
+    }
+    block = model.model.layers[0]
+    least = {"path patching": case.width * 3 * case.mlp}  # senders go through MLPs alone
+    matrices = sum(weight.numel() for weight in block.parameters() if weight.ndim == 2)
+    counted.take()
+    for name, asked in work.items():
+        with FlopCounterMode(display=False) as operations:
+            asked()
+        share = operations.get_total_flops() / (2 * matrices * counted.take())
+        print(f"{name}: {share:.3f} of the matrices' operations")
+        assert 0.95 * least.get(name, matrices) <= share * matrices <= 1.25 * matrices
 
 
 def test_token_layers_are_those_of_the_formulas():
