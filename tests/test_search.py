@@ -265,6 +265,7 @@ def stage_cell(**changes: object) -> Cell:
         "minimum_effect": 0.02,
         "minimum_head_effect": 0.005,
         "screen": None,
+        "most_senders": None,
         "noise_z": 4.0,
         "coverage": 0.9,
         "merge_overlap": 0.5,
