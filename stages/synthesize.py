@@ -54,6 +54,12 @@ def main(cell: Cell) -> None:
         """One stream a file, so that the size of one set changes no other set."""
         return np.random.default_rng([settings.seed, crc32(name.encode())])
 
+    desiderata = (*cell.params("dcm.desiderata"), *cell.params("dcm.of_base"))
+    for name in desiderata:
+        try:
+            old_task.pairs(np.random.default_rng(0), name, Split.DISCOVERY, 2 * boxes)  # whatever is asked for
+        except Invalid as error:
+            raise Invalid(f"dcm: '{name}' cannot be asked with this tokenizer: {error}") from None
     cannot = impossible(words, boxes)
     if chosen in cannot:
         raise Invalid(f"new_task = '{chosen}': {cannot[chosen]}")
@@ -86,7 +92,6 @@ def main(cell: Cell) -> None:
                         "best_shortcut": max(scores.values()),
                     }
     chance = {}
-    desiderata = (*cell.params("dcm.desiderata"), *cell.params("dcm.of_base"))
     with replacing_directory(DATA / "desiderata") as folder:
         for desideratum in desiderata:
             (folder / desideratum).mkdir()

@@ -216,6 +216,11 @@ def test_a_task_whose_words_are_no_single_tokens_is_refused(refused: Refused, gi
         ("plain", ["new_task=arithmetic"], "new_task = 'arithmetic': "),
         ("plain", ["new_task=ioi"], "new_task = 'ioi': "),
         (
+            "plain",
+            ["dcm.of_base=[positional-other_order]"],
+            "dcm: 'positional-other_order' cannot be asked with this tok",
+        ),
+        (
             "spelled",
             [],
             "old_task = 'boxes': boxes = 3: 0 objects and 0 labels are left: must be fewer boxes, or a token",
