@@ -4,11 +4,12 @@ The model of an arm that was trained elsewhere is brought instead.
 """
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.learning.importing import RATE, bring
-from stages.learning.settings import CurveRow, Training
+from stages.learning.settings import CHOOSING, CurveRow, Training
 from stages.learning.workers import Job, run_jobs
 from stages.pipeline.files import replacing_directory, write_csv
 from stages.pipeline.resources import resources
@@ -21,7 +22,13 @@ def main(cell: Cell) -> None:
     section = cell.params(f"finetune.{arm}")
     # An arm without gradient steps lists its own grid, [0.0].
     rates = getattr(section, "learning_rates", training.learning_rates)
-    new = Path("data/new") / cell.params("new_task")
+    task = cell.params("new_task")
+    new = Path("data/new") / task
+    if arm in CHOOSING and _one_answer(new / "train.parquet"):
+        print(
+            f"{arm}: every prompt of '{task}' has one right answer, so it learns from the same answers as sft_gold",
+            file=sys.stderr,
+        )
     base, old = Path(f"models/base/{seed}"), Path("data/old/selection.parquet")
     with replacing_directory(f"models/runs/{arm}/{seed}") as folder:
         if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:  # so params say what is to be imported
@@ -47,6 +54,13 @@ def main(cell: Cell) -> None:
         ]
         curves = run_jobs(jobs, available.processes)
         _write_curve(arm, seed, dict(zip(rates, curves, strict=True)))
+
+
+def _one_answer(prompts: Path) -> bool:
+    """Whether every prompt of a file has one right answer (`Prompts.one_answer`, without loading torch)."""
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(prompts).field("valid").type.list_size == 1
 
 
 def _write_curve(arm: str, seed: int, curves: Mapping[float, Sequence[CurveRow]]) -> None:

@@ -34,6 +34,7 @@ from stages.figures import (
 )
 from stages.figures.document import document, to_html, to_markdown
 from stages.figures.style import label, png
+from stages.learning.settings import CHOOSING
 from stages.measures.scores import ENDINGS, score_of
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_text
 from stages.pipeline.stage import Cell, Invalid, run
@@ -182,6 +183,8 @@ def main(cell: Cell) -> None:
     summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in cells.models})
     curves = frames.training_curves(CELLS, cells)
     summary["table_budgets"] = table_of_budgets(curves, tasks["new_tasks"][new_task]["prompt_tokens"])
+    one_answer = tasks["new_tasks"][new_task]["valid_answers"] == 1
+    summary["taught_as_gold"] = [arm for arm in cells.arms if one_answer and arm in CHOOSING]
     params = {"seeds": seeds, "arms": arms, "new_task": new_task}
     params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
     params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}

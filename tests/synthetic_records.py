@@ -64,6 +64,7 @@ class Experiment:
     effect: float = 0.0
     spread: float = 0.04
     new_task: str = "adjacent"
+    valid_answers: int = 2
     contrasts: Sequence[tuple[str, str]] = field(
         default=(
             ("grpo", "sft_gold"),
@@ -115,7 +116,12 @@ class Experiment:
     def write(self, root: Path) -> None:
         """Write everything that contrast and report read, below a repository root."""
         write_json(
-            root / "data/tasks.json", {"new_tasks": {self.new_task: {"shortcuts": SHORTCUTS, "prompt_tokens": 54}}}
+            root / "data/tasks.json",
+            {
+                "new_tasks": {
+                    self.new_task: {"shortcuts": SHORTCUTS, "prompt_tokens": 54, "valid_answers": self.valid_answers}
+                }
+            },
         )
         write_json(root / "data/old_task.json", Boxes.described())
         for seed in self.seeds:

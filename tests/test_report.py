@@ -290,6 +290,17 @@ def test_what_is_left_out_is_said(written: Path) -> None:
     assert "2 pairs left out" in text.split("## ")[0]  # beside the answer
 
 
+def test_arms_that_were_taught_the_same_answers_are_named(tmp_path: Path) -> None:
+    arms = ("sft_gold", "self_sft", "sft_far", "grpo")
+    for answers, said in ((1, True), (2, False)):
+        root = tmp_path / str(answers)
+        experiment = Experiment(seeds=(0,), arms=arms, contrasts=(("grpo", "sft_gold"),), valid_answers=answers)
+        experiment.write(root)
+        _run(root, experiment)
+        sentence = "one right answer, so SFT (own samples) and SFT (far) learned from the same answers as SFT (gold)."
+        assert (sentence in _text(root)) == said and ("one right answer" in _text(root)) == said
+
+
 def _held(reports: Path) -> dict[str, bool | None]:
     return read_json(reports / "summary.json")["checks"]
 
@@ -481,7 +492,7 @@ def test_an_unlisted_arm_has_a_look_and_the_words_follow(tmp_path: Path, monkeyp
     cells = read_cells(report.CELLS, experiment.seeds, experiment.arms)
     names = {model: style.label(model) for model in cells.models}
     summary = summarise(cells, statistics, {}, names)
-    summary["table_budgets"] = []
+    summary["table_budgets"], summary["taught_as_gold"] = [], []
     summary["provenance"] = provenance(cells, report.CELLS, {"seeds": [0, 1]})
     pictures = (
         "contrasts",

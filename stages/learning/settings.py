@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CurveRow = dict[str, int | float]  # columns of a training curve at one checkpoint
+# Arms that learn from right answers of their choice: where a prompt has one, from the same ones as `sft_gold`.
+CHOOSING = ("sft_far", "sft_oracle", "self_sft", "iterative_sft")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from stages import (
     cmap,
@@ -32,7 +32,6 @@ from stages import (
     source,
     synthesize,
 )
-from stages.pipeline import stage
 from stages.pipeline.checkpoints import load_model, load_tokenizer, save_model
 from stages.pipeline.overrides import compose
 from stages.pipeline.params import load_params
@@ -42,34 +41,15 @@ from stages.tasks.vocabulary import LABELS, OBJECTS
 from tests.comparing import record_difference
 from tests.conftest import REPOSITORY
 from tests.device.second_device import DEVICE, second_device
+from tests.small_llama import PRESET, SIZES, prepare, small_llama
 
-PRESET = REPOSITORY / "stages/presets/llama7b.yaml"
 SMALL = [
-    "synthesize.boxes=4",
-    "synthesize.old={selection: 8, discovery: 12, pruning: 6, evaluation: 8, relearning: 4, means: 8}",
-    "synthesize.new={train: 16, selection: 8, evaluation: 8}",
-    "synthesize.desiderata={train: 8, selection: 6, test: 6}",
-    "source.model=theirs",
-    "source.revision=null",
-    "discover.examples=12",
-    "discover.identifiable_accuracy=0.0",  # random weights answer nothing
-    "discover.paper_top={receivers: [4, 2, 3, 2], heads: [8, 3, 5, 2]}",
-    "evaluate.random_subsets=1",
-    "evaluate.greedy_steps=1",
-    "evaluate.greedy_examples=4",
-    "drift.n_examples=8",
-    "drift.relearning.examples=4",
-    "drift.relearning.probe_examples=8",
-    "finetune.common.probe_examples=8",
-    "dcm.steps=2",
-    "dcm.batch=4",
+    *SIZES,
     "new_task=adjacent",  # of one-token answers, as the tokenizer is too small to say sums
     "arms=[goat,float7b]",
     "finetune.goat={import: theirs, adapter: goat, revision: null}",
     "finetune.float7b={import: full, adapter: null, revision: null}",
     "contrast.contrasts=[[goat,float7b]]",
-    "contrast.resamples=200",
-    "report.dpi=60",
 ]
 ARMS = ("goat", "float7b")
 ANALYSES = {discover: "model", evaluate: "model", dcm: "model", cmap: "arm"}
@@ -92,17 +72,6 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([*texts, *([",", "."] * 30)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def small_llama(tokens: int) -> LlamaForCausalLM:
-    """Llama-7B with an eighth of the layers and heads, and heads of 8: MLP / width = 2.69, as many keys as queries."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokens, hidden_size=32, intermediate_size=86, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, initializer_range=0.15, rms_norm_eps=1e-6, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +110,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for arm in ARMS:
                 module.main(Cell(module.__name__.rpartition(".")[2], {"arm": arm, "seed": "0"}))
     return folder
-
-
-def prepare(patch: pytest.MonkeyPatch, changes: list[str]) -> None:
-    compose(REPOSITORY / "params.yaml", Path("params.yaml"), PRESET, changes)
-    patch.setattr(stage, "_cache", {"params": load_params(Path("params.yaml"))})
 
 
 def analysed(patch: pytest.MonkeyPatch, available: Resources, arms: tuple[str, ...]) -> dict[str, Any]:

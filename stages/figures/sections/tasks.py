@@ -16,9 +16,14 @@ def section(summary: Mapping[str, Any]) -> Section:
     if name is not None:
         shortcut = f" The best answer without the skill ({name}) scores {number(summary['shortcut'])}."
     [old_task] = summary["old_task"]
+    same = " and ".join(label(arm) for arm in summary["taught_as_gold"])
+    one = f" Every prompt has one right answer, so {same} learned from the same answers as {label('sft_gold')}."
     return Section(
         "New task against old",
-        (f"The old task is {old_task['title']}; the new task is “{summary['new_task']}”.{level}{shortcut}",),
+        (
+            f"The old task is {old_task['title']}; the new task is “{summary['new_task']}”.{level}{shortcut}"
+            f"{one if same else ''}",
+        ),
         (
             Picture(
                 "pareto",
