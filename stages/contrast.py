@@ -62,7 +62,7 @@ def main(cell: Cell) -> None:
         confidence=plan.confidence,
     )
     left_out = left_out_bases(cells, plan)
-    curves = training_curves(CELLS, cells)
+    curves = training_curves(CELLS, cells, cell.params("learning_rates"))
     adjusted = adjust(cells, adjustment, left_out)
     tasks = {"old_task": read_json("data/old_task.json"), "new_task": cell.params("new_task")}
     statistics = tasks | compare(cells, plan, p_values(adjusted)) | {"adjustment": adjusted}

@@ -2,16 +2,14 @@
 
 The primary one, at the frozen new-task level, is written as a model folder, which the stages below read. The ones of
 the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
-which matching picked which; stage `matchings` tests the circuit in them. Of an arm with adapters both hold these alone,
-in PEFT's format, whose base is the base. The record holds what every matching picked at every learning rate of the
-grid.
+which matching picked which; stage `matchings` tests the circuit in them. Both are plain weights, with any adapters
+merged. The record holds what every matching picked at every learning rate.
 
 An imported arm has one model, which is picked as it is: no level is asked of it, and it is at no other matching.
 """
 
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,10 @@ from stages.learning.checkpoints import (
     Weights,
     checkpoint_file,
     read_checkpoint,
-    run_folder,
     set_weights,
     stored_weights,
 )
-from stages.learning.importing import IMPORTED, RATE
+from stages.learning.importing import IMPORTED
 from stages.learning.matching import (
     ACCURACY,
     Matching,
@@ -37,10 +34,10 @@ from stages.learning.matching import (
     matchings,
     moved_as_far,
     pick,
-    read_curve,
+    read_curves,
     rule,
 )
-from stages.learning.settings import CurveRow
+from stages.learning.settings import NO_RATE, CurveRow
 from stages.pipeline.files import read_json, replacing_directory, write_json
 from stages.pipeline.resources import resources
 from stages.pipeline.stage import Cell, Invalid, run
@@ -83,7 +80,7 @@ class Source:
 def main(cell: Cell) -> None:
     arm, seed = cell.item["arm"], cell.item["seed"]
     settings, available = cell.params("match"), resources()
-    rate, confirm = settings.learning_rate, settings.confirm
+    rate, rates, confirm = settings.learning_rate, cell.params("learning_rates"), settings.confirm
     new_task = cell.params("new_task")
     wanted = matchings(settings.levels, settings.kl, settings.norm, settings.steps)
     primary = Matching(ACCURACY, settings.level)
@@ -91,19 +88,16 @@ def main(cell: Cell) -> None:
 
     base_folder, target = Path(f"models/base/{seed}"), Path(f"models/{arm}/{seed}")
     base = stored_weights(*sorted(base_folder.glob("*.safetensors")))
-    curves = read_curve(Path(f"reports/cells/finetune/{arm}/{seed}.csv"))
-    brought = _is_imported(arm, seed)
-    untrained = set(curves) == {0.0} and not brought
-    like = settings.noise_like if untrained else arm
+    curves, own_run = _curves(arm, seed, rates), _run_folder(arm, seed, rate)
+    brought = (own_run / IMPORTED).is_file()
+    untrained = NO_RATE in curves and not brought
+    like, direction = arm, None
     if untrained:
-        last = int(max(row["step"] for row in curves[0.0]))
-        direction = read_checkpoint(run_folder(Path(f"models/runs/{arm}/{seed}"), 0), last, base)
-        curves = read_curve(Path(f"reports/cells/finetune/{like}/{seed}.csv"))
-    else:
-        direction = None
-    as_it_is = brought or _is_imported(like, seed)
-    index, rows = (0, curves[RATE]) if as_it_is else _at_rate(curves, rate)
-    source = Source(base_folder, base, run_folder(Path(f"models/runs/{like}/{seed}"), index), direction)
+        like, last = settings.noise_like, int(max(row["step"] for row in curves[NO_RATE]))
+        direction, curves = read_checkpoint(own_run, last, base), _curves(like, seed, rates)
+    as_it_is = NO_RATE in curves  # imported, the arm itself or the one that noise imitates
+    rows = curves[NO_RATE if as_it_is else rate]
+    source = Source(base_folder, base, _run_folder(like, seed, rate), direction)
     picks = {m: Pick(m == primary, rows[-1], rows[-1][m.by]) if as_it_is else pick(rows, m, confirm) for m in wanted}
     picked = picks[primary]
 
@@ -162,17 +156,12 @@ def main(cell: Cell) -> None:
     write_json(f"reports/cells/match/{arm}/{seed}.json", record)
 
 
-def _is_imported(arm: str, seed: str) -> bool:
-    return Path(f"models/runs/{arm}/{seed}", IMPORTED).is_file()
+def _run_folder(arm: str, seed: str, rate: float) -> Path:
+    return Path(f"models/runs/{arm}/{seed}/{rate}")
 
 
-def _at_rate(curves: Mapping[float, list[CurveRow]], rate: float) -> tuple[int, list[CurveRow]]:
-    """The place of a learning rate in the grid, and the rows of its run."""
-    for index, (trained_rate, rows) in enumerate(curves.items()):
-        if math.isclose(trained_rate, rate, rel_tol=1e-6):
-            return index, rows
-    grid = ", ".join(f"{entry:g}" for entry in curves)
-    raise Invalid(f"match.learning_rate = {rate:g}: must be one of finetune.common.learning_rates ({grid})")
+def _curves(arm: str, seed: str, rates: Sequence[float]) -> dict[float, list[CurveRow]]:
+    return read_curves(Path(f"reports/cells/finetune/{arm}/{seed}"), rates)
 
 
 def _numbers(rows: list[CurveRow], matching: Matching, confirm: int) -> dict[str, float | bool]:

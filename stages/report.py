@@ -173,7 +173,7 @@ def _notes(cells: Cells, primary: str, seed: str) -> dict[str, str]:
 
 
 def main(cell: Cell) -> None:
-    seeds, arms = list(cell.params("seeds")), list(cell.params("arms"))
+    seeds, arms, rates = cell.params("seeds"), cell.params("arms"), cell.params("learning_rates")
     new_task, section = cell.params("new_task"), cell.params("report")
     cells = read_cells(CELLS, seeds, arms)
     statistics = read_json("reports/statistics.json")
@@ -181,11 +181,11 @@ def main(cell: Cell) -> None:
     tasks = read_json("data/tasks.json")
     shortcuts = tasks["new_tasks"][new_task]["shortcuts"]
     summary = summarise(cells, statistics, shortcuts, {model: label(model) for model in cells.models})
-    curves = frames.training_curves(CELLS, cells)
+    curves = frames.training_curves(CELLS, cells, rates)
     summary["table_budgets"] = table_of_budgets(curves, tasks["new_tasks"][new_task]["prompt_tokens"])
     one_answer = tasks["new_tasks"][new_task]["valid_answers"] == 1
     summary["taught_as_gold"] = [arm for arm in cells.arms if one_answer and arm in CHOOSING]
-    params = {"seeds": seeds, "arms": arms, "new_task": new_task}
+    params = {"seeds": seeds, "arms": arms, "learning_rates": rates, "new_task": new_task}
     params |= {f"contrast.{name}": value for name, value in statistics["plan"].items()}
     params |= {"report.dpi": section.dpi, "report.max_groups": section.max_groups}
     summary["provenance"] = provenance(cells, CELLS, params)

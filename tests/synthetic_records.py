@@ -80,6 +80,7 @@ class Experiment:
         return {
             "seeds": list(self.seeds),
             "arms": list(self.arms),
+            "learning_rates": list(RATES),
             "new_task": self.new_task,
             "contrast": SimpleNamespace(
                 base_faithfulness=0.9,
@@ -336,34 +337,30 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
     kept = min(1.0, KEPT.get(arm, 0.8) + shift + (experiment.effect if arm in ("grpo", "reinforce") else 0.0))
     old = 0.96 * kept
     noise, steps = arm == "noise", np.array([0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 90, 128, 180])
-    rows = []
+    curves = {}
     for rate in (0.0,) if noise else RATES:
         pace = 18 if rate == RATES[1] else 55
         progress = 1 - np.exp(-steps / pace)
         cost = (1 - kept) * (1.0 if rate == RATES[1] else 0.45)
         new = 0.41 + 0.57 * progress + 0.006 * draw.normal(size=len(steps))
-        rows.append(
-            pd.DataFrame(
-                {
-                    "arm": arm,
-                    "seed": seed,
-                    "learning_rate": rate,
-                    "step": steps,
-                    "gradient_steps": steps * (arm != "noise"),
-                    "completions": steps * 64 * (arm != "noise"),
-                    "old_accuracy": 0.96 - (1.2 * cost * progress**1.5) + 0.004 * draw.normal(size=len(steps)),
-                    "old_p_correct": 0.8,
-                    "new_accuracy": 0.41 - 0.1 * progress
-                    if noise
-                    else np.clip(new * (0.85 if not reached else 1.0), 0, 1),
-                    "new_valid_mass": 0.6,
-                    "kl_new": (0.15 if noise else 0.9) * progress * (1.3 if arm.endswith("sft") else 1.0),
-                    "weight_norm": 4 * progress * (1.0 if rate == RATES[1] else 0.6),
-                }
-            )
+        curves[rate] = pd.DataFrame(
+            {
+                "arm": arm,
+                "seed": seed,
+                "learning_rate": rate,
+                "step": steps,
+                "gradient_steps": steps * (arm != "noise"),
+                "completions": steps * 64 * (arm != "noise"),
+                "old_accuracy": 0.96 - (1.2 * cost * progress**1.5) + 0.004 * draw.normal(size=len(steps)),
+                "old_p_correct": 0.8,
+                "new_accuracy": 0.41 - 0.1 * progress if noise else np.clip(new * (0.85 if not reached else 1.0), 0, 1),
+                "new_valid_mass": 0.6,
+                "kl_new": (0.15 if noise else 0.9) * progress * (1.3 if arm.endswith("sft") else 1.0),
+                "weight_norm": 4 * progress * (1.0 if rate == RATES[1] else 0.6),
+            }
         )
-    curve = pd.concat(rows)
-    write_csv(root / f"finetune/{arm}/{seed}.csv", curve)
+    for rate in RATES:
+        write_csv(root / f"finetune/{arm}/{seed}/{rate}.csv", curves[0.0 if noise else rate])
     write_json(
         root / f"match/{arm}/{seed}.json",
         {

@@ -41,7 +41,7 @@ def arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def adapted_run(arm: str, training: Training = TRAINING, folder: Path | None = None, section: Any = SECTION) -> Run:
-    """A run whose model has adapters from the start, as a worker makes it."""
+    """A run whose model has adapters from the start, as a cell makes it."""
     run = tiny_run(arm, 1e-2, section, training=replace(training, lora=LORA), folder=folder)
     adapted = adapters.with_adapters(run.model, LORA, seed=0)
     probe = Probe.of(adapted, tiny_examples(), run.train)

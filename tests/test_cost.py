@@ -8,10 +8,12 @@ from tests.conftest import REPOSITORY
 def test_the_estimate_counts_the_cells_of_the_pipeline() -> None:
     params = load_params(REPOSITORY / "params.yaml")
     costs = estimate(params)
-    seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
-    # code, source, synthesize, contrast, report; pretrain; finetune, match, matchings, cmap, drift; discover, evaluate,
+    seeds, arms, models, rates = map(len, (params.seeds, params.arms, params.models, params.learning_rates))
+    # code, source, synthesize, contrast, report; pretrain; match, matchings, cmap, drift; finetune; discover, evaluate,
     # dcm
-    assert costs["dvc"][0] == 5 + seeds * (1 + 5 * arms + 3 * models)
+    assert costs["dvc"][0] == 5 + seeds * (1 + (4 + rates) * arms + 3 * models)
+    further = estimate(params.model_copy(update={"learning_rates": [*params.learning_rates, 1e-5]}))
+    assert {stage for stage in costs if further[stage] > costs[stage]} == {"finetune", "dvc"}
     more = estimate(params.model_copy(update={"seeds": [*params.seeds, 99]}))
     assert all(more[stage][1] >= seconds > 0 for stage, (_, seconds) in costs.items())
     twice = estimate(params, slower=2.0)

@@ -1,4 +1,4 @@
-"""Fine-tuning arms: schedules, trainers against plain loops and the plain TRL trainer, matching, workers."""
+"""Fine-tuning arms: schedules, trainers against plain loops and the plain TRL trainer, matching, cells."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from stages import match
+from stages import finetune, match
 from stages.learning import answers, probes, reinforcement, supervised
 from stages.learning.arms import (
     dr_grpo,
@@ -36,16 +36,15 @@ from stages.learning.arms import (
     sft_oracle,
     sft_replay,
 )
-from stages.learning.checkpoints import checkpoint_file, run_folder
+from stages.learning.checkpoints import checkpoint_file
 from stages.learning.last_layer import last_layer_at_the_end
-from stages.learning.matching import Matching, moved_as_far, pick, read_curve
+from stages.learning.matching import Matching, moved_as_far, pick, read_curves
 from stages.learning.probes import Probe, last_log_probs, last_logits
 from stages.learning.rewards import validity
 from stages.learning.run import Recorder, Run
 from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
-from stages.learning.settings import Training
+from stages.learning.settings import NO_RATE, Training
 from stages.learning.trainers import common_arguments, refuse_dropout
-from stages.learning.workers import Job, run_jobs
 from stages.pipeline.checkpoints import load_model, save_model
 from stages.pipeline.params import load_params
 from stages.pipeline.stage import Cell, Invalid
@@ -59,7 +58,6 @@ WORDS = [f"w{i}" for i in range(40)]
 VOCAB = 43  # with <pad>, <bos>, <eos>
 LENGTH = 12
 TRAINING = Training(
-    learning_rates=(1e-3, 3e-3),
     steps=4,
     prompts_per_step=6,
     dense_until=2,
@@ -73,6 +71,7 @@ TRAINING = Training(
     warmup_steps=0,
     seed=0,
 )
+RATES = (1e-3, 3e-3)
 SECTION = SimpleNamespace(
     samples_per_prompt=4, temperature=1.0, loss_type="dr_grpo", scale_rewards="none", num_iterations=1, epsilon=0.2,
     beta=0.0,
@@ -283,7 +282,7 @@ def test_one_pass_trainer_equals_the_plain_trl_trainer_on_the_same_samples(tempe
 def test_self_sft_targets_are_valid_fixed_and_drawn_from_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr(supervised, "fit", lambda run, answers: seen.__setitem__(run.learning_rate, answers))
-    for rate in TRAINING.learning_rates:
+    for rate in RATES:
         run = tiny_run("self_sft", rate)
         self_sft.train(run)
     first, second = seen.values()
@@ -493,43 +492,53 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "data/new/adjacent").mkdir(parents=True, exist_ok=True)
         write_prompts(folder / f"data/new/adjacent/{split}.parquet", tiny_prompts())
     (folder / "data/old").mkdir()
+    write_prompts(folder / "data/old/train.parquet", tiny_prompts(30))
     write_examples(folder / "data/old/selection.parquet", tiny_examples())
     return folder
 
 
-def jobs_for(workplace: Path, arm: str, section: object, folder: Path, base: str = "models/base/5") -> list[Job]:
-    folder.mkdir(parents=True, exist_ok=True)
-    data = workplace / "data"
-    new = data / "new/adjacent"
-    paths = [
-        workplace / base,
-        new / "train.parquet",
-        new / "train.parquet",
-        data / "old/selection.parquet",
-        new / "selection.parquet",
-        folder,
-    ]
-    return [Job(arm, 5, k, rate, TRAINING, section, *paths) for k, rate in enumerate(TRAINING.learning_rates)]
-
-
-def test_workers_give_the_weights_of_an_ordinary_run(workplace: Path, tmp_path: Path) -> None:
-    job = jobs_for(workplace, "dr_grpo", SECTION, tmp_path)[1]
-    [curve] = run_jobs([job], parallel=2)
-    run = tiny_run("dr_grpo", job.learning_rate)
-    with last_layer_at_the_end(run.model, tokens=2):  # as a worker does; another order of additions
+def test_a_cell_gives_the_weights_of_an_ordinary_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    section = SimpleNamespace(**vars(SECTION), trained=True)
+    params = {"finetune.common": vars(TRAINING), "finetune.dr_grpo": section, "new_task": "adjacent"}
+    finetune.main(FakeCell("finetune", {"arm": "dr_grpo", "seed": "5", "learning_rate": "1e-05"}, params))
+    run = tiny_run("dr_grpo", 1e-5)
+    with last_layer_at_the_end(run.model, tokens=2):  # as a cell does; another order of additions
         dr_grpo.train(run)
     names = sorted(path.name for path in run.recorder.folder.iterdir())
     assert names == ["000001.safetensors", "000002.safetensors", "000004.safetensors"]
-    assert names == sorted(path.name for path in (tmp_path / "lr1").iterdir())
+    written = Path("models/runs/dr_grpo/5/1e-05")
+    assert names == sorted(path.name for path in written.iterdir())
     for name in names:
-        assert (tmp_path / "lr1" / name).read_bytes() == (run.recorder.folder / name).read_bytes()
-    assert [row["step"] for row in curve] == [0, 1, 2, 4]
+        assert (written / name).read_bytes() == (run.recorder.folder / name).read_bytes()
+    [(rate, curve)] = read_curves(Path("reports/cells/finetune/dr_grpo/5"), [1e-5]).items()
+    assert rate == 1e-5 and [row["step"] for row in curve] == [0, 1, 2, 4]
     assert [row["completions"] for row in curve] == [0, 24, 48, 96]
 
 
-def test_errors_of_workers_reach_the_parent(workplace: Path, tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match="models/none' is missing: must be a folder"):
-        run_jobs(jobs_for(workplace, "dr_grpo", SECTION, tmp_path, base="models/none"), parallel=1)
+def test_an_arm_without_a_rate_gives_the_same_at_every_one(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    params = {"finetune.common": vars(TRAINING), "finetune.noise": noise.Settings(scales=(0.1, 0.2))}
+    for rate in RATES:
+        cell = FakeCell("finetune", {"arm": "noise", "seed": "5", "learning_rate": str(rate)}, params)
+        finetune.main(replace(cell, values=cell.values | {"new_task": "adjacent"}))
+    written = [sorted(Path(f"models/runs/noise/5/{rate}").iterdir()) for rate in RATES]
+    curves = [Path(f"reports/cells/finetune/noise/5/{rate}.csv").read_bytes() for rate in RATES]
+    assert [[file.read_bytes() for file in files] for files in written] == 2 * [[f.read_bytes() for f in written[0]]]
+    assert len(written[0]) == 2 and curves[0] == curves[1]
+    assert list(read_curves(Path("reports/cells/finetune/noise/5"), RATES)) == [NO_RATE]
+
+
+def invented_curve(arm: str, rate: float, written: float, run: Run) -> None:
+    """Skill is invented: the tiny model learns nothing in four steps."""
+    lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
+    lines += [
+        f"{arm},5,{written},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}"
+        for i, row in enumerate(run.recorder.rows)
+    ]
+    curve = Path(f"reports/cells/finetune/{arm}/5/{rate}.csv")
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    curve.write_text("\n".join(lines) + "\n")
 
 
 def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
@@ -537,28 +546,21 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
 ) -> None:
     monkeypatch.chdir(workplace)
     Path("data/tasks.json").write_text(json.dumps({"new_tasks": {"adjacent": {"shortcuts": {"any_object": 0.286}}}}))
-    for arm, module, rates in (("sft_gold", sft_gold, TRAINING.learning_rates), ("noise", noise, (0.0,))):
-        runs = Path(f"models/runs/{arm}/5")
-        lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
-        for index, rate in enumerate(rates):
-            run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]), folder=run_folder(runs, index))
+    rates = (1e-5, *RATES)
+    for arm, module in (("sft_gold", sft_gold), ("noise", noise)):
+        for rate in rates:
+            folder = Path(f"models/runs/{arm}/5/{rate}")
+            run = tiny_run(arm, rate, SimpleNamespace(scales=[0.1, 0.2]), folder=folder)
             module.train(run)
-            # Skill is invented: the tiny model learns nothing in four steps.
-            lines += [
-                f"{arm},5,{rate},{row['step']},1.0,{0.2 * i},{0.1 * i},{i},{row['step']}"
-                for i, row in enumerate(run.recorder.rows)
-            ]
-        curve = Path(f"reports/cells/finetune/{arm}/5.csv")
-        curve.parent.mkdir(parents=True, exist_ok=True)
-        curve.write_text("\n".join(lines) + "\n")
+            invented_curve(arm, rate, 0.0 if arm == "noise" else rate, run)
 
     def params(**changed: Any) -> dict[str, object]:
         settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"}
         # kl and norm: the same checkpoint as the level, the next one (twice), and one that is not there
         settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0), "steps": (2,)} | changed
-        return {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
+        return {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": RATES}
 
-    for arm in ("sft_gold", "noise"):
+    for arm in ("sft_gold", "noise"):  # the curve of 1e-5 is of another time, say
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params()))
     record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
     assert (record["reached"], record["step"], record["learning_rate"]) == (True, 2, 3e-3)
@@ -572,14 +574,14 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         assert index == {"kl_0_25": "000004.safetensors", "norm_3": "000004.safetensors"}
         assert len(list(Path(f"models/matched/5/{arm}").iterdir())) == 2
     last, twin_of_last = (load_file(f"models/matched/5/{arm}/000004.safetensors") for arm in ("sft_gold", "noise"))
-    of_run = load_file("models/runs/sft_gold/5/lr1/000004.safetensors")
+    of_run = load_file("models/runs/sft_gold/5/0.003/000004.safetensors")
     assert last.keys() == of_run.keys() and all(torch.equal(last[name], of_run[name]) for name in last)
     start = dict(tiny_model().named_parameters())
     for name, weight in last.items():
         far = (weight - start[name]).norm().item()
         assert (twin_of_last[name] - start[name]).norm().item() == pytest.approx(far, rel=1e-3)
     tuned, twin = load_model("models/sft_gold/5"), load_model("models/noise/5")
-    kept = load_file("models/runs/sft_gold/5/lr1/000002.safetensors")
+    kept = load_file("models/runs/sft_gold/5/0.003/000002.safetensors")
     base = tiny_model()
     for name, weight in tuned.named_parameters():
         assert torch.equal(weight, kept[name])
@@ -588,12 +590,18 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         assert twin_far == pytest.approx(far, rel=1e-3)
     twin_record = json.loads(Path("reports/cells/match/noise/5.json").read_text())
     assert twin_record["weight_norm"] == pytest.approx(record["weight_norm"], rel=1e-4)
-    assert list(read_curve(Path("reports/cells/finetune/noise/5.csv"))) == [0.0]
+
+    written = [Path(part, name) for part in ("models", "models/matched/5") for name in ("sft_gold", "noise")]
+    before = {file: file.read_bytes() for folder in written for file in folder.rglob("*") if file.is_file()}
+    for arm in ("sft_gold", "noise"):
+        match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params() | {"learning_rates": rates}))
+    record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
+    assert list(record["matchings"]["norm_3"]["by_learning_rate"]) == ["0.001", "0.003", "1e-05"]
+    assert {"model.safetensors", "000004.safetensors", "index.json"} <= {file.name for file in before}
+    assert before == {file: file.read_bytes() for file in before}, "one more rate, the same models"
 
     with pytest.raises(Invalid, match=r"match.levels: 0.2 must be above 0.286"):
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(levels=(0.2, 0.35))))
-    with pytest.raises(Invalid, match="match.learning_rate = 0.5"):
-        match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(learning_rate=0.5)))
 
 
 def test_scores_of_several_valid_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def traced_pipeline() -> dict[str, Any]:
         stage["deps"] = [path for path in stage["deps"] if not path.startswith(("stages/", "data/code/"))]
         outs = [*stage.get("outs", ()), *stage.pop("plots", ()), *stage.pop("metrics", ())]
         stage["outs"] = paths = [path if isinstance(path, str) else next(iter(path)) for path in outs]
-        axes = [axis for axis in ("arm", "model", "seed") if axis in stage.get("matrix", ())]
+        axes = [axis for axis in ("arm", "model", "seed", "learning_rate") if axis in stage.get("matrix", ())]
         cell = "-".join(f"${{item.{axis}}}" for axis in axes)
         stage["cmd"] = " ".join(["python ../work.py", f"{name}@{cell}" if cell else name, *paths])
     asked = {path for stage in stages.values() for path in stage["deps"] if path.startswith("data/")}
@@ -127,6 +127,14 @@ def test_every_cell_runs_once_then_none_then_what_is_stale(traced: Path, dvc_env
     assert result.returncode == 0, result.stdout + result.stderr
     # the traces that cells leave do not depend on the param, so nothing below them is stale
     assert sorted(ran) == sorted(cell for cell in listed if cell.startswith("finetune@"))
+
+    params["learning_rates"].append(1e-5)
+    (traced / "params.yaml").write_text(yaml.safe_dump(params))
+    result, ran = _run(traced, dvc_environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    further = [f"finetune@{arm}-{seed}-1e-05" for arm in params["arms"] for seed in params["seeds"]]
+    again = [cell for cell in listed if cell.startswith("match@")]
+    assert sorted(ran) == sorted([*further, *again, "contrast", "report"])
 
 
 def test_a_failing_cell_ends_the_run_and_is_named(traced: Path, dvc_environment: dict[str, str]) -> None:

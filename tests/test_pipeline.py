@@ -154,8 +154,9 @@ def test_matrix_cells_do_not_collide(dvc: Dvc) -> None:
     listed = dvc(REPOSITORY, "stage", "list", "--name-only")
     assert listed.returncode == 0, listed.stderr
     names = listed.stdout.split()
-    arms, seeds = len(PARAMS["arms"]), len(PARAMS["seeds"])
-    per_seed = 1 + 3 + 8 * arms  # pretrain; discover, evaluate, dcm of the base; these and five more of each arm
+    arms, seeds, rates = (len(PARAMS[axis]) for axis in ("arms", "seeds", "learning_rates"))
+    # pretrain; discover, evaluate, dcm of the base; these and four more of each arm, and its runs
+    per_seed = 1 + 3 + (7 + rates) * arms
     assert len(names) == len(set(names)) == 5 + per_seed * seeds
 
 
@@ -191,7 +192,14 @@ BAD = [
     ("match.levels", [0.9, 0.95, 0.9], "match.levels"),
     ("match.kl", [0.0], "match.kl"),
     ("match.norm", [], "match.norm"),
-    ("match.learning_rate", 0.77, "match.learning_rate"),
+    ("match.learning_rate", 0.77, "match.learning_rate = 0.77: must be one of learning_rates, 0.001"),
+    ("learning_rates", [], "learning_rates is empty: must name at least one"),
+    ("learning_rates", [0.001, 1e-3], "learning_rates = [0.001, 0.001]: must not name anything twice"),
+    ("learning_rates", [0.001, 1], "learning_rates.1: 1: must be written 1.0, as folders and cells have it"),
+    ("learning_rates", ["0.001"], "learning_rates.0 = '0.001': must be valid number"),
+    ("learning_rates", [0.0], "learning_rates.0 = 0.0: must be greater than 0"),
+    ("learning_rates", [float("inf")], "learning_rates.0 = inf: must be finite number"),
+    ("finetune.common.learning_rates", [0.001], "finetune.common.learning_rates is not a known parameter"),
     ("match.noise_like", "ppo", "match.noise_like"),
     ("contrast.contrasts", [["dr_grpo", "ppo"]], "ppo"),
     (

@@ -1,6 +1,8 @@
 """The real pipeline, run once in a clone with the smoke preset, and what DVC then calls stale."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,9 +89,24 @@ def test_a_param_of_one_arm_makes_only_its_cells_stale(smoke_run: Path, dvc: Dvc
         direct = _stale(dvc, smoke_run)
         result = dvc(smoke_run, "repro", "--dry")
     seeds = _cells(smoke_run)["seeds"]
-    assert direct == {f"finetune@dr_grpo-{seed}" for seed in seeds}
+    assert direct == {f"finetune@dr_grpo-{seed}-{rate}" for seed in seeds for rate in params["learning_rates"]}
     # --dry follows the change: a stage that would run is announced, and so is what reads its outputs
     assert not [line for line in result.stdout.splitlines() if "Running stage" in line and "sft" in line]
+
+
+def test_one_more_learning_rate_trains_its_own_cells_alone(smoke_run: Path, dvc: Dvc, tmp_path: Path) -> None:
+    """In a copy. `match` runs again and writes the models that it wrote, so that nothing below it is stale."""
+    clone = tmp_path / "clone"
+    shutil.copytree(smoke_run, clone, symlinks=True)
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    params["learning_rates"].append(1e-5)
+    (clone / "params.yaml").write_text(yaml.safe_dump(params))
+    result = dvc(clone, "repro", "match")
+    assert result.returncode == 0, result.stderr
+    cells = [f"{arm}-{seed}" for arm in params["arms"] for seed in params["seeds"]]
+    ran = re.findall(r"Running stage '(.*)'", result.stdout)
+    assert sorted(ran) == sorted([*(f"finetune@{cell}-1e-05" for cell in cells), *(f"match@{cell}" for cell in cells)])
+    assert _stale(dvc, clone) == {"contrast", "report"}
 
 
 def test_report_params_make_only_the_report_stale(smoke_run: Path, dvc: Dvc) -> None:

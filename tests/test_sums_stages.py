@@ -33,7 +33,7 @@ CHANGES = [
     "new_task=sums",
     f"source.bos='{END}'",
     f"arms=[{','.join(ARMS)}]",
-    "finetune.common.learning_rates=[3e-4]",
+    "learning_rates=[3e-4]",
     f"finetune.common.steps={STEPS}",
     f"finetune.common.prompts_per_step={PROMPTS}",
     "finetune.common.dense_until=8",
@@ -102,7 +102,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pretrain.main(Cell("pretrain", {"seed": "0"}))
         for module in (finetune, match):
             for arm in ARMS:
-                module.main(Cell(module.__name__.rpartition(".")[2], {"arm": arm, "seed": "0"}))
+                item = {"arm": arm, "seed": "0"} | ({"learning_rate": "0.0003"} if module is finetune else {})
+                module.main(Cell(module.__name__.rpartition(".")[2], item))
         for module in (discover, evaluate):
             for name in ("base", *ARMS):
                 module.main(Cell(module.__name__.rpartition(".")[2], {"model": name, "seed": "0"}))
@@ -120,7 +121,7 @@ def test_arms_learn_whole_answers(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     prompts = read_prompts(SUMS / "train.parquet")
     assert prompts.several_tokens and prompts.one_answer and prompts.canonical.shape[1] == 4  # three digits and a stop
     for arm, answers in (("sft_gold", PROMPTS), ("dr_grpo", PROMPTS * SAMPLES)):
-        curve = pd.read_csv(f"reports/cells/finetune/{arm}/0.csv")
+        curve = pd.read_csv(f"reports/cells/finetune/{arm}/0/0.0003.csv")
         assert curve["step"].tolist() == [0, 4, 8, 14, 24]
         assert curve["completions"].tolist() == [answers * step for step in curve["step"]]
         p = curve["new_valid_mass"].tolist()
@@ -168,7 +169,7 @@ def test_an_arm_that_is_taught_as_gold_says_so_and_is_the_same_model(
 ) -> None:
     monkeypatch.chdir(run)
     prepare(monkeypatch, CHANGES)
-    finetune.main(Cell("finetune", {"arm": "self_sft", "seed": "0"}))
+    finetune.main(Cell("finetune", {"arm": "self_sft", "seed": "0", "learning_rate": "0.0003"}))
     sentence = "self_sft: every prompt of 'sums' has one right answer, so it learns from the same answers as sft_gold\n"
     assert capsys.readouterr().err.count(sentence) == 1
     gold, own = (sorted(Path(f"models/runs/{arm}/0").rglob("*.safetensors")) for arm in ("sft_gold", "self_sft"))

@@ -1,7 +1,7 @@
 """Checkpoints of a run on disk: where they are, and their weights, read one tensor at a time.
 
-    models/runs/<arm>/<seed>/lr<index>/<step:06d>.safetensors   one for every checkpoint
-    models/runs/<arm>/<seed>/lr<index>/adapter_config.json      with LoRA alone: one for the run
+    models/runs/<arm>/<seed>/<learning rate>/<step:06d>.safetensors   one for every checkpoint
+    models/runs/<arm>/<seed>/<learning rate>/adapter_config.json      with LoRA alone: one for the run
 
 A checkpoint holds all weights by parameter name or, with LoRA, those of the adapters alone in PEFT's format: under the
 name adapter_model.safetensors, beside a copy of that config, it is a folder that PEFT loads. Either is read as plain
@@ -50,16 +50,6 @@ class LazyWeights(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def run_folder(runs: Path, index: int) -> Path:
-    """The folder of one run.
-
-    Args:
-        runs: of the arm and seed.
-        index: of the learning rate in the grid.
-    """
-    return runs / f"lr{index}"
 
 
 def checkpoint_file(folder: Path, step: int) -> Path:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.learning.checkpoints import run_folder
 from stages.learning.import_checks import (
     MUST,
     imported_as,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from stages.pipeline.params.finetuning import Imported
 
 IMPORTED = "imported.json"
-RATE = 0.0  # stands in the curve for the learning rate, which is not known
 STEP = 1  # of the one checkpoint
 
 
@@ -41,7 +39,7 @@ def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probe
         base: folder of the base.
         old, new: selection splits of the old and the new task.
         probed: so many prompts of each are scored.
-        folder: of the arm's runs.
+        folder: of the run.
 
     Returns:
         two rows of a curve: the base and the model.
@@ -70,9 +68,7 @@ def bring(arm: str, section: "Imported", base: Path, old: Path, new: Path, probe
     _refuse_other_parameters(arm, section, start, theirs)
     first = slice(0, probed)
     probe = Probe.of(start, read_examples(old).select(first), read_prompts(new).select(first))
-    target = run_folder(folder, 0)
-    target.mkdir(parents=True)
-    recorder = Recorder(start, probe, (), lambda *_: None, target)
+    recorder = Recorder(start, probe, (), lambda *_: None, folder)
     start.load_state_dict(model.state_dict())
     recorder.keep(STEP, gradient_steps=0, completions=0)
     said = {"import": section.model, "adapter": section.adapter, "revision": section.revision}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.learning.checkpoints import LazyWeights, Weights
-from stages.learning.settings import CurveRow
+from stages.learning.settings import NO_RATE, CurveRow
 
 ACCURACY, KL, NORM, STEPS = "new_accuracy", "kl_new", "weight_norm", "gradient_steps"  # columns of a training curve
 _SHORT = {ACCURACY: "accuracy", KL: "kl", NORM: "norm", STEPS: "steps"}
@@ -72,14 +72,23 @@ def rule(confirm: int) -> str:
     return f"first checkpoint whose new-task accuracy, and that of the next {confirm}, is at least the level"
 
 
-def read_curve(path: Path) -> dict[float, list[CurveRow]]:
-    """A training curve as learning rate (in grid order) -> rows by step, the base (step 0) first; NaN where a step has
-    no such value."""
+def read_curves(folder: Path, learning_rates: Sequence[float]) -> dict[float, list[CurveRow]]:
+    """The training curves of an arm and seed.
+
+    Args:
+        folder: has a file for each learning rate; those of others than these may be left over and are not read.
+        learning_rates: in which order.
+
+    Returns:
+        learning rate, or NO_RATE where all are one curve -> rows by step, the base (step 0) first; NaN where a step has
+        no such value.
+    """
     curves: dict[float, list[CurveRow]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            row = {name: float(value or "nan") for name, value in line.items() if name not in ("arm", "seed")}
-            curves.setdefault(row.pop("learning_rate"), []).append(row)
+    for rate in learning_rates:
+        with (folder / f"{rate}.csv").open(newline="", encoding="utf-8") as file:
+            lines = [{key: line[key] for key in line if key not in ("arm", "seed")} for line in csv.DictReader(file)]
+        rows: list[CurveRow] = [{key: float(value or "nan") for key, value in line.items()} for line in lines]
+        curves[rate if rows[0]["learning_rate"] else NO_RATE] = rows
     return curves
 
 

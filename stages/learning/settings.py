@@ -6,6 +6,7 @@ from typing import Any
 CurveRow = dict[str, int | float]  # columns of a training curve at one checkpoint
 # Arms that learn from right answers of their choice: where a prompt has one, from the same ones as `sft_gold`.
 CHOOSING = ("sft_far", "sft_oracle", "self_sft", "iterative_sft")
+NO_RATE = 0.0  # stands for the learning rate in the curve of an arm that takes no gradient steps here
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,6 @@ class Training:
     """Everything that must be equal between arms, so that only the arm differs.
 
     Attributes:
-        learning_rates: the grid; one run for each.
         steps: gradient steps of a run.
         prompts_per_step: different new-task prompts in each step.
         dense_until, dense_every: a checkpoint every `dense_every` steps up to step `dense_until`.
@@ -26,7 +26,6 @@ class Training:
         lora: train adapters with these settings (`adapters.LoraSettings`), or None: all weights.
     """
 
-    learning_rates: tuple[float, ...]
     steps: int
     prompts_per_step: int
     dense_until: int

@@ -97,7 +97,6 @@ def teach(
         Invalid: the level was not reached.
     """
     training = Training(
-        learning_rates=(settings.learning_rate,),
         steps=settings.most_steps,
         prompts_per_step=settings.prompts_per_step,
         dense_until=settings.most_steps,

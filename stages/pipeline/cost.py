@@ -55,13 +55,14 @@ def estimate(params: Any, slower: float = 1.0) -> dict[str, tuple[int, float]]:
         params: validated params (`stages.pipeline.params.load_params`).
         slower: how often longer everything takes than where the figures were measured.
     """
-    seeds, arms, models = len(params.seeds), len(params.arms), len(params.models)
+    seeds, arms, models, rates = map(len, (params.seeds, params.arms, params.models, params.learning_rates))
+    runs = seeds * rates
     found = {
         "code": (1, 2.0),
         "source": (1, 2.0),
         "synthesize": (1, 10.0),
         "pretrain": (seeds, seeds * _pretrain(params.pretrain)),
-        "finetune": (arms * seeds, seeds * sum(_finetune(params.finetune, arm) for arm in params.arms)),
+        "finetune": (arms * runs, runs * sum(_finetune(params.finetune, arm) for arm in params.arms)),
     }
     prompts, match = params.synthesize.old["evaluation"] / TESTED, params.match
     # of the levels all but the primary one, which `evaluate` tests
@@ -105,6 +106,4 @@ def _finetune(section: Any, arm: str) -> float:
     common, scales = section.common, getattr(section.of(arm), "scales", None)
     checkpoints = len(scales) if scales else common.dense_until // common.dense_every + common.sparse_checkpoints
     probes = (checkpoints + 1) * 2 * common.probe_examples * PROBE
-    if scales:
-        return START + probes
-    return START + len(common.learning_rates) * (probes + common.steps * TRAIN_STEP * common.prompts_per_step / 64)
+    return START + probes + (0 if scales else common.steps * TRAIN_STEP * common.prompts_per_step / 64)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -37,7 +38,8 @@ Job = tuple[str, ...]  # cells that run one after another
 
 def rounds(params: Any) -> tuple[list[Job], list[Job]]:
     """The cells between the bases and the statistics, in two rounds of jobs that do not depend on each other."""
-    first = [(f"finetune@{arm}-{seed}",) for arm in params.arms for seed in params.seeds]
+    runs = product(params.arms, params.seeds, params.learning_rates)
+    first = [(f"finetune@{arm}-{seed}-{rate}",) for arm, seed, rate in runs]
     first += [(f"discover_base@{seed}",) for seed in params.seeds]
     second = [tuple(f"{stage}@{arm}-{seed}" for stage in OF_ARM) for arm in params.arms for seed in params.seeds]
     second += [tuple(f"{stage}@{seed}" for stage in OF_BASE) for seed in params.seeds]
@@ -75,7 +77,8 @@ def bring_up_to_date(workers: int) -> int:
 
 
 def _seed(cell: str) -> str:
-    return re.split("[-@]", cell)[-1]
+    """Of a cell named <stage>@<seed>, <stage>@<arm>-<seed> or <stage>@<arm>-<seed>-<learning rate>."""
+    return cell.partition("@")[2].split("-")[:2][-1]
 
 
 def _stale() -> set[str]:

@@ -1,6 +1,6 @@
 """Tidy tables for the figures: one row per mark, made from the records."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ def seed_values(cells: Cells, measures: tuple[str, ...], left_out: Collection[st
     return pd.DataFrame(rows).astype(dict.fromkeys(measures, "float64"))
 
 
-def training_curves(root: Path, cells: Cells) -> pd.DataFrame:
-    """The curves of all arms at all learning rates; `picked` marks the checkpoint that stage `match` took.
+def training_curves(root: Path, cells: Cells, learning_rates: Sequence[float]) -> pd.DataFrame:
+    """The curves of all arms at these learning rates; `picked` marks the checkpoint that stage `match` took.
 
     Raises:
         Invalid: a curve is missing.
@@ -39,7 +39,9 @@ def training_curves(root: Path, cells: Cells) -> pd.DataFrame:
     parts = []
     for arm in cells.arms:
         for seed in cells.seeds:
-            frame = _csv(root / "finetune" / arm / f"{seed}.csv")
+            files = [root / "finetune" / arm / seed / f"{rate}.csv" for rate in learning_rates]
+            # those of an arm without gradient steps, which has no rate, are the same
+            frame = pd.concat(map(_csv, files)).drop_duplicates(ignore_index=True)
             record = cells.record("match", arm, seed)
             frame["arm"], frame["seed"] = arm, seed
             frame["picked"] = False

@@ -52,6 +52,7 @@ SMALL = [
     "contrast.contrasts=[[goat,float7b]]",
 ]
 ARMS = ("goat", "float7b")
+GOAT = {"arm": "goat", "seed": "0", "learning_rate": "0.001"}
 ANALYSES = {discover: "model", evaluate: "model", dcm: "model", cmap: "arm"}
 
 
@@ -108,7 +109,8 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pretrain.main(Cell("pretrain", {"seed": "0"}))
         for module in (finetune, match):
             for arm in ARMS:
-                module.main(Cell(module.__name__.rpartition(".")[2], {"arm": arm, "seed": "0"}))
+                item = {"arm": arm, "seed": "0"} | ({"learning_rate": "0.001"} if module is finetune else {})
+                module.main(Cell(module.__name__.rpartition(".")[2], item))
     return folder
 
 
@@ -223,10 +225,10 @@ def test_what_the_base_could_not_have_become_is_no_arm(imported: Path, monkeypat
     }.items():
         prepare(monkeypatch, [*SMALL, f"finetune.goat.import={folder}", "finetune.goat.adapter=null"])
         with pytest.raises(Invalid, match=f"^finetune.goat.import = '{folder}': .*{sentence}") as caught:
-            finetune.main(Cell("finetune", {"arm": "goat", "seed": "0"}))
+            finetune.main(Cell("finetune", GOAT))
         print(caught.value)
         assert "\n" not in str(caught.value)
     prepare(monkeypatch, [*SMALL, "finetune.goat.revision=v2"])
     with pytest.raises(Invalid, match=r"finetune.goat.revision = 'v2': must be null where a folder is imported"):
-        finetune.main(Cell("finetune", {"arm": "goat", "seed": "0"}))
+        finetune.main(Cell("finetune", GOAT))
     assert sorted(Path("models").rglob("*")) == before, "nothing is written"

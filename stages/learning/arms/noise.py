@@ -4,21 +4,19 @@ Checkpoint i moves every parameter tensor W to W + f_i |W| G / |G|, where G is G
 f_i = `scales[i - 1]`.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BeforeValidator
-
-from stages.pipeline.params.fields import Rates, Section, as_tuple
+from stages.pipeline.params.fields import Rates, Section
 
 if TYPE_CHECKING:
     from stages.learning.run import Run
 
 
 class Settings(Section):
-    """`scales` of the moves; `learning_rates` is a grid of its own, [0.0]."""
+    """`scales` of the moves."""
 
+    trained: ClassVar[bool] = False
     scales: Rates
-    learning_rates: Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 
 
 def train(run: "Run") -> None:

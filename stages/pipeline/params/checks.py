@@ -29,7 +29,8 @@ def check(params: Params) -> None:
 
 
 def _check_axes(params: Params) -> None:
-    for name, values in (("seeds", params.seeds), ("arms", params.arms)):
+    for name in ("seeds", "arms", "learning_rates"):
+        values = getattr(params, name)
         if not values:
             raise Invalid(f"params.yaml: {name} is empty: must name at least one")
         if len(set(values)) < len(values):
@@ -136,10 +137,11 @@ def _check_levels(params: Params) -> None:
     most = params.finetune.common.steps
     if max(match.steps) > most:
         raise Invalid(f"params.yaml: match.steps: {max(match.steps)} must be at most finetune.common.steps = {most}")
-    rates = params.finetune.common.learning_rates
-    if match.learning_rate not in rates:
-        valid = ", ".join(f"{rate:g}" for rate in rates)
-        raise Invalid(f"params.yaml: match.learning_rate = {match.learning_rate:g}: must be one of {valid}")
+    if match.learning_rate not in params.learning_rates:
+        raise Invalid(
+            f"params.yaml: match.learning_rate = {match.learning_rate}: must be one of learning_rates, "
+            f"{', '.join(map(str, params.learning_rates))}"
+        )
 
 
 def _check_score(params: Params) -> None:

@@ -19,6 +19,7 @@ class Section(BaseModel):
     # of an arm's settings:
     one_token: ClassVar[bool] = False  # whether it learns from answers of one token alone
     stream: ClassVar[str | None] = None  # the name by which it draws, where that is not its own
+    trained: ClassVar[bool] = True  # whether it takes gradient steps here
 
 
 class Sampling(Section):
@@ -43,6 +44,13 @@ def exactly(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _not_whole(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError(f"{value}: must be written {float(value)}, as folders and cells have it in their names")
+    return value
+
+
+LearningRate = Annotated[float, BeforeValidator(_not_whole), Field(gt=0, allow_inf_nan=False)]
 Interval = Annotated[tuple[Count, Count], BeforeValidator(as_tuple)]
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(as_tuple)

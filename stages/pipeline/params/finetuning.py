@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
@@ -13,6 +13,7 @@ from stages.pipeline.params.fields import (
     Betas,
     Count,
     Fraction,
+    LearningRate,
     NotNegative,
     NotNegativeCount,
     Positive,
@@ -34,7 +35,6 @@ class Lora(Section):
 class Common(Section):
     """What all arms share."""
 
-    learning_rates: Rates
     steps: Count
     prompts_per_step: Count
     dense_until: Count
@@ -53,6 +53,7 @@ class Common(Section):
 class Imported(Section):
     """A model that was fine-tuned elsewhere, in place of an arm's training: a folder, or an id of the hub."""
 
+    trained: ClassVar[bool] = False
     model: Annotated[str, Field(alias="import", min_length=1)]
     adapter: str | None
     revision: str | None
@@ -113,7 +114,7 @@ def _settings(name: str, section: Any) -> type[Section]:
 
 class Match(Section):
     level: Fraction
-    learning_rate: Positive
+    learning_rate: LearningRate
     confirm: NotNegativeCount
     noise_like: str
     levels: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple), Field(min_length=1), DISTINCT]

@@ -2,7 +2,7 @@
 
 from stages.pipeline.params.bases import Pretrain, Source, Synthesize, Teach
 from stages.pipeline.params.circuits import Cmap, Dcm, Discover, Drift, Evaluate
-from stages.pipeline.params.fields import Section, Seed
+from stages.pipeline.params.fields import LearningRate, Section, Seed
 from stages.pipeline.params.finetuning import Finetune, Match
 from stages.pipeline.params.reporting import Contrast, Report
 
@@ -12,6 +12,7 @@ class Params(Section):
 
     seeds: list[Seed]
     arms: list[str]
+    learning_rates: list[LearningRate]
     old_task: str
     new_task: str
     source: Source
