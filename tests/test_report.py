@@ -17,12 +17,13 @@ from PIL import Image
 from stages import contrast, report
 from stages.figures import style
 from stages.figures.document import document, to_markdown
-from stages.pipeline.files import read_json
+from stages.pipeline.files import read_json, write_json
 from stages.pipeline.stage import Invalid
 from stages.statistics.cells import read_cells
 from stages.statistics.enhancement import findings
 from stages.statistics.provenance import provenance
 from stages.statistics.summary import summarise
+from stages.statistics.wording import sample_of
 from tests.synthetic_records import SHORTCUTS, Experiment
 
 SMALL = Experiment(seeds=(0,), arms=("sft_gold", "grpo"), contrasts=(("grpo", "sft_gold"),))
@@ -299,6 +300,22 @@ def test_arms_that_were_taught_the_same_answers_are_named(tmp_path: Path) -> Non
         _run(root, experiment)
         sentence = "one right answer, so SFT (own samples) and SFT (far) learned from the same answers as SFT (gold)."
         assert (sentence in _text(root)) == said and ("one right answer" in _text(root)) == said
+
+
+def test_bases_of_one_pretrained_model_are_called_that(tmp_path: Path, written: Path) -> None:
+    experiment = Experiment(seeds=(0, 1), arms=("sft_gold", "dr_grpo"), contrasts=(("dr_grpo", "sft_gold"),))
+    experiment.write(tmp_path)
+    for seed in experiment.seeds:
+        file = tmp_path / f"reports/cells/pretrain/{seed}/record.json"
+        write_json(file, read_json(file) | {"source": "package", "taught": {"steps": 20}})
+    _run(tmp_path, experiment)
+    said = {sample_of("curriculum", False), sample_of("package", True), sample_of("package", False)}
+    for report, sample in (
+        (tmp_path / "reports", sample_of("package", True)),
+        (written, sample_of("curriculum", False)),
+    ):
+        lead = (report / "report.md").read_text().split("## ")[0]
+        assert [sentence for sentence in said if sentence in lead] == [sample]
 
 
 def _held(reports: Path) -> dict[str, bool | None]:

@@ -41,7 +41,7 @@ def document(summary: Mapping[str, Any]) -> Document:
             "reinforcement learning (RL), keeps the circuit of its old task?"
         ),
         answer=summary["headline"]["sentence"],
-        limits=f"{left_out(summary['bases_left_out'])} {summary['power_note']}".strip(),
+        limits=f"{summary['sample']} {left_out(summary['bases_left_out'])} {summary['power_note']}".strip(),
         how_to_read=(
             "Every seed gives one base model that solves the old task; all arms start from that base and "
             "are compared at the same accuracy in the new task. Warm colours are SFT, blue is RL, purple "

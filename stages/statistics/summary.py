@@ -17,7 +17,15 @@ from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
 from stages.statistics.primary import above_chance, base_measure, random_floor, random_shares
 from stages.statistics.similarity import table
-from stages.statistics.wording import SCORES, adjustment_sentences, headline, number, one_arm_at_a_time, verdict
+from stages.statistics.wording import (
+    SCORES,
+    adjustment_sentences,
+    headline,
+    number,
+    one_arm_at_a_time,
+    sample_of,
+    verdict,
+)
 
 _ALWAYS = ("evaluate.old_accuracy", "evaluate.new_accuracy")
 _LAST = ("drift.weight_norm",)
@@ -83,6 +91,7 @@ def summarise(
         "power_note": statistics["power_note"],
         "base": _base(cells) | {"left_out": len(statistics["bases_left_out"])},
         "bases_left_out": list(statistics["bases_left_out"]),
+        "sample": _sample(cells),
         "random_floor": random_floor(cells, plan.primary, [seed for seed in cells.seeds if seed not in left_out]),
         "arms": {
             arm: dict(statistics["reach"][arm])
@@ -214,6 +223,11 @@ def _desiderata_of_base(cells: Cells) -> list[dict[str, Any]]:
 def key(measure: str) -> str:
     """A measure as a key of summary.json."""
     return measure.replace(".", "_")
+
+
+def _sample(cells: Cells) -> str:
+    record = cells.record("pretrain", BASE, cells.seeds[0])
+    return sample_of(record.get("source", "curriculum"), record.get("taught") is not None)
 
 
 def _base(cells: Cells) -> dict[str, float | None]:

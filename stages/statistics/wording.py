@@ -262,3 +262,23 @@ def weakness(faithfulness: float | None) -> str:
 def left_out(bases: Sequence[Mapping[str, Any]]) -> str:
     """One sentence for each base that is left out of the contrasts."""
     return " ".join(f"Seed {e['seed']}: {weakness(e['faithfulness'])}; it is left out of the contrasts." for e in bases)
+
+
+def sample_of(source: str, taught: bool) -> str:
+    """What the seeds are a sample of, and so what intervals speak for.
+
+    Args:
+        source: kind of what the bases are made of, as in params.yaml.
+        taught: whether a pretrained base was taught the old task, by the prompts of its seed.
+    """
+    if source == "curriculum":
+        return "Every seed has a base of its own, trained from nothing: intervals speak for bases of this one recipe."
+    if taught:
+        return (
+            "All bases are one pretrained model, which every seed teaches the old task with prompts of its own: "
+            "intervals speak for seeds of teaching and fine-tuning in this model, not for other models."
+        )
+    return (
+        "All seeds have the same base, a pretrained model as it is: intervals speak for seeds of fine-tuning in this "
+        "model, not for other models, and a number of the base is one number however many seeds there are."
+    )

@@ -35,10 +35,10 @@ def section(summary: Mapping[str, Any]) -> Section:
         else "A circuit was identifiable in every model."
     )
     lines.append(
-        "Limits: one small architecture, one pair of tasks, attention heads only (MLPs, embeddings and "
+        "Limits: one architecture, one pair of tasks, attention heads only (MLPs, embeddings and "
         "norms always count as part of a circuit). Whether an arm reaches the level is itself an outcome, "
         "so comparing only those that do can bias a contrast; the reach rates above say how much room "
-        "there is for that. What holds here need not hold in large models."
+        "there is for that. What holds here need not hold in larger models."
     )
     return Section("What was left out, and what this cannot say", lines)
 
