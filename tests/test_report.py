@@ -310,11 +310,11 @@ def test_bases_of_one_pretrained_model_are_called_that(tmp_path: Path, written: 
         write_json(file, read_json(file) | {"source": "package", "taught": {"steps": 20}})
     _run(tmp_path, experiment)
     said = {sample_of("curriculum", False), sample_of("package", True), sample_of("package", False)}
-    for report, sample in (
+    for folder, sample in (
         (tmp_path / "reports", sample_of("package", True)),
         (written, sample_of("curriculum", False)),
     ):
-        lead = (report / "report.md").read_text().split("## ")[0]
+        lead = (folder / "report.md").read_text().split("## ")[0]
         assert [sentence for sentence in said if sentence in lead] == [sample]
 
 
