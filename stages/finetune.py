@@ -36,7 +36,7 @@ OLD = Path("data/old")
 
 def main(cell: Cell) -> None:
     arm, seed, rate = cell.item["arm"], int(cell.item["seed"]), float(cell.item["learning_rate"])
-    training = Training(**dict(cell.params("finetune.common")))
+    device, training = resources().device, Training(**dict(cell.params("finetune.common")))
     section, new = cell.params(f"finetune.{arm}"), Path("data/new") / cell.params("new_task")
     base, curve = Path(f"models/base/{seed}"), f"reports/cells/finetune/{arm}/{seed}/{rate}.csv"
     about = {"arm": arm, "seed": seed, "learning_rate": rate if section.trained else NO_RATE}
@@ -45,17 +45,25 @@ def main(cell: Cell) -> None:
             old, probed = OLD / "selection.parquet", training.probe_examples
             rows = bring(arm, section, base, old, new / "selection.parquet", probed, folder)
         else:
-            rows = _train(arm, seed, rate, training, section, base, new, folder)
+            rows = _train(arm, seed, rate, training, section, base, new, folder, device)
         write_csv(curve, pd.DataFrame([about | row for row in rows]))
 
 
 def _train(
-    arm: str, seed: int, rate: float, training: Training, section: Any, base: Path, new_task: Path, folder: Path
+    arm: str,
+    seed: int,
+    rate: float,
+    training: Training,
+    section: Any,
+    base: Path,
+    new_task: Path,
+    folder: Path,
+    device: str,
 ) -> list[CurveRow]:
     """One run; writes its checkpoints as it goes, returns the rows of its curve."""
     torch.set_num_threads(1)  # two would mostly wait for each other; other cells run at the same time
     _silence()
-    model, tokenizer = load_model(base, device=resources().device), load_tokenizer(base)
+    model, tokenizer = load_model(base, device=device), load_tokenizer(base)
     train = read_prompts(new_task / "train.parquet")
     if arm in CHOOSING and train.one_answer:
         print(

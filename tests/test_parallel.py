@@ -55,7 +55,7 @@ def traced(tmp_path: Path, dvc_environment: dict[str, str]) -> Path:
     root.mkdir()
     (tmp_path / "work.py").write_text(WORK)
     compose(REPOSITORY / "params.yaml", root / "params.yaml", REPOSITORY / "stages/presets/smoke.yaml", [])
-    (root / "dvc.yaml").write_text(yaml.safe_dump(traced_pipeline()))
+    (root / "dvc.yaml").write_text(yaml.safe_dump(traced_pipeline(), sort_keys=False))
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=root, check=True, env=dvc_environment)
     return root
@@ -140,7 +140,7 @@ def test_every_cell_runs_once_then_none_then_what_is_stale(traced: Path, dvc_env
 def test_a_failing_cell_ends_the_run_and_is_named(traced: Path, dvc_environment: dict[str, str]) -> None:
     pipeline = yaml.safe_load((traced / "dvc.yaml").read_text())
     pipeline["stages"]["cmap"]["cmd"] = "exit 3"
-    (traced / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    (traced / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     result, ran = _run(traced, dvc_environment)
     assert result.returncode != 0
     assert "failed to reproduce 'cmap@" in result.stdout + result.stderr

@@ -57,9 +57,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def cell(stage: str, **axes: str) -> str:
-    """A cell of a stage as dvc.yaml runs it, at the learning rate of the smoke preset's matching."""
+    """A cell of a stage as dvc.yaml runs it, at the learning rate of the smoke preset's matching unless told."""
     command = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["cmd"]
-    values = axes | {"seed": "0", "learning_rate": "0.0003"}
+    values = {"seed": "0", "learning_rate": "0.0003"} | axes
     return re.sub(r"\$\{item\.(\w+)\}", lambda axis: values[axis[1]], command.removeprefix("python -m stages "))
 
 
@@ -170,7 +170,9 @@ def test_models_that_were_tuned_elsewhere_are_arms(
     bases: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(bases)
-    stages(*(cell(stage, arm=arm) for stage in ("finetune", "match") for arm in ("theirs", "ours")))
+    rates = yaml.safe_load(Path("params.yaml").read_text())["learning_rates"]
+    for arm in ("theirs", "ours"):
+        stages(*(cell("finetune", arm=arm, learning_rate=str(rate)) for rate in rates), cell("match", arm=arm))
     expected = {"theirs": weights(bases / "mine/tuned"), "ours": adapter(2).merge_and_unload().state_dict()}
     for arm, model in expected.items():
         found = weights(bases / "models" / arm / "0")

@@ -25,7 +25,7 @@ from stages.pipeline.resources import (
 from stages.pipeline.stage import Cell, Invalid
 from tests.conftest import REPOSITORY
 
-ITEM = {"arm": "grpo", "model": "base", "seed": "0"}
+ITEM = {"arm": "grpo", "model": "base", "seed": "0", "learning_rate": "0.001"}
 
 
 @pytest.fixture(autouse=True)
