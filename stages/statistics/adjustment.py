@@ -211,8 +211,11 @@ def fit(
 
 
 def _deviations(part: pd.DataFrame, columns: Sequence[str]) -> Columns:
-    values = part[list(columns)].astype("float64")
-    return (values - values.groupby(part["seed"]).transform("mean")).to_numpy()
+    """Values minus the mean of their seed. In numpy: it is asked for thousands of times, and a groupby takes longer."""
+    values = part[list(columns)].to_numpy("float64")
+    seed, rows = np.unique(part["seed"], return_inverse=True, return_counts=True)[1:]
+    sums = np.stack([np.bincount(seed, column) for column in values.T], axis=1)
+    return values - (sums / rows[:, None])[seed]
 
 
 def _why_not(x: Columns, y: Float[np.ndarray, " rows"], seeds: int) -> str | None:
