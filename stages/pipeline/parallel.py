@@ -1,6 +1,6 @@
 """Bring the working copy up to date as `dvc repro` does, several cells at a time.
 
-    python -m stages.pipeline.parallel
+    python -m stages.pipeline.parallel [--workers N] [TARGET ...]
 
 DVC runs one cell at a time, and around each it reads and writes all of dvc.lock, on one core. But it takes several
 `dvc repro` in one working copy, as long as their targets do not depend on each other. So the stale cells are dealt out
@@ -51,8 +51,8 @@ def dealt(jobs: Sequence[Job], workers: int) -> list[list[str]]:
     return [[cell for job in jobs[worker::workers] for cell in job] for worker in range(min(workers, len(jobs)))]
 
 
-def bring_up_to_date(workers: int) -> int:
-    """Run whatever is stale; returns the exit status."""
+def bring_up_to_date(workers: int, targets: Sequence[str] = ()) -> int:
+    """Run whatever is stale, or, of the statistics and the report, the targets alone; returns the exit status."""
     params = load_params(PARAMS_FILE)
     resources()  # what the cells would refuse is refused here
     stale = _stale()
@@ -73,7 +73,7 @@ def bring_up_to_date(workers: int) -> int:
             status = _run_workers(dealt(wanted, workers))
             if status:
                 return status
-    return subprocess.run([*WAITING, "repro"]).returncode
+    return subprocess.run([*WAITING, "repro", *targets]).returncode
 
 
 def _seed(cell: str) -> str:
@@ -144,10 +144,11 @@ def main() -> int:
         prog="python -m stages.pipeline.parallel", description="Bring the working copy up to date."
     )
     parser.add_argument("--workers", type=int, default=2, help="cells at the same time, each with its processes")
+    parser.add_argument("targets", nargs="*", help="what to end with; everything unless given")
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")
-    return exit_status(lambda: bring_up_to_date(arguments.workers))
+    return exit_status(lambda: bring_up_to_date(arguments.workers, arguments.targets))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 A preset, `stages/presets/<preset>.yaml`, is a difference on the params.yaml that is here (see
 `stages/pipeline/overrides.py`); -S changes single params, in the syntax of `dvc exp run -S`. DVC runs one stage at a
 time, so every seed gets a clone with its own dvc.lock, all with the cache of the working copy, and as many of them run
-at the same time as there are cores, with one process each unless STAGES_PROCESSES says otherwise. When they are done
-their locks are put together in one more clone, whose `dvc repro` finds every cell done and writes the report. Stopped
-at any time (Ctrl-C), the same command goes on with the cells that it was at. Before it starts it says what it will
-cost.
+at the same time as there are cores, with one process each unless STAGES_PROCESSES says otherwise; where there are more
+cores than seeds, several cells of a seed do. When they are done their locks are put together in one more clone, whose
+`dvc repro` finds every cell done and writes the report. Stopped at any time (Ctrl-C), the same command goes on with the
+cells that it was at. Before it starts it says what it will cost.
 
 Beside the report lie the records that it was made from, reports/<name>/records, a file for every seed, which is written
 as soon as the seed is done. With --recorded a seed that has them is not run, where code and params are the same: so the
@@ -122,10 +122,9 @@ def run_preset(preset: str, name: str, changes: Sequence[str], workers: int, rec
     if recorded:
         known = [seed for seed, clone in clones.items() if restore(archives[seed], clone)]
         print(f"from records: {known or 'no seed'}")
-    workers = min(workers, len(clones))
     measured = params.source.kind == "curriculum"  # bases for which costs were measured
     costs, done = estimate(params, slowness(params) if measured else 1.0), _cells(clones.values())
-    print(table(costs, workers, done) if measured else progress(costs, done), flush=True)
+    print(table(costs, min(workers, len(clones)), done) if measured else progress(costs, done), flush=True)
     # all but contrast and report
     if not _run_cells(clones, known, archives, workers, folder, done, total=costs["dvc"][0] - 2):
         return 1
@@ -164,7 +163,9 @@ def _run_cells(
     among the archives. A seed that fails leaves the others alone; those whose records are known are only counted.
     """
     waiting, running, failed = [seed for seed in clones if seed not in known], {}, []
-    environment = {PROCESSES: "1"} | os.environ  # a core for each seed
+    environment = {PROCESSES: "1"} | os.environ  # a core for each cell
+    share = workers // max(1, len(waiting))  # of the cores, for a seed
+    command = [*PARALLEL, "--workers", str(share)] if share > 1 else REPRO
     # drawn anew at every cell: they are few, and minutes lie between them
     with tqdm(total=total, initial=done, miniters=1, desc=folder.name, unit="cell") as bar:
         try:
@@ -172,9 +173,13 @@ def _run_cells(
                 while waiting and len(running) < workers:
                     seed = waiting.pop(0)
                     with clones[seed].with_suffix(".log").open("a", encoding="utf-8") as log:
-                        command = [*REPRO, *CELL_STAGES]
                         running[seed] = subprocess.Popen(
-                            command, cwd=clones[seed], env=environment, stdout=log, stderr=log, process_group=0
+                            [*command, *CELL_STAGES],
+                            cwd=clones[seed],
+                            env=environment,
+                            stdout=log,
+                            stderr=log,
+                            process_group=0,
                         )
                 time.sleep(5)
                 bar.update(max(0, _cells(clones.values()) - bar.n))
