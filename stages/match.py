@@ -2,8 +2,8 @@
 
 The primary one, at the frozen new-task level, is written as a model folder, which the stages below read. The ones of
 the other matchings (see `stages/learning/matching.py`) are written as bare weights, each once, with an index that says
-which matching picked which; stage `matchings` tests the circuit in them. Both are plain weights, with any adapters
-merged. The record holds what every matching picked at every learning rate.
+which matching picked which; stage `matchings` tests the circuit in them. Of an arm with adapters both hold these alone,
+in PEFT's format, whose base is the base. The record holds what every matching picked at every learning rate.
 
 An imported arm has one model, which is picked as it is: no level is asked of it, and it is at no other matching.
 """
@@ -110,7 +110,8 @@ def main(cell: Cell) -> None:
     others = {m: p.step for m, p in picks.items() if p.reached and p.step != picked.step}
     with replacing_directory(f"models/matched/{seed}/{arm}") as folder:
         for step in sorted(set(others.values())):
-            source.save(step, folder, *[checkpoint_file(folder, step).name] * 2)
+            name = checkpoint_file(folder, step).name
+            source.save(step, folder, whole=name, adapters=name)
         write_json(folder / "index.json", {m.name: checkpoint_file(folder, step).name for m, step in others.items()})
 
     by_rate: dict[Matching, dict[str, Any]]
