@@ -34,6 +34,10 @@ class JointEffects:
         self.known = {frozenset(): torch.zeros_like(patcher.clean)}
         self._patcher, self._position, self._receivers = patcher, position, receivers
 
+    def sure_of(self, heads: Iterable[Head], sign: int) -> list[Head]:
+        """Those that do enough alone, in the direction of a sign."""
+        return [head for head in heads if head in self.sure and sign * self.strength[head] > 0]
+
     def of(self, heads: Iterable[Head]) -> Float[Tensor, "n"]:
         return self.of_each([frozenset(heads)])[0]
 
@@ -89,7 +93,7 @@ def needed(
     most = rule.most_senders
     if most is not None and len(order) > most and not pass_both([order[:most]])[0]:
         return None
-    sure = [head for head in order if head in effect.sure and sign * effect.strength[head] > 0]
+    sure = effect.sure_of(order, sign)
     among = sure if sure and pass_both([sure])[0] else list(order)
     added = torch.cumsum(torch.stack([sign * effect.strength[head] for head in among]), 0)
     guess = 1 + int((added < float(whole) - tolerated).sum())

@@ -218,7 +218,7 @@ def _one_side(
         return []
     found = needed(effect, scored, rule, tolerated, frozenset(), side, sign)
     if found is None:
-        return [head for head in side[: rule.most_senders] if head in effect.sure and sign * effect.strength[head] > 0]
+        return effect.sure_of(side[: rule.most_senders], sign)
     senders = frozenset(found)
     parts = [part for sender in found for part in (frozenset({sender}), senders - {sender})]
     effect.of_each([*parts, *(everything - (senders - part) for part in parts)])  # in one question, while none joins

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.learning.checkpoints import ADAPTER_PREFIX
 from stages.pipeline.hub import online
 from stages.pipeline.stage import Cell, Invalid
 
@@ -21,7 +22,6 @@ MUST = "must be a fine-tuned model of the base"
 NEUTRAL = {"architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range"}
 NEUTRAL |= {"max_position_embeddings", "pad_token_id", "pretraining_tp", "transformers_version", "use_cache"}
 TOKENS = "vocab_size"
-_ADAPTER = "base_model.model."  # before the name of a module in PEFT's format
 
 
 def imported_as(arm: str, section: "Imported") -> str:
@@ -133,7 +133,7 @@ def _refuse_other_shapes(where: str, ours: "Shapes", theirs: "Shapes", tokens: i
 def _refuse_other_base(where: str, ours: "Shapes", adapter: "Shapes") -> None:
     """Whether the matrices A [rank, in] and B [out, rank] of LoRA sit on matrices of the base."""
     for name, shape in adapter.items():
-        module, dot, which = name.removeprefix(_ADAPTER).partition(".lora_")
+        module, dot, which = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
         if not dot or f"{module}.weight" not in ours:
             raise Invalid(
                 f"{where}: it holds weights for {module}, which the base lacks: must be an adapter of this base"
