@@ -1,6 +1,7 @@
 """The tasks in the tokens of any tokenizer: ids, positions and answers, against the text that the ids decode to."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.pipeline.checkpoints import load_tokenizer
 from stages.pipeline.stage import Invalid
-from stages.tasks.contexts import Split, draw_absent_label, draw_contexts
+from stages.tasks.contexts import SPLITS, Contexts, Split, draw_absent_label, draw_contexts, splits
 from stages.tasks.desiderata import draw_pairs, floors
 from stages.tasks.entity_tracking import draw_examples, draw_queries
 from stages.tasks.new_tasks import NEW_TASKS, RELATIONS
@@ -154,6 +155,35 @@ def test_relations_are_as_long_as_the_old_task_and_right(said: TextVocabulary, t
         own.append(clause in relation.valid(4, clause))
     scores = shortcut_scores(prompts, said)
     assert scores.get("own_object", 1.0) == np.mean(own)
+
+
+def test_repeats_has_the_object_of_two_boxes_as_its_answer(said: TextVocabulary) -> None:
+    task = NEW_TASKS["repeats"]
+    if not said.is_one_token("Two"):
+        with pytest.raises(Invalid, match="no token for 'Two': must have one"):
+            task.draw(rng(), said, Split.TRAIN, 1, 4)
+        return
+    prompts = task.draw(rng(2), said, Split.SELECTION, 24, 4)
+    assert prompts.input_ids.shape[1] == draw_examples(rng(), said, Split.TRAIN, 1, 4).input_ids.shape[1]
+    pairs = Counter[tuple[int, ...]]()
+    for i in range(len(prompts)):
+        text, _, question = text_of(said, prompts.input_ids[i]).rpartition(". ")
+        assert question == "Two boxes contain the"
+        context = read(f"{text}. Box A contains the")[0]
+        objects, labels = ([word for word, _ in context], [label for _, label in context])
+        again = [index for index, word in enumerate(objects) if objects.count(word) > 1]
+        assert len(again) == 2 and len(set(labels)) == 4
+        pairs[tuple(again)] += 1
+        assert int(prompts.canonical[i]) == int(prompts.valid[i][0])
+        assert said.tokenizer.decode([int(prompts.canonical[i])]).strip() == objects[again[0]]
+        named = [said.tokenizer.decode([int(index)]).strip() for index in prompts.objects[i]]
+        assert sorted(named) == sorted(set(objects))
+        where = Contexts(
+            *(np.array([[of.index(word) for word in row]]) for of, row in ((OBJECTS, objects), (LABELS, labels)))
+        )
+        assert SPLITS[int(splits(where)[0])] == Split.SELECTION
+    assert len(pairs) == 6
+    assert task.shortcuts(prompts, said) == {"random_object": 1 / 3, "random_clause": 2 / 4}
 
 
 @pytest.mark.parametrize("wording", ["", *Boxes.wordings])
