@@ -1,4 +1,9 @@
-"""Stage `cmap` (arm, seed): what do head outputs, or q, k or v, of the tuned model do in the base, and the reverse?"""
+"""Stage `cmap` (arm, seed): what do head outputs, or q, k or v, of the tuned model do in the base, and the reverse?
+
+Entry `heads` has the same of every head of the circuit alone, on some of the examples: `damage` is what the base loses
+by the tuned model's output of that head at that position, `repair` what the tuned model gains by the base's, both in
+shares of the base's logit difference, so that they can be compared between heads and models.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +17,11 @@ from tqdm import tqdm
 from stages.circuits.budget import MIB, making_bytes, pass_bytes, rows_that_fit, run_bytes
 from stages.circuits.circuit import Circuit, Node
 from stages.circuits.exchange import slices
-from stages.circuits.transplant import random_like, read_at, transplant, transplant_inputs
+from stages.circuits.transplant import random_like, read_at, transplant, transplant_each, transplant_inputs
 from stages.circuits.walker import Walker
-from stages.measures.prompts import Prompts, in_tail_order, placed
+from stages.measures.prompts import Prompts, in_tail_order, placed, spread
 from stages.measures.readout import Readout, reading
+from stages.measures.scores import ratio
 from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, write_json
 from stages.pipeline.processes import in_processes
@@ -107,6 +113,64 @@ def patch_both_ways(
     }
 
 
+def heads_alone(
+    base: Walker, tuned: Walker, prompts: Prompts, nodes: Sequence[Node], memory_mib: float, processes: int = 1
+) -> dict[str, Any]:
+    """Entry `heads` of the record: every node transplanted alone, both ways.
+
+    Args:
+        base, tuned: the two models.
+        prompts: read by both, best `prompts.in_tail_order`.
+        nodes: of the circuit.
+        memory_mib: how much memory each process may take beside the models.
+        processes: how many to spread the prompts over.
+    """
+    length = prompts.input_ids.shape[1]
+    places = [[node for node in nodes if node.position == name] for name in sorted({node.position for node in nodes})]
+    directions = {"tuned_to_base": (tuned, base), "base_to_tuned": (base, tuned)}
+
+    @torch.no_grad()
+    def readings(rows: slice) -> dict[str, Float[Tensor, "n e 4"]]:
+        """Of each receiver alone, then with one head after another."""
+        part = prompts.select(rows)
+        n, read = len(part), reading(part.answer, part.others)
+        left = memory_mib - 2 * n * run_bytes(base, length) / MIB
+        runs = {walker: walker.run(part.input_ids.to(walker.device)) for walker in (base, tuned)}
+        found = {}
+        for direction, (donor, receiver) in directions.items():
+            clean, given = runs[receiver], runs[donor]
+            alone = read(clean.logits[:, None], slice(0, n))
+            each = [
+                transplant_each(receiver, clean, given, part.positions, [[node] for node in place], left, read)
+                for place in places
+            ]
+            found[direction] = torch.cat([alone, *each], dim=1)
+        return found
+
+    each = run_bytes(base, length) + making_bytes(base, length)
+    parts = slices(len(prompts), rows_that_fit(base, each, memory_mib * MIB, pass_bytes(base, length, length)))
+    found = list(in_processes(readings, parts, processes))
+    scores = {name: Readout.join([some[name] for some in found]).means() for name in directions}
+    whole, tuned_alone = (scores[name][0]["logit_difference"] for name in directions)
+    ordered = [node for place in places for node in place]
+    return {
+        "n": len(prompts),
+        "alone": [
+            {
+                "head": [node.layer, node.head],
+                "position": node.position,
+                "damage": ratio(whole - into_base["logit_difference"], whole),
+                "repair": ratio(into_tuned["logit_difference"] - tuned_alone, whole),
+                "tuned_to_base": into_base,
+                "base_to_tuned": into_tuned,
+            }
+            for node, into_base, into_tuned in zip(
+                ordered, scores["tuned_to_base"][1:], scores["base_to_tuned"][1:], strict=True
+            )
+        ],
+    }
+
+
 def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(entry[key] for entry in entries) / len(entries) for key in entries[0]}
 
@@ -135,6 +199,11 @@ def main(cell: Cell) -> None:
             available.processes,
             settings.inputs,
         )
+    record["heads"] = None
+    if node_sets and settings.head_examples:
+        few = in_tail_order(spread(examples, settings.head_examples), {node.position for node in circuit.nodes})
+        placed_few = placed(few, few.places(settings.clauses))
+        record["heads"] = heads_alone(base, tuned, placed_few, circuit.nodes, available.share_mib, available.processes)
     record |= {
         "arm": arm,
         "seed": int(seed),

@@ -2,16 +2,19 @@
 
     python -m stages discover <model> <seed>
 
-reads  models/<model>/<seed>, data/old/discovery.parquet, data/old_task.json
+reads  models/<model>/<seed>, data/old/discovery.parquet, data/old_task.json; of a base pruning.parquet, means.parquet
 writes reports/cells/discover/<model>/<seed>/
-         circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`
+         circuit.json   groups of heads; empty and not identifiable where the model is below `identifiable_accuracy`. Of
+                        a base without the heads that it does without, which are beside them; of a tuned model, whose
+                        heads judge nothing, as they were found
          scores.npz     for every scored hop "<hop>.score" and "<hop>.noise", and of the even and the odd examples alone
                         "<hop>.half0" and "<hop>.half1", [layers, heads]
          record.json    accuracy, settings, and every hop that was tried: its effect, what its heads feed (receiver,
                         component, and the receiving heads), the effects of the sets of heads that decide whether it
                         counts (`gate`), what its heads leave out (`selection`), which sign they have and what they read
                         (the semantic position they attend to most); the same of the heads with the other sign
-                        (`against`); in bfloat16, how far the first hop ranks the heads as in float32 (`precision`)
+                        (`against`); in bfloat16, how far the first hop ranks the heads as in float32 (`precision`); of
+                        a base what its circuit does without (`idle`)
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from stages.circuits.ablation import mean_outputs
 from stages.circuits.circuit import Circuit
 from stages.circuits.given_hops import HopSpec, given_hops
 from stages.circuits.patcher import Patcher, Progress
@@ -33,6 +37,9 @@ from stages.circuits.scores import Metric, Scores, measure_of
 from stages.circuits.search import Found, Hop, search
 from stages.circuits.spread import aligned, patcher_of
 from stages.circuits.walker import Walker
+from stages.measures.idle import without_idle
+from stages.measures.prepared import Prepared
+from stages.measures.prompts import in_tail_order, placed
 from stages.pipeline.checkpoints import load_for_analysis
 from stages.pipeline.files import read_json, replacing_directory, write_json, write_npz
 from stages.pipeline.resources import Resources, resources
@@ -73,6 +80,9 @@ def main(cell: Cell) -> None:
         )
         task = read_json("data/old_task.json")
         circuit, hops = _find(patcher, metric, settings, examples.readout, task, f"discover {model}/{seed}")
+    idle = None
+    if model == "base" and circuit.groups:
+        circuit, idle = _without_idle(cell, walker, circuit, available)
 
     with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:
         write_json(folder / "circuit.json", circuit.to_json())
@@ -87,6 +97,7 @@ def main(cell: Cell) -> None:
                 "corrupt": float(patcher.corrupt.mean()),
                 "identifiable": circuit.identifiable,
                 "size": len(circuit.nodes),
+                "idle": idle,
                 "sizes": {group.name: len(group.heads) for group in circuit.groups},
                 "nodes_per_position": _nodes_per_position(circuit),
                 "hops": [_record(hop, attention) for hop in hops],
@@ -103,6 +114,34 @@ def _walker(cell: Cell, available: Resources) -> Walker:
 def _first_hop(walker: Walker, examples: Examples, metric: Metric, available: Resources) -> Scores:
     measure = measure_of(metric, examples.answer, examples.others)
     return first_hop(walker, aligned(examples), measure, metric, examples.readout, available.share_mib)
+
+
+def _without_idle(cell: Cell, walker: Walker, circuit: Circuit, available: Resources) -> tuple[Circuit, dict[str, Any]]:
+    """The circuit without the heads that the base does without (`measures.idle`), and entry `idle` of the record."""
+    declared = replace(cell, stage="discover_base")
+    score, clauses, tolerance = (declared.params(f"evaluate.{name}") for name in ("score", "clauses", "idle_tolerance"))
+    prompts = read_examples("data/old/means.parquet").input_ids
+    means = mean_outputs(walker, prompts, available.share_mib, available.processes)
+    examples = in_tail_order(read_examples("data/old/pruning.parquet"), {node.position for node in circuit.nodes})
+    model = Prepared(walker, means, placed(examples, examples.places(clauses)), available.share_mib)
+    left = without_idle(
+        lambda circuits: [entry[score] for entry in model.in_place(circuits).means()], circuit, tolerance
+    )
+    whole, without = model.in_place([frozenset(circuit.nodes), frozenset(left.circuit.nodes)]).means()
+    stay = {group.name for group in left.circuit.groups}
+    kept = frozenset(left.circuit.nodes)
+    return left.circuit, {
+        "score": score,
+        "tolerance": tolerance,
+        "examples": len(examples),
+        "found": whole | {"size": len(circuit.nodes)},
+        "left": without | {"size": len(kept)},
+        "groups": {name: {"without": value, "idle": name not in stay} for name, value in left.groups.items()},
+        "heads": [
+            {"head": [node.layer, node.head], "position": node.position, "without": value, "idle": node not in kept}
+            for node, value in sorted(left.heads.items())
+        ],
+    }
 
 
 def _find(

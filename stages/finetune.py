@@ -1,4 +1,4 @@
-"""Fine-tune the base of a seed with one arm at one learning rate; keep checkpoints.
+"""Fine-tune the base of a seed with one arm at one learning rate; keep checkpoints, and what is said of every step.
 
 The model of an arm that was trained elsewhere is brought instead. An arm that takes no gradient steps has no learning
 rate: its cells do and write the same, a few seconds' work, and DVC's cache has their outputs once.
@@ -22,7 +22,7 @@ from stages.learning.adapters import with_adapters
 from stages.learning.importing import bring
 from stages.learning.last_layer import last_layer_at_the_end
 from stages.learning.probes import Probe
-from stages.learning.run import Recorder, Run
+from stages.learning.run import STEP_COLUMNS, Recorder, Run
 from stages.learning.schedule import checkpoint_steps, prompt_order
 from stages.learning.settings import CHOOSING, NO_RATE, CurveRow, Training
 from stages.pipeline.checkpoints import load_model, load_tokenizer
@@ -39,14 +39,18 @@ def main(cell: Cell) -> None:
     device, training = resources().device, Training(**dict(cell.params("finetune.common")))
     section, new = cell.params(f"finetune.{arm}"), Path("data/new") / cell.params("new_task")
     base, curve = Path(f"models/base/{seed}"), f"reports/cells/finetune/{arm}/{seed}/{rate}.csv"
+    log = f"reports/cells/steps/{arm}/{seed}/{rate}.csv"
     about = {"arm": arm, "seed": seed, "learning_rate": rate if section.trained else NO_RATE}
     with replacing_directory(f"models/runs/{arm}/{seed}/{rate}") as folder:
+        steps: list[CurveRow] = []
         if importlib.util.find_spec(f"stages.learning.arms.{arm}") is None:  # so params say what is to be imported
             old, probed = OLD / "selection.parquet", training.probe_examples
             rows = bring(arm, section, base, old, new / "selection.parquet", probed, folder)
         else:
-            rows = _train(arm, seed, rate, training, section, base, new, folder, device)
+            rows, steps = _train(arm, seed, rate, training, section, base, new, folder, device)
         write_csv(curve, pd.DataFrame([about | row for row in rows]))
+        columns = [*about, *STEP_COLUMNS]
+        write_csv(log, pd.DataFrame([about | row for row in steps], columns=columns))
 
 
 def _train(
@@ -59,8 +63,8 @@ def _train(
     new_task: Path,
     folder: Path,
     device: str,
-) -> list[CurveRow]:
-    """One run; writes its checkpoints as it goes, returns the rows of its curve."""
+) -> tuple[list[CurveRow], list[CurveRow]]:
+    """One run; writes its checkpoints as it goes, returns the rows of its curve, and what is known of every step."""
     torch.set_num_threads(1)  # two would mostly wait for each other; other cells run at the same time
     _silence()
     model, tokenizer = load_model(base, device=device), load_tokenizer(base)
@@ -97,12 +101,12 @@ def _train(
             train=train,
             rehearsal=read_prompts(OLD / "train.parquet"),
             order=prompt_order(len(train), training, seed),
-            recorder=recorder,
+            watcher=recorder,
         )
         # the answer and the token before it; answers of several tokens are padded, and generated token by token
         with nullcontext() if train.several_tokens else last_layer_at_the_end(plain, tokens=2):
             importlib.import_module(f"stages.learning.arms.{arm}").train(run)
-    return recorder.rows
+    return recorder.rows, recorder.steps
 
 
 def _silence() -> None:

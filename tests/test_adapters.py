@@ -47,7 +47,7 @@ def adapted_run(arm: str, training: Training = TRAINING, folder: Path | None = N
     probe = Probe.of(adapted, tiny_examples(), run.train)
     steps = checkpoint_steps(training)
     recorder = Recorder(adapted, probe, steps, lambda step, row: None, run.recorder.folder)
-    return replace(run, model=adapted, recorder=recorder)
+    return replace(run, model=adapted, watcher=recorder)
 
 
 def test_fresh_adapters_change_nothing_and_merged_ones_answer_alike() -> None:

@@ -31,6 +31,7 @@ from stages.learning.arms import (
     reinforce,
     rloo,
     self_sft,
+    sft_accepted,
     sft_far,
     sft_gold,
     sft_oracle,
@@ -38,10 +39,11 @@ from stages.learning.arms import (
 )
 from stages.learning.checkpoints import checkpoint_file
 from stages.learning.last_layer import last_layer_at_the_end
-from stages.learning.matching import Matching, moved_as_far, pick, read_curves
+from stages.learning.matching import Matching, Pick, moved_as_far, pick, pick_as_far, read_curves
+from stages.learning.policy_gradient import DrGRPO
 from stages.learning.probes import Probe, last_log_probs, last_logits
 from stages.learning.rewards import validity
-from stages.learning.run import Recorder, Run
+from stages.learning.run import STEP_COLUMNS, Recorder, Run
 from stages.learning.schedule import checkpoint_steps, optimiser, prompt_order
 from stages.learning.settings import NO_RATE, Training
 from stages.learning.trainers import common_arguments, refuse_dropout
@@ -352,6 +354,65 @@ def test_iterative_sft_with_one_draw_learns_fixed_valid_answers() -> None:
     assert largest_difference(again.model, run.model) > 1e-4, "answers drawn anew are others"
 
 
+def test_accepted_answers_are_those_that_the_policy_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written down while `dr_grpo` learns, as in its own run; the model learns them from where it began, by their mean
+    in each step. Most steps of the tiny model have none, so every token is valid at some prompts."""
+    train = tiny_prompts()
+    valid = torch.full((len(train), VOCAB), -1)
+    valid[:, :3] = train.valid
+    valid[::2] = torch.arange(VOCAB)
+    train = replace(train, valid=valid)
+    section = load_params(REPOSITORY / "params.yaml").finetune.of("sft_accepted")
+    unclipped = replace(TRAINING, clip=1e9, epsilon=1.0)  # so that the size of a gradient matters
+    run, policy = (
+        replace(tiny_run("sft_accepted", 1.0, of, unclipped), train=train) for of in (section, section_with())
+    )
+    drawn: list[tuple[list[int], list[int]]] = []
+
+    def noted(prompts: list[str], completion_ids: list[list[int]], **rest: object) -> list[float | None]:
+        drawn.append(([int(row) for row in prompts], [ids[0] for ids in completion_ids]))
+        return validity(train.valid)(prompts, completion_ids, **rest)
+
+    settings = DrGRPO.model_validate(vars(section_with(samples_per_prompt=8)))
+    reinforcement.fit(replace(policy, arm="grpo", section=settings), noted)  # its stream
+    sft_accepted.train(run)
+
+    taken: list[torch.Tensor] = []
+    step = iter(drawn)
+
+    def loss(logp: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        asked, answers = next(step)
+        at = {int(row): place for place, row in enumerate(rows)}
+        accepted = [(at[row], said) for row, said in zip(asked, answers, strict=True) if said in train.valid[row]]
+        taken.append(torch.tensor(len(accepted)))
+        places, said = zip(*accepted, strict=True)
+        return -logp[list(places), list(said)].mean()
+
+    error = largest_difference(run.model, plain_loop(run, loss))
+    print(f"accepted {[int(n) for n in taken]}, maximum error {error:.1e}")
+    assert error < 1e-6 < 1e-3 < largest_difference(run.model, tiny_model())
+    assert largest_difference(run.model, policy.model) > 1e-3
+    assert len(run.recorder.steps) == TRAINING.steps and run.recorder.rows[0]["weight_norm"] == 0.0
+
+
+def test_every_step_is_written_down() -> None:
+    run, policy = tiny_run("sft_gold"), tiny_run("dr_grpo")
+    sft_gold.train(run)
+    dr_grpo.train(policy)
+    for steps in (run.recorder.steps, policy.recorder.steps):
+        assert [row["step"] for row in steps] == [1, 2, 3, 4]
+        assert all(set(row) <= set(STEP_COLUMNS) and row["update_norm"] >= 0 for row in steps)
+        assert all(math.isfinite(row["entropy"]) and row["gradient_norm"] >= 0 for row in steps)
+    assert [row["gradient_norm"] for row in policy.recorder.rows[1:3]] == [
+        row["gradient_norm"] for row in policy.recorder.steps[:2]
+    ]
+    assert all("reward" in row and row["clip_fraction"] == 0.0 for row in policy.recorder.steps)
+    assert run.recorder.steps[0]["entropy"] == pytest.approx(policy.recorder.steps[0]["entropy"], rel=1e-5)
+    first, start = checkpoint(run, 1), dict(tiny_model().named_parameters())
+    far = math.sqrt(sum(float((weight - start[name]).double().square().sum()) for name, weight in first.items()))
+    assert run.recorder.steps[0]["update_norm"] == pytest.approx(far, rel=1e-6)
+
+
 def test_rloo_equals_a_plain_loop_with_the_other_samples_as_baseline() -> None:
     run = tiny_run("rloo")
     generator = run.draw("samples")
@@ -462,6 +523,25 @@ def test_pick_needs_confirmation_and_never_takes_the_base() -> None:
     assert (lucky_end.reached, lucky_end.step) == (False, 50)
 
 
+def test_no_checkpoint_of_the_warm_up_is_picked() -> None:
+    level, far = Matching("new_accuracy", 0.7), Matching("weight_norm", 2.0)
+    rows = [row | {"weight_norm": row["step"] / 10} for row in rows_of(0.9, 0.8, 0.8, 0.9, 0.9, 0.6)]
+    assert [pick(rows, level, confirm=1, warmup=warmup).step for warmup in (0, 20, 30)] == [10, 30, 50]
+    assert not pick(rows, level, confirm=1, warmup=30).reached
+    assert pick(rows, far, confirm=1, warmup=30).step == 40
+    late = pick(rows, level, confirm=0, warmup=90)  # a run that ends in its warm-up
+    assert (late.reached, late.step) == (False, 50)
+
+
+def test_a_sham_goes_as_far_as_the_other_arm_s_pick() -> None:
+    rows = [row | {"weight_norm": row["step"] / 10} for row in rows_of(*[0.1] * 6)]
+    there = Pick(True, {"step": 20.0, "weight_norm": 2.5}, 1.0)
+    assert (pick_as_far(rows, there).step, pick_as_far(rows, there).reached) == (30, True)
+    assert pick_as_far(rows, there, warmup=30).step == 40
+    assert not pick_as_far(rows, replace(there, reached=False)).reached
+    assert not pick_as_far(rows, replace(there, row={"weight_norm": 9.0})).reached
+
+
 def test_moved_as_far_copies_the_norm_of_each_tensor_and_not_its_direction() -> None:
     draw = np.random.default_rng(0)
     base, direction, reference = ({n: draw.normal(size=(3, 4)) for n in "ab"} for _ in range(3))
@@ -555,10 +635,11 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
             invented_curve(arm, rate, 0.0 if arm == "noise" else rate, run)
 
     def params(**changed: Any) -> dict[str, object]:
-        settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "noise_like": "sft_gold"}
+        settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "like": "sft_gold", "shams": ("noise",)}
         # kl and norm: the same checkpoint as the level, the next one (twice), and one that is not there
         settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0), "steps": (2,)} | changed
-        return {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": RATES}
+        found = {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": RATES}
+        return found | {"finetune.common.warmup_steps": 0}
 
     for arm in ("sft_gold", "noise"):  # the curve of 1e-5 is of another time, say
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params()))
@@ -571,9 +652,16 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     assert not entries["norm_9"]["reached"] and entries["norm_9"]["by_learning_rate"]["0.003"]["furthest"] == 3.0
     for arm in ("sft_gold", "noise"):  # stored once, although two matchings pick it
         index = json.loads(Path(f"models/matched/5/{arm}/index.json").read_text())
-        assert index == {"kl_0_25": "000004.safetensors", "norm_3": "000004.safetensors"}
-        assert len(list(Path(f"models/matched/5/{arm}").iterdir())) == 2
-    last, twin_of_last = (load_file(f"models/matched/5/{arm}/000004.safetensors") for arm in ("sft_gold", "noise"))
+        both = {"0.001": "0.001/000004.safetensors", "0.003": "0.003/000004.safetensors"}
+        assert {index[name].get("0.003") for name in ("kl_0_25", "norm_3")} == {"0.003/000004.safetensors"}
+        assert index["kl_0_25"] == both and index["accuracy_0_35"] == {"0.001": "0.001/000002.safetensors"}
+        files = sorted(
+            str(path.relative_to(f"models/matched/5/{arm}")) for path in Path("models/matched/5", arm).rglob("*.safe*")
+        )
+        assert files == ["0.001/000002.safetensors", "0.001/000004.safetensors", "0.003/000004.safetensors"]
+    last, twin_of_last = (
+        load_file(f"models/matched/5/{arm}/0.003/000004.safetensors") for arm in ("sft_gold", "noise")
+    )
     of_run = load_file("models/runs/sft_gold/5/0.003/000004.safetensors")
     assert last.keys() == of_run.keys() and all(torch.equal(last[name], of_run[name]) for name in last)
     start = dict(tiny_model().named_parameters())
@@ -592,16 +680,53 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
     assert twin_record["weight_norm"] == pytest.approx(record["weight_norm"], rel=1e-4)
 
     written = [Path(part, name) for part in ("models", "models/matched/5") for name in ("sft_gold", "noise")]
-    before = {file: file.read_bytes() for folder in written for file in folder.rglob("*") if file.is_file()}
+    before = {
+        file: file.read_bytes()
+        for folder in written
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "index.json"
+    }
     for arm in ("sft_gold", "noise"):
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params() | {"learning_rates": rates}))
     record = json.loads(Path("reports/cells/match/sft_gold/5.json").read_text())
     assert list(record["matchings"]["norm_3"]["by_learning_rate"]) == ["0.001", "0.003", "1e-05"]
-    assert {"model.safetensors", "000004.safetensors", "index.json"} <= {file.name for file in before}
+    assert {"model.safetensors", "000004.safetensors"} <= {file.name for file in before}
     assert before == {file: file.read_bytes() for file in before}, "one more rate, the same models"
 
     with pytest.raises(Invalid, match=r"match.levels: 0.2 must be above 0.286"):
         match.main(FakeCell("match", {"arm": "sft_gold", "seed": "5"}, params(levels=(0.2, 0.35))))
+
+
+def test_a_sham_that_trains_is_picked_where_it_is_as_far(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    for arm, module in (("sft_gold", sft_gold), ("random_reward", random_reward)):
+        for rate in RATES:
+            section = section_with(probability=0.5)
+            run = tiny_run(arm, rate, section, folder=Path(f"models/runs/{arm}/5/{rate}"))
+            module.train(run)
+            lines = ["arm,seed,learning_rate,step,old_accuracy,new_accuracy,kl_new,weight_norm,gradient_steps"]
+            skill, far = ((0, 0.4, 0.5, 0.6), (0, 1, 3, 4)) if arm == "sft_gold" else ((0, 0, 0, 0), (0, 0.5, 1.5, 2))
+            for i, row in enumerate(run.recorder.rows):
+                lines.append(f"{arm},5,{rate},{row['step']},1.0,{skill[i]},0.1,{far[i]},{row['step']}")
+            curve = Path(f"reports/cells/finetune/{arm}/5/{rate}.csv")
+            curve.parent.mkdir(parents=True, exist_ok=True)
+            curve.write_text("\n".join(lines) + "\n")
+    settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "like": "sft_gold", "shams": ("random_reward",)}
+    settings |= {"levels": (0.35, 0.45), "kl": (), "norm": (), "steps": (4,)}
+    params = {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": RATES}
+    params |= {"finetune.common.warmup_steps": 0}
+    records = {}
+    for arm in ("sft_gold", "random_reward"):
+        match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params))
+        records[arm] = json.loads(Path(f"reports/cells/match/{arm}/5.json").read_text())
+    assert (records["sft_gold"]["step"], records["sft_gold"]["like"]) == (1, None)
+    sham = records["random_reward"]
+    assert (sham["reached"], sham["step"], sham["like"]) == (True, 2, "sft_gold")  # 1.5 is the first beyond 1
+    assert sham["matchings"]["accuracy_0_35"]["by_learning_rate"]["0.001"]["step"] == 2
+    assert not sham["matchings"]["accuracy_0_45"]["reached"]  # gold is at 3 there
+    index = json.loads(Path("models/matched/5/random_reward/index.json").read_text())
+    assert index["steps_4"] == {"0.001": "0.001/000004.safetensors", "0.003": "0.003/000004.safetensors"}
+    assert index["accuracy_0_35"] == {"0.001": "0.001/000002.safetensors"}
 
 
 def test_scores_of_several_valid_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,10 @@ BAD = [
     ("learning_rates", [0.0], "learning_rates.0 = 0.0: must be greater than 0"),
     ("learning_rates", [float("inf")], "learning_rates.0 = inf: must be finite number"),
     ("finetune.common.learning_rates", [0.001], "finetune.common.learning_rates is not a known parameter"),
-    ("match.noise_like", "ppo", "match.noise_like"),
+    ("match.like", "ppo", "match.like"),
+    ("match.like", "noise", "match.like"),
+    ("match.shams", ["ppo"], "match.shams"),
+    ("match.shams", [], "must name 'noise'"),
     ("contrast.contrasts", [["dr_grpo", "ppo"]], "ppo"),
     (
         "contrast.contrasts",

@@ -59,7 +59,7 @@ def wide_run(lora: bool, every: int) -> Run:
     run, model = tiny_run("sft_gold", training=training), wide_model(lora)
     probe = Probe.of(model, tiny_examples(), run.train)
     recorder = Recorder(model, probe, checkpoint_steps(training), lambda step, row: None, run.recorder.folder)
-    return replace(run, model=model, recorder=recorder)
+    return replace(run, model=model, watcher=recorder)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -208,18 +208,19 @@ def test_matched_models_of_adapters_are_plain_ones(tmp_path: Path, monkeypatch: 
     noise.train(twin)
     for arm, run in (("sft_gold", tuned), ("noise", twin)):
         invented_curve(arm, 1e-2, run.learning_rate, run)
-    settings = {"level": 0.35, "learning_rate": 1e-2, "confirm": 1, "noise_like": "sft_gold"}
+    settings = {"level": 0.35, "learning_rate": 1e-2, "confirm": 1, "like": "sft_gold", "shams": ("noise",)}
     settings |= {"levels": (0.35,), "kl": (), "norm": (3.0,), "steps": ()}
     for arm in ("sft_gold", "noise"):
         params = {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": [1e-2]}
+        params |= {"finetune.common.warmup_steps": 0}
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params))
     start = arrays(tiny_model())
-    picked, later = Path("models/sft_gold/5"), Path("models/matched/5/sft_gold")
+    picked, later = Path("models/sft_gold/5"), Path("models/matched/5/sft_gold/0.01")
     assert sorted(file.name for file in picked.glob("*.safetensors")) == ["adapter_model.safetensors"], "adapters alone"
     whole = {name: weight.detach().numpy() for name, weight in load_model(picked).named_parameters()}
     for step, found, file in (
         (2, whole, "models/noise/5/model.safetensors"),
-        (4, read_checkpoint(later, 4, start), "models/matched/5/noise/000004.safetensors"),
+        (4, read_checkpoint(later, 4, start), "models/matched/5/noise/0.01/000004.safetensors"),
     ):
         of_run, moved = read_checkpoint(tuned.recorder.folder, step, start), stored_weights(Path(file))
         assert found.keys() == moved.keys() == start.keys()

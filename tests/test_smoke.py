@@ -173,7 +173,7 @@ def test_a_shrunk_matrix_is_not_reported_from_leftovers(smoke_run: Path, dvc: Dv
     """Dropping an arm makes contrast and report stale, although the dropped cells' files are still there."""
     cells = _cells(smoke_run)
     params = yaml.safe_load((smoke_run / "params.yaml").read_text())
-    dropped = [arm for arm in cells["arms"] if arm != params["match"]["noise_like"]][-1]
+    dropped = [arm for arm in cells["arms"] if arm != params["match"]["like"]][-1]
     params["arms"] = [arm for arm in cells["arms"] if arm != dropped]
     with _edited(smoke_run / "params.yaml", yaml.safe_dump(params)):
         assert {"contrast", "report"} <= _stale(dvc, smoke_run)

@@ -44,7 +44,7 @@ CHANGES = [
     "match.learning_rate=3e-4",
     "match.level=0.8",
     "match.levels=[0.8]",
-    "match.noise_like=sft_gold",
+    "match.like=sft_gold",
     f"match.steps=[{STEPS}]",
     "contrast.contrasts=[[dr_grpo,sft_gold]]",
 ]

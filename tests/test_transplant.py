@@ -10,8 +10,8 @@ from transformers.modeling_utils import PreTrainedModel
 from stages.circuits.circuit import Node
 from stages.circuits.exchange import Positions
 from stages.circuits.transplant import random_like, read_at, transplant, transplant_inputs
-from stages.cmap import patch_both_ways
-from stages.measures.readout import Readout
+from stages.cmap import heads_alone, patch_both_ways
+from stages.measures.readout import Readout, reading
 from stages.pipeline.stage import Invalid
 from stages.tasks.examples import Examples
 from tests.oracles import FAMILIES, random_model, walker_of
@@ -151,6 +151,36 @@ def test_both_ways() -> None:
             assert entry == pytest.approx(itself["base"], abs=1e-9)
     changed = found["tuned_to_base"]["circuit"]["logit_difference"] - found["base"]["logit_difference"]
     assert abs(changed) > 1e-3
+
+
+def test_heads_alone_equal_whole_hooked_passes() -> None:
+    base = random_model("llama_gqa")
+    tuned = tuned_from(base)
+    walkers, nodes = (walker_of(base), walker_of(tuned)), sorted(random_circuit(3, 4, 0.3, 0))
+    found = heads_alone(*walkers, EXAMPLES, nodes, MEMORY)
+    small = heads_alone(*walkers, EXAMPLES, nodes, 1e-6, processes=2)
+    assert found["n"] == len(EXAMPLES) and len(found["alone"]) == len(nodes)
+    assert {(*entry["head"], entry["position"]) for entry in found["alone"]} == {
+        (node.layer, node.head, node.position) for node in nodes
+    }
+    read = reading(EXAMPLES.answer, EXAMPLES.others)
+
+    def difference(logits: torch.Tensor) -> float:
+        return Readout.join([read(logits[:, None], slice(0, len(EXAMPLES)))]).means()[0]["logit_difference"]
+
+    ids, at = EXAMPLES.input_ids, EXAMPLES.positions
+    whole = difference(walkers[0].run(ids).logits)
+    tuned_alone = difference(walkers[1].run(ids).logits)
+    errors = []
+    for entry, again in zip(found["alone"], small["alone"], strict=True):
+        node = {Node(*entry["head"], entry["position"])}
+        damaged = naive_exchange(base, ids, outputs_of(tuned, ids, at, node), at, dict.fromkeys(node, 1.0))
+        repaired = naive_exchange(tuned, ids, outputs_of(base, ids, at, node), at, dict.fromkeys(node, 1.0))
+        errors.append(abs(entry["damage"] - (whole - difference(damaged)) / whole))
+        errors.append(abs(entry["repair"] - (difference(repaired) - tuned_alone) / whole))
+        assert again["damage"] == pytest.approx(entry["damage"], abs=1e-12)
+    print(f"{len(nodes)} heads: max error {max(errors):.1e}")
+    assert max(errors) <= 1e-9 < 1e-3 < max(abs(entry["damage"]) for entry in found["alone"])
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "qwen2"])

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,56 @@ class Group:
     def nodes(self) -> tuple[Node, ...]:
         return tuple(Node(layer, head, self.position) for layer, head in self.heads)
 
+    def only(self, nodes: Collection[Node]) -> "Group":
+        """The group with those of its heads alone that are among some nodes."""
+        places = [place for place, node in enumerate(self.nodes) if node in nodes]
+        scores = tuple(self.scores[place] for place in places) if self.scores else ()
+        return replace(self, heads=tuple(self.heads[place] for place in places), scores=scores)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "position": self.position,
+            "receiver": self.receiver,
+            "component": None if self.component is None else str(self.component),
+            "sign": self.sign,
+            "heads": [list(head) for head in self.heads],
+            "scores": list(self.scores),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Group":
+        """What `to_json` gave; a group without a sign raises the measure."""
+        return Group(
+            name=data["name"],
+            position=data["position"],
+            receiver=data["receiver"],
+            component=None if data["component"] is None else Component(data["component"]),
+            heads=tuple((layer, head) for layer, head in data["heads"]),
+            scores=tuple(data["scores"]),
+            sign=data.get("sign", 1),
+        )
+
 
 @dataclass(frozen=True)
 class Circuit:
     """A circuit: groups of heads at positions, with the paths between them.
 
     MLPs, embeddings and norms are always part of it; only (head, position) pairs are chosen.
+
+    Attributes:
+        groups: of heads that are part of it.
+        n_layers, n_heads: of the model.
+        identifiable: whether there could be one.
+        idle: of heads that were found and are no part of it, since it does as well without them (`measures.idle`); for
+            pictures. A group may have heads here and there.
     """
 
     groups: tuple[Group, ...]
     n_layers: int
     n_heads: int
     identifiable: bool = True
+    idle: tuple[Group, ...] = ()
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -87,36 +125,15 @@ class Circuit:
             "identifiable": self.identifiable,
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
-            "groups": [
-                {
-                    "name": group.name,
-                    "position": group.position,
-                    "receiver": group.receiver,
-                    "component": None if group.component is None else str(group.component),
-                    "sign": group.sign,
-                    "heads": [list(head) for head in group.heads],
-                    "scores": list(group.scores),
-                }
-                for group in self.groups
-            ],
+            "groups": [group.to_json() for group in self.groups],
+            "idle": [group.to_json() for group in self.idle],
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Circuit":
-        """What `to_json` gave; a group without a sign raises the measure."""
-        groups = tuple(
-            Group(
-                name=entry["name"],
-                position=entry["position"],
-                receiver=entry["receiver"],
-                component=None if entry["component"] is None else Component(entry["component"]),
-                heads=tuple((layer, head) for layer, head in entry["heads"]),
-                scores=tuple(entry["scores"]),
-                sign=entry.get("sign", 1),
-            )
-            for entry in data["groups"]
-        )
-        return Circuit(groups, data["n_layers"], data["n_heads"], data["identifiable"])
+        """What `to_json` gave; one from before heads could be idle has none that are."""
+        groups, idle = (tuple(map(Group.from_json, entries)) for entries in (data["groups"], data.get("idle", ())))
+        return Circuit(groups, data["n_layers"], data["n_heads"], data["identifiable"], idle)
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON."""

@@ -11,11 +11,11 @@ the receiver's. Heads that share a key-value head share its k and v: those are r
 A node's q is at its own position, but its head reads k and v at every token (`read_at`).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stages.circuits.budget import MIB
@@ -68,19 +68,44 @@ def transplant(
     Raises:
         Invalid: the models differ in their heads, the runs in their prompts, or a node or position does not exist.
     """
+    found = [transplant_each(receiver, clean, donor, positions, [nodes], memory_mib, reduce)]
+    if random is not None:
+        names = sorted({node.position for node in nodes})
+        at, random = stack_positions(positions, names), at_all_indices(random, positions, names)
+        found.append(swap_in_parts(receiver, clean, at, _outputs(donor, at), random, memory_mib * MIB, reduce))
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+def transplant_each(
+    receiver: Walker,
+    clean: Run,
+    donor: Run,
+    positions: Positions,
+    node_sets: Sequence[Collection[Node]],
+    memory_mib: float,
+    reduce: Reduce = whole_logits,
+) -> Tensor:
+    """The receiver with the donor's outputs at each of e node sets; arguments and errors as of `transplant`. Every set
+    is computed from the earliest position and the lowest layer of all of them on.
+
+    Returns:
+        [n e ...] on the CPU.
+    """
     _check_runs(clean, donor)
-    names = sorted({node.position for node in nodes})
+    names = sorted({node.position for nodes in node_sets for node in nodes})
     at = stack_positions(positions, names)
+    weights = node_weights(node_sets, positions, names, receiver.n_layers, receiver.n_heads)
+    return swap_in_parts(receiver, clean, at, _outputs(donor, at), weights, memory_mib * MIB, reduce)
+
+
+def _outputs(donor: Run, at: Int[Tensor, "n p"]) -> Callable[[slice], Given]:
+    """The donor's outputs at the sites of some prompts."""
 
     def given(rows: slice) -> Given:
         return lambda layer: at_positions(donor.z[layer][rows], at[rows])
 
-    weights = node_weights([nodes], positions, names, receiver.n_layers, receiver.n_heads)
-    found = [swap_in_parts(receiver, clean, at, given, weights, memory_mib * MIB, reduce)]
-    if random is not None:
-        random = at_all_indices(random, positions, names)
-        found.append(swap_in_parts(receiver, clean, at, given, random, memory_mib * MIB, reduce))
-    return torch.cat(found, dim=1)
+    return given
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 A matching is a column of the training curve and a value of it, frozen before the runs and the same for every arm. Of
 new-task accuracy on the selection split: the first checkpoint at which it, and that of the next `confirm` checkpoints,
 is at least the value. A single lucky checkpoint is thus not picked, and since the measured comparison uses other
-splits, what luck remains does not flatter any arm. Of the distances, KL(base || model) on new-task prompts and the norm
-of the weight change, and of the budget, the number of gradient steps: the first checkpoint at or above the value. A run
-that never gets there is recorded as not reached, with its last checkpoint; it is not replaced by another run.
+splits, what luck remains does not flatter any arm. No checkpoint is picked while the learning rate still rises: there
+the size of a step is set by the warm-up, not by the arm. Of the distances, KL(base || model) on new-task prompts and
+the norm of the weight change, and of the budget, the number of gradient steps: the first checkpoint at or above the
+value. A run that never gets there is recorded as not reached, with its last checkpoint; it is not replaced by another.
 """
 
 import csv
@@ -67,6 +68,11 @@ class Pick:
         return int(self.row["step"])
 
 
+def after_warmup(warmup: int) -> str:
+    """What is added to the words of a rule."""
+    return f", after {warmup} steps of warm-up" if warmup else ""
+
+
 def rule(confirm: int) -> str:
     """The rule of `pick` for accuracy in words, for the record."""
     return f"first checkpoint whose new-task accuracy, and that of the next {confirm}, is at least the level"
@@ -92,7 +98,7 @@ def read_curves(folder: Path, learning_rates: Sequence[float]) -> dict[float, li
     return curves
 
 
-def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
+def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int, warmup: int = 0) -> Pick:
     """Apply the rule to the rows of one run; step 0 is the base and is never picked.
 
     Args:
@@ -100,8 +106,9 @@ def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
         matching: what to reach.
         confirm: so many next checkpoints must be at the value, too. Not asked of the distances and the budget: they
             are measured on the weights, or over whole distributions, or counted, and do not get there by luck.
+        warmup: steps that are not picked from, nor counted in `furthest`; if there are no others, the last one is.
     """
-    trained = sorted((row for row in rows if row["step"] > 0), key=lambda row: row["step"])
+    trained = _after(rows, warmup)
     above = [row[matching.by] >= matching.at for row in trained]
     furthest = float(max(row[matching.by] for row in trained))
     needed = confirm + 1 if matching.by == ACCURACY else 1
@@ -109,6 +116,23 @@ def pick(rows: Sequence[CurveRow], matching: Matching, confirm: int) -> Pick:
         if all(above[first : first + needed]):
             return Pick(True, trained[first], furthest)
     return Pick(False, trained[-1], furthest)
+
+
+def pick_as_far(rows: Sequence[CurveRow], reference: Pick, warmup: int = 0) -> Pick:
+    """The first checkpoint whose weights have changed by at least as much as those of another run's pick; not reached
+    where that one is not."""
+    found = pick(rows, Matching(NORM, reference.row[NORM]), 0, warmup)
+    return Pick(found.reached and reference.reached, found.row, found.furthest)
+
+
+def as_it_is(rows: Sequence[CurveRow], matching: Matching) -> Pick:
+    """The one model of an arm that was trained elsewhere; only the first level is at no other place."""
+    return Pick(True, rows[-1], rows[-1][matching.by])
+
+
+def _after(rows: Sequence[CurveRow], warmup: int) -> list[CurveRow]:
+    trained = sorted((row for row in rows if row["step"] > 0), key=lambda row: row["step"])
+    return [row for row in trained if row["step"] > warmup] or trained[-1:]
 
 
 def moved_as_far(base: Weights, direction: Weights, reference: Weights) -> Weights:

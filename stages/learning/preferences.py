@@ -87,6 +87,6 @@ def fit(run: Run, chosen: Int[Tensor, " n"], rejected: Int[Tensor, " n"], beta: 
             train_dataset=Dataset.from_dict(pairs),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, 2 * run.training.prompts_per_step)],
+            callbacks=[KeepCheckpoints(run.watcher, 2 * run.training.prompts_per_step)],
         )
         train_quietly(trainer)

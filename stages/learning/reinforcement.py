@@ -186,7 +186,7 @@ def fit(run: Run, reward: Reward, baseline: bool = True, one_pass: bool = True) 
             train_dataset=Dataset.from_dict({"prompt": [str(row) for row in run.order.flatten()]}),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, completions, run.section.num_iterations)],
+            callbacks=[KeepCheckpoints(run.watcher, completions, run.section.num_iterations)],
             prompt_ids=prompts.input_ids,
             generator=run.draw("samples"),
             baseline=baseline,

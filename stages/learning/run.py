@@ -13,6 +13,7 @@ Arms do not import each other.
 """
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,36 @@ if TYPE_CHECKING:
     from stages.tasks.examples import Prompts
 
 
-class Recorder:
+class Watcher(ABC):
+    """Is told of every gradient step of a training."""
+
+    def begin(self) -> None:  # noqa: B027  # no one need hear it
+        """Before the first step."""
+
+    @abstractmethod
+    def after(self, step: int, completions: int) -> bool:
+        """To be called after gradient step `step` (from 1); `completions` = answers learned from so far. Whether
+        training may end there."""
+
+    def note(self, step: int, found: dict[str, float]) -> None:  # noqa: B027  # no one need hear it
+        """What a trainer says of gradient step `step`, after it: some of `NOTED`."""
+
+
+# The norm of the gradient before it is clipped; the share of answers' tokens whose probability ratio was clipped; the
+# mean entropy of the answers' tokens, in nats; the mean reward.
+NOTED = ("gradient_norm", "clip_fraction", "entropy", "reward")
+IN_CURVE = ("gradient_norm", "clip_fraction")  # of these, those that stand in the rows of checkpoints, too
+STEP_COLUMNS = ("step", *NOTED, "update_norm")
+
+
+class Recorder(Watcher):
     """Writes weights and keeps scores at the checkpoints of a run, and reports its progress.
 
     Attributes:
         rows: one dict per checkpoint, the base first (step 0): the columns of the curve after
             `learning_rate`.
+        steps: one dict per gradient step, checkpoint or not: `STEP_COLUMNS`, as far as they are known. `update_norm` is
+            the Euclidean norm of what the step changed in the trained parameters (with LoRA, the adapters' own).
         probe: what they are scored by.
         folder: where the weights are (see `stages/learning/checkpoints.py`); none are kept in memory.
     """
@@ -54,22 +79,42 @@ class Recorder:
         folder: Path,
     ) -> None:
         self.rows: list[CurveRow] = []
+        self.steps: list[CurveRow] = []
         self.probe, self.folder = probe, folder
         self._model, self._steps, self._report = model, frozenset(steps), report
+        self._before: list[torch.Tensor] = []  # the trained parameters before the step, once there is one
         self._add_row(0, 0, 0)
 
+    def begin(self) -> None:
+        self._before = [weight.detach().clone() for weight in self._trained()]
+
     def after(self, step: int, completions: int) -> bool:
-        """To be called after gradient step `step` (from 1); `completions` = answers learned from so far. Whether
-        training may end there; that of an arm takes all its steps."""
+        """The training of an arm takes all its steps."""
+        self.steps.append({"step": step} | self._update())
         if step in self._steps:
             self.keep(step, gradient_steps=step, completions=completions)
         self._report(step, self.rows[-1])
         return False
 
     def note(self, step: int, found: dict[str, float]) -> None:
-        """Add what a trainer says of gradient step `step` to its row, if it has one."""
+        if self.steps and self.steps[-1]["step"] == step:
+            self.steps[-1] |= found
         if self.rows[-1]["step"] == step:
-            self.rows[-1] |= found
+            self.rows[-1] |= {column: found[column] for column in IN_CURVE if column in found}
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [weight for weight in self._model.parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def _update(self) -> CurveRow:
+        """Norm of what the step changed; nothing where the beginning was not told."""
+        if not self._before:
+            return {}
+        total = 0.0
+        for before, weight in zip(self._before, self._trained(), strict=True):
+            total += (weight - before).double().square().sum().item()
+            before.copy_(weight)
+        return {"update_norm": total**0.5}
 
     def keep(self, step: int, gradient_steps: int, completions: int) -> None:
         """Write the model as it is now as checkpoint `step`."""
@@ -101,7 +146,7 @@ class Run:
         train: the new task's training split.
         rehearsal: the old task's, for arms that rehearse it; its prompts may have another length.
         order: rows of `train` used in each step; equal for all arms of a seed.
-        recorder: keeps checkpoints.
+        watcher: is told of every step; of an arm its `recorder`, which keeps checkpoints.
     """
 
     arm: str
@@ -114,7 +159,13 @@ class Run:
     train: "Prompts"
     rehearsal: "Prompts"
     order: Int[np.ndarray, "step prompt"]
-    recorder: Recorder
+    watcher: Watcher
+
+    @property
+    def recorder(self) -> Recorder:
+        """What keeps the checkpoints of an arm."""
+        assert isinstance(self.watcher, Recorder)
+        return self.watcher
 
     def draw(self, purpose: str) -> torch.Generator:
         """A generator for one purpose; equal for all learning rates, so that they differ in nothing else, and for arms

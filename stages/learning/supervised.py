@@ -171,7 +171,7 @@ def _train(
             train_dataset=Dataset.from_list(rows),
             processing_class=run.tokenizer,
             optimizers=optimiser(run.model, run.training, run.learning_rate),
-            callbacks=[KeepCheckpoints(run.recorder, batch)],
+            callbacks=[KeepCheckpoints(run.watcher, batch)],
             **extra,
         )
         train_quietly(trainer)

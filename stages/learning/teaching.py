@@ -13,7 +13,7 @@ import torch
 from stages.learning import supervised
 from stages.learning.knowledge import old_scores
 from stages.learning.last_layer import last_layer_at_the_end
-from stages.learning.run import Recorder, Run
+from stages.learning.run import Run, Watcher
 from stages.learning.schedule import prompt_order
 from stages.learning.settings import CurveRow, Training
 from stages.pipeline.stage import Invalid
@@ -43,8 +43,8 @@ class Settings(Protocol):
     clip: float
 
 
-class _Checks(Recorder):
-    """Takes the place of the recorder of an arm: scores the model every so many steps, and says when it is enough.
+class _Checks(Watcher):
+    """Scores the model every so many steps, and says when it is enough.
 
     Attributes:
         rows: one a check: step, accuracy and p_correct.
@@ -66,7 +66,6 @@ class _Checks(Recorder):
         self.rows.append({"step": step, **found})
 
     def after(self, step: int, completions: int) -> bool:
-        """To be called after each gradient step; whether training may end."""
         if step % self._settings.check_every == 0 or step == self._settings.most_steps:
             self.add(step)
         self._report(step, self.rows[-1])
@@ -125,7 +124,7 @@ def teach(
         train=train,
         rehearsal=train,
         order=prompt_order(len(train), training, seed),
-        recorder=checks,
+        watcher=checks,
     )
     right = train.objects == train.canonical[:, None]
     wrong = (~right).double()

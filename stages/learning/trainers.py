@@ -12,12 +12,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from stages.learning.run import Recorder, Run
+from stages.learning.run import Run, Watcher
 from stages.pipeline.stage import Invalid
 
-# What TRL says of a step -> its column in the training curve: the norm of the gradient before it is clipped, and the
-# share of completions' tokens whose probability ratio was clipped.
-LOGGED = {"grad_norm": "gradient_norm", "clip_ratio/region_mean": "clip_fraction"}
+# What TRL says of a step -> its name in `NOTED`.
+LOGGED = {
+    "grad_norm": "gradient_norm",
+    "clip_ratio/region_mean": "clip_fraction",
+    "entropy": "entropy",
+    "reward": "reward",
+}
 
 
 def common_arguments(run: Run, output_dir: str) -> dict[str, Any]:
@@ -75,8 +79,13 @@ class KeepCheckpoints(TrainerCallback):
         iterations: steps in turn that learn from the same ones.
     """
 
-    def __init__(self, recorder: Recorder, completions: int, iterations: int = 1) -> None:
+    def __init__(self, recorder: Watcher, completions: int, iterations: int = 1) -> None:
         self._recorder, self._completions, self._iterations = recorder, completions, iterations
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._recorder.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         batches = -(-state.global_step // self._iterations)

@@ -87,7 +87,7 @@ def run_on(device: str, arm: Any) -> Run:
     model.to(device)
     probe = Probe.of(model, run.recorder.probe.old, run.recorder.probe.new)
     recorder = Recorder(model, probe, checkpoint_steps(run.training), lambda step, row: None, new_folder())
-    run = replace(run, recorder=recorder)
+    run = replace(run, watcher=recorder)
     with last_layer_at_the_end(model, tokens=2):
         arm.train(run)
     return run

@@ -3,7 +3,7 @@
 import re
 
 from stages.measures.scores import score_of
-from stages.pipeline.params.finetuning import trained_arms
+from stages.pipeline.params.finetuning import Imported, trained_arms
 from stages.pipeline.params.whole import Params
 from stages.pipeline.stage import Invalid
 from stages.tasks.new_tasks import NEW_TASKS
@@ -57,9 +57,8 @@ def _check_axes(params: Params) -> None:
                     f"params.yaml: arms: '{arm}' learns from answers of one token: must be left out with new_task "
                     f"'{params.new_task}', whose answers have several"
                 )
-    if params.match.noise_like not in params.arms or params.match.noise_like == "noise":
-        valid = ", ".join(arm for arm in params.arms if arm != "noise")
-        raise Invalid(f"params.yaml: match.noise_like = '{params.match.noise_like}': must be a trained arm ({valid})")
+    _check_shams(params)
+    _check_same_samples(params)
     for key in ("contrasts", "controls"):
         for arm in (arm for pair in getattr(params.contrast, key) for arm in pair):
             if arm not in arms:
@@ -76,6 +75,40 @@ def _check_axes(params: Params) -> None:
             raise Invalid(f"params.yaml: contrast.families: there is no arm '{arm}': must be one of {', '.join(arms)}")
         if members.count(arm) > 1:
             raise Invalid(f"params.yaml: contrast.families: '{arm}' stands twice: must be in one family, once")
+
+
+def _check_shams(params: Params) -> None:
+    match, known = params.match, {*trained_arms(), *params.finetune.arms}
+    for arm in match.shams:
+        if arm not in known:
+            raise Invalid(
+                f"params.yaml: match.shams: there is no arm '{arm}': must be one of {', '.join(sorted(known))}"
+            )
+    if match.like not in params.arms or match.like in match.shams:
+        valid = ", ".join(arm for arm in params.arms if arm not in match.shams)
+        raise Invalid(f"params.yaml: match.like = '{match.like}': must be an arm that is no sham ({valid})")
+    for arm in params.arms:
+        section = params.finetune.of(arm)
+        if not section.trained and not isinstance(section, Imported) and arm not in match.shams:
+            raise Invalid(f"params.yaml: match.shams = {list(match.shams)}: must name '{arm}', which learns nothing")
+
+
+def _check_same_samples(params: Params) -> None:
+    """An arm that learns from the samples of another samples as that one does."""
+    for arm, of in (("sft_accepted", "dr_grpo"),):
+        if {arm, of} <= set(params.arms):
+            own, theirs = params.finetune.of(arm), params.finetune.of(of)
+            for key in ("samples_per_prompt", "temperature"):
+                if getattr(own, key) != getattr(theirs, key):
+                    raise Invalid(
+                        f"params.yaml: finetune.{arm}.{key} = {getattr(own, key)}: must be {getattr(theirs, key)}, as "
+                        f"of {of}, whose samples it learns from"
+                    )
+            if (theirs.num_iterations, theirs.beta) != (1, 0.0):
+                raise Invalid(
+                    f"params.yaml: finetune.{of}: must have num_iterations 1 and beta 0.0 beside {arm}, which learns "
+                    "from such a run's samples"
+                )
 
 
 def _check_old_task(params: Params) -> None:

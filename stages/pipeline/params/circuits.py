@@ -10,6 +10,7 @@ from stages.pipeline.params.fields import (
     Count,
     Fraction,
     NotNegative,
+    NotNegativeCount,
     Positive,
     Section,
     Seed,
@@ -42,7 +43,11 @@ class Evaluate(Section):
     clauses: Literal["every", "queried"]
     random_circuits: Annotated[int, Field(ge=20)]
     score: Literal["accuracy", "candidate_accuracy", "logit_difference", "p_correct"]
+    idle_tolerance: Annotated[float, Field(ge=0, lt=1)]
     prune_threshold: Positive
+    matching_ablations: Annotated[
+        tuple[Literal["base_means", "resampled", "base_resampled"], ...], BeforeValidator(as_tuple), DISTINCT
+    ]
     random_subsets: Count
     greedy_steps: Count
     greedy_examples: Count
@@ -67,6 +72,7 @@ class Dcm(Section):
 class Cmap(Section):
     clauses: Literal["every", "queried"]
     random_draws: Count
+    head_examples: NotNegativeCount
     inputs: Annotated[tuple[Literal["q", "k", "v"], ...], BeforeValidator(as_tuple), DISTINCT]
 
 

@@ -116,7 +116,8 @@ class Match(Section):
     level: Fraction
     learning_rate: LearningRate
     confirm: NotNegativeCount
-    noise_like: str
+    like: str
+    shams: Annotated[tuple[str, ...], BeforeValidator(as_tuple), DISTINCT]
     levels: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple), Field(min_length=1), DISTINCT]
     kl: Annotated[Rates, DISTINCT]
     norm: Annotated[Rates, DISTINCT]
