@@ -1,8 +1,10 @@
 """Stage `contrast`: compare the arms, paired over seeds.
 
-reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name; data/old_task.json
+reads  reports/cells/** (records and curves), exactly the cells that seeds and arms name; data/old_task.json;
+       reports/registered, the experiments that were registered
 writes reports/statistics.json   measures by arm, contrasts, reach rates, adjustment for distance, similarity of
-                                 circuits, the same at every matching, hypervolumes of the trade-off
+                                 circuits, the same at every matching, under every other choice (`specification`),
+                                 hypervolumes of the trade-off; whether all of it was registered
        reports/cells.csv         every scalar of every record, long form
 """
 
@@ -10,14 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.pipeline.files import read_json, write_csv, write_json
-from stages.pipeline.stage import Cell, Invalid, run
-from stages.statistics.adjustment import Adjustment, adjust, p_values
+from stages.pipeline.params import parse_yaml
+from stages.pipeline.stage import PARAMS_FILE, Cell, Invalid, run
+from stages.statistics.adjustment import Adjustment, adjust
 from stages.statistics.cells import long_form, read_cells
 from stages.statistics.contrasts import Plan, compare, left_out_bases
 from stages.statistics.frames import training_curves
 from stages.statistics.hypervolume import compare_hypervolumes
 from stages.statistics.matchings import compare_matchings
+from stages.statistics.registration import standing
 from stages.statistics.similarity import compare_circuits
+from stages.statistics.specification import specifications
 
 CELLS = Path("reports/cells")
 
@@ -43,6 +48,7 @@ def main(cell: Cell) -> None:
         secondary=tuple(section.secondary_measures),
         base_faithfulness=section.base_faithfulness,
         contrasts=_of_arms(section.contrasts, cells.arms),
+        described=_of_arms(section.described, cells.arms),
         controls=_of_arms(section.controls, cells.arms),
         confidence=section.confidence,
         alpha=section.alpha,
@@ -56,7 +62,7 @@ def main(cell: Cell) -> None:
         outcome=plan.primary,
         distance=section.adjust_for,
         families=section.families,
-        contrasts=plan.contrasts + plan.controls,
+        contrasts=plan.contrasts + plan.described + plan.controls,
         forgetting=section.forgetting,
         predictors=section.predictors,
         confidence=plan.confidence,
@@ -65,9 +71,11 @@ def main(cell: Cell) -> None:
     curves = training_curves(CELLS, cells, cell.params("learning_rates"))
     adjusted = adjust(cells, adjustment, left_out)
     tasks = {"old_task": read_json("data/old_task.json"), "new_task": cell.params("new_task")}
-    statistics = tasks | compare(cells, plan, p_values(adjusted)) | {"adjustment": adjusted}
+    statistics = tasks | compare(cells, plan) | {"adjustment": adjusted}
     statistics["similarity"] = compare_circuits(cells, plan, CELLS)
     statistics["matchings"] = compare_matchings(cells, plan)
+    statistics["specification"] = specifications(cells, plan)
+    statistics["registration"] = standing(parse_yaml(PARAMS_FILE.read_text(encoding="utf-8")))
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
     write_json("reports/statistics.json", statistics)
 

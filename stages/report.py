@@ -21,6 +21,7 @@ from stages.figures import (
     circuit,
     contrasts,
     desiderata,
+    forest,
     forgetting,
     knockout,
     matchings,
@@ -29,6 +30,7 @@ from stages.figures import (
     pareto,
     similarity,
     sizes,
+    specification,
     training,
     transplants,
 )
@@ -82,6 +84,13 @@ def figures(
             plan["equivalence_margin"],
             plan["confidence"],
         ),
+        "forest": lambda: forest.draw(
+            [e for e in statistics["contrasts"] if e["measure"] == primary][: len(plan["contrasts"])],
+            short_name(primary),
+            plan["equivalence_margin"],
+            plan["confidence"],
+        ),
+        "specification": lambda: specification.draw(statistics["specification"], plan["equivalence_margin"]),
         "pareto": lambda: pareto.draw(
             curves,
             untrained,

@@ -27,6 +27,7 @@ GROUPS: tuple[Any, ...] = (
     ("v_query_label>q_last", "query_label", "q_last", "v", ((0, 0), (0, 4))),
     ("v_label>k_separator", "earlier_label", "k_separator", "v", ((0, 3), (1, 3))),
 )
+SHAMS = ("noise", "random_reward")
 SHORTCUTS = {"any object": 2 / 7, "own object": 0.0}
 LAYERS, HEADS, RATES = 6, 8, (1e-4, 3e-4)
 # name -> column and value; the one at 0.9 is the primary one
@@ -49,6 +50,7 @@ class Experiment:
     Attributes:
         seeds, arms: the axes.
         unreached: (arm, seed) pairs that never reach the level.
+        learning: (arm, seed) pairs of shams that learn the new task.
         hidden: seeds whose base has no identifiable circuit.
         weak: seeds whose base circuit does not work in place.
         effect: added to what every RL arm keeps.
@@ -59,20 +61,15 @@ class Experiment:
     seeds: Sequence[int] = (0, 1, 2)
     arms: Sequence[str] = ARMS
     unreached: frozenset[tuple[str, int]] = frozenset()
+    learning: frozenset[tuple[str, int]] = frozenset()
     hidden: frozenset[int] = frozenset()
     weak: frozenset[int] = frozenset()
     effect: float = 0.0
     spread: float = 0.04
     new_task: str = "adjacent"
     valid_answers: int = 2
-    contrasts: Sequence[tuple[str, str]] = field(
-        default=(
-            ("grpo", "sft_gold"),
-            ("self_sft", "sft_gold"),
-            ("grpo", "reinforce"),
-            ("grpo", "self_sft"),
-        )
-    )
+    contrasts: Sequence[tuple[str, str]] = field(default=(("grpo", "sft_gold"), ("grpo", "self_sft")))
+    described: Sequence[tuple[str, str]] = field(default=(("self_sft", "sft_gold"), ("grpo", "reinforce")))
     controls: Sequence[tuple[str, str]] = field(default=(("sft_replay", "sft_gold"), ("noise", "sft_gold")))
 
     def params(self) -> dict[str, Any]:
@@ -95,6 +92,7 @@ class Experiment:
                     "drift.new.kl",
                 ],
                 contrasts=[list(pair) for pair in self.contrasts],
+                described=[list(pair) for pair in self.described if set(pair) <= set(self.arms)],
                 controls=[list(pair) for pair in self.controls if set(pair) <= set(self.arms)],
                 confidence=0.95,
                 alpha=0.05,
@@ -125,6 +123,8 @@ class Experiment:
             },
         )
         write_json(root / "data/old_task.json", Boxes.described())
+        (root / "reports/registered").mkdir(parents=True, exist_ok=True)
+        (root / "params.yaml").write_text("seeds: [0]\n")
         for seed in self.seeds:
             _write_base(root / "reports/cells", self, seed)
             for arm in self.arms:
@@ -160,6 +160,12 @@ def _write_base(root: Path, experiment: Experiment, seed: int) -> None:
     _write_model(root, experiment, "base", seed, 1.0, 0.96)
 
 
+def _new_accuracy(experiment: Experiment, model: str, seed: int, draw: np.random.Generator) -> float:
+    if model == "base" or (model in SHAMS and (model, seed) not in experiment.learning):
+        return 0.41
+    return 0.93 + 0.01 * float(draw.normal())
+
+
 def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept: float, old: float) -> None:
     draw = _draw(seed, model + "x")
     hidden = seed in experiment.hidden
@@ -186,6 +192,7 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "seed": seed,
         "identifiable": not hidden,
         "accuracy": old,
+        "idle": _idle(groups) if model == "base" and not hidden else None,
         "settings": {"hops": "auto"},
         "hops": [] if hidden else list(HOPS),
     }
@@ -206,7 +213,7 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
         "seed": seed,
         "old_accuracy": old,
         "old_logit_difference": 6.5 * old,
-        "new_accuracy": 0.41 if model == "base" else 0.93 + 0.01 * float(draw.normal()),
+        "new_accuracy": _new_accuracy(experiment, model, seed, draw),
         "new_valid_mass": 0.5,
         "circuit": None if hidden else scores,
         "circuit_in_queried_clause": None if hidden else scores | {"faithfulness": 0.8 * kept / old},
@@ -260,6 +267,21 @@ def _write_model(root: Path, experiment: Experiment, model: str, seed: int, kept
             "settings": {"steps": 60},
         },
     )
+
+
+def _idle(groups: tuple[Any, ...]) -> dict[str, Any]:
+    """One more group was found that the base does without."""
+    scores = {"accuracy": 0.93, "logit_difference": 6.0}
+    return {
+        "score": "accuracy",
+        "tolerance": 0.02,
+        "examples": 128,
+        "found": scores | {"size": 24},
+        "left": scores | {"size": 18, "accuracy": 0.92},
+        "groups": {name: {"without": 0.4, "idle": False} for name, *_ in groups}
+        | {"v_bos": {"without": 0.93, "idle": True}},
+        "heads": [],
+    }
 
 
 HOPS: tuple[Any, ...] = (
@@ -369,7 +391,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
             "reached": reached,
             "rule": "first checkpoint at the level",
             "matching": PRIMARY,
-            "like": "sft_gold" if noise else None,
+            "like": "sft_gold" if arm in SHAMS else None,
             "level": 0.9,
             "learning_rate": RATES[1],
             "step": None if noise else 45,
@@ -409,6 +431,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
                 "tuned_to_base": {name: scored(0.9, 0.96 * share) for name, share in shares.items()},
                 "base_to_tuned": {name: scored(old, 0.95) for name in shares},
             },
+            "heads": _heads_alone(groups, kept) if groups else None,
             "settings": {"random_draws": 4},
         },
     )
@@ -440,6 +463,15 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
     _write_model(root, experiment, arm, seed, kept, old)
 
 
+def _heads_alone(groups: tuple[Any, ...], kept: float) -> dict[str, Any]:
+    nodes = sorted({(*head, position) for _, position, _, _, heads in groups for head in heads})
+    alone = [
+        {"head": [layer, head], "position": position, "damage": (1 - kept) / 10, "repair": (1 - kept) / 20}
+        for layer, head, position in nodes
+    ]
+    return {"n": 64, "alone": alone}
+
+
 def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
     """What every matching picked: the lower levels are always reached."""
     entries = {}
@@ -460,15 +492,34 @@ def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:
 
 
 def _matchings(experiment: Experiment, arm: str, seed: int, kept: float, old: float) -> dict[str, Any]:
-    """The circuit at the other matchings: the further, the less is left."""
-    entries = {}
-    for name, more in (("accuracy_0_6", 0.6), ("accuracy_0_8", 0.3), ("norm_3", -0.2), ("steps_160", -0.4)):
-        left = kept + more * (1 - kept)
-        circuit = {"size": 18, "accuracy": 0.93 * left, "logit_difference": 6 * (left - 0.02)}
-        entries[name] = {
-            "old_accuracy": old + more * (0.96 - old),
-            "old_logit_difference": 6 * old,
-            "new_accuracy": 0.8,
-            "circuit": None if seed in experiment.hidden else circuit,
-        }
+    """The circuit at the other matchings and at both rates: the further and the faster, the less is left."""
+    entries: dict[str, dict[str, Any]] = {}
+    shifts = {"accuracy_0_6": 0.6, "accuracy_0_8": 0.3, "norm_3": -0.2, "steps_160": -0.4}
+    for rate, gentler in zip(RATES, (0.5, 0.0), strict=True):
+        for name in MATCHINGS:
+            there = name != FAR and (name not in AS_PRIMARY or (arm, seed) not in experiment.unreached)
+            own = rate == RATES[1]
+            if not there or (own and name in AS_PRIMARY) or (arm == "noise" and not own):
+                continue
+            more = min(1.0, shifts.get(name, 0.0) + gentler)
+            left = kept + more * (1 - kept)
+            circuit = {"size": 18, "accuracy": 0.93 * left, "logit_difference": 6 * (left - 0.02)}
+            hidden = seed in experiment.hidden
+            entries.setdefault(name, {})[f"{rate:g}"] = {
+                "old_accuracy": old + more * (0.96 - old),
+                "old_logit_difference": 6 * old,
+                "new_accuracy": 0.8,
+                "new_valid_mass": 0.6,
+                "circuit": None if hidden else circuit,
+                "circuit_by_ablation": None if hidden else _by_ablation(circuit),
+            }
     return {"arm": arm, "seed": seed, "matchings": entries}
+
+
+def _by_ablation(circuit: dict[str, Any]) -> dict[str, Any]:
+    """More is left with the base's outputs around the circuit."""
+    shares = {"own_means": 1.0, "base_means": 1.05, "resampled": 0.6, "base_resampled": 0.65}
+    return {
+        kind: circuit | {key: share * circuit[key] for key in ("accuracy", "logit_difference")}
+        for kind, share in shares.items()
+    }

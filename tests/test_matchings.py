@@ -32,6 +32,7 @@ PLAN = Plan(
     (),
     0.9,
     (("grpo", "sft_gold"),),
+    (),
     (("noise", "sft_gold"),),
     0.95,
     0.05,
@@ -99,7 +100,11 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
     whole = cells.record("evaluate", "grpo", "0")
     assert value(cells, "grpo", "0", "accuracy_0_9", "retention") == whole["circuit"]["retention"]
     assert value(cells, "grpo", "0", "kl_0_5", "old_accuracy") == whole["old_accuracy"]
-    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]
+    other = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]["0.0003"]
+    gentle = cells.record("matchings", "grpo", "0")["matchings"]["accuracy_0_9"]["0.0001"]
+    assert value(cells, "grpo", "0", "accuracy_0_9", "retention", "0.0001") == gentle["circuit"]["retention"]
+    assert value(cells, "grpo", "0", "accuracy_0_9", "retention", "0.0003") == whole["circuit"]["retention"]
+    assert value(cells, "noise", "0", "accuracy_0_9", "retention", "0.0001") is None  # it is at one rate alone
     assert value(cells, "grpo", "0", "norm_3", "retention") == other["circuit"]["retention"]
     assert other["circuit"]["retention"] != whole["circuit"]["retention"]
     assert value(cells, "grpo", "1", "accuracy_0_9", "retention") is None  # not reached
@@ -107,7 +112,7 @@ def test_the_primary_checkpoint_is_read_from_evaluate(cells: Cells) -> None:
     assert value(cells, "grpo", "3", "norm_3", "old_accuracy") is not None
 
 
-def test_a_run_that_must_not_learn_does_not_make_a_level_a_selection(tmp_path: Path) -> None:
+def test_a_sham_does_not_make_a_level_a_selection(tmp_path: Path) -> None:
     arms = ("sft_gold", "grpo", "random_reward")
     experiment = Experiment(
         seeds=range(2), arms=arms, unreached=frozenset({("random_reward", 0), ("random_reward", 1)})
@@ -153,9 +158,10 @@ def test_every_matching_by_hand(cells: Cells) -> None:
     assert {name for name, entry in found.items() if entry["selected"]} == {"accuracy_0_9", "kl_0_5", FAR}
     assert found[FAR]["arms"]["grpo"]["reached"] == 0 and found[FAR]["arms"]["grpo"]["retention"]["mean"] is None
 
-    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3"] for arm in ("grpo", "sft_gold")]
+    records = [cells.record("matchings", arm, "0")["matchings"]["norm_3"]["0.0003"] for arm in ("grpo", "sft_gold")]
     entry = found["norm_3"]
-    kept = [cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["circuit"]["retention"] for s in "012"]
+    entries = [cells.record("matchings", "grpo", s)["matchings"]["norm_3"]["0.0003"] for s in "012"]
+    kept = [found["circuit"]["retention"] for found in entries]
     grpo = entry["arms"]["grpo"]["retention"]
     assert (grpo["n"], entry["arms"]["grpo"]["reached"]) == (3, 4)  # seed 3 has no circuit to keep
     assert grpo["mean"] == pytest.approx(np.mean(kept)) and grpo["ci"] == pytest.approx(t_interval(kept, 0.95))

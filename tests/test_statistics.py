@@ -179,7 +179,7 @@ def test_detectable_difference_and_provable_margin(n: int) -> None:
 
 
 PLAN = Plan(
-    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), (), 0.95, 0.05, 0.8, 0.05, 500, 0
+    "evaluate.circuit.retention", ("drift.old.kl",), 0.9, (("grpo", "sft_gold"),), (), (), 0.95, 0.05, 0.8, 0.05, 500, 0
 )
 
 
@@ -293,7 +293,7 @@ def test_what_takes_two_records_by_hand(tmp_path: Path) -> None:
     before, after = (np.array([*entry["examples"]["model"]]) == "1" for entry in (base, tuned))
     assert tuned["flips"] == {"lost": np.mean(before & ~after), "gained": np.mean(~before & after)}
     assert tuned["flips"]["lost"] > 0
-    matched = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]["circuit"]
+    matched = cells.record("matchings", "grpo", "0")["matchings"]["norm_3"]["0.0003"]["circuit"]
     assert matched["retention"] == matched["accuracy"] / base["circuit"]["accuracy"]
     assert cells.record("evaluate", "grpo", "1")["circuit"] is None, "no circuit in this base"
     base["circuit"]["logit_difference"] = 0.0

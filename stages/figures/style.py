@@ -47,6 +47,7 @@ LOOKS = {
     "sft_far": Look("SFT (far)", "#8C2D04", "X", "the right answer that the base finds least likely"),
     "sft_oracle": Look("SFT (oracle)", "#F0B04A", "p", "the base's whole distribution over the right answers"),
     "self_sft": Look("SFT (own samples)", "#E69F00", "s", "the base's own right answers, drawn once"),
+    "sft_accepted": Look("SFT (accepted)", "#C44601", "*", "the right ones of the answers that Dr. GRPO samples"),
     "iterative_sft": Look("SFT (resampled)", "#A6761D", "h", "the model's own right answers, drawn anew as it learns"),
     "reinforce": Look("REINFORCE", "#56B4E9", "^", "rewards of its own samples as they are, without a baseline"),
     "rloo": Look("RLOO", "#4C72D0", ">", "rewards minus the mean reward of the other samples of a prompt"),

@@ -1,14 +1,14 @@
-"""What a distance between outputs explains: the two hypotheses of the plan that are no contrasts of arms.
+"""What a distance between outputs explains. It describes; neither part is among the hypotheses.
 
-The method's effect (H5 of the default plan): does the method still matter where the distance moved is taken into
-account? A linear model of the primary measure on method and distance, with the seed as block and one value of each
-method a seed; the coefficient of the method is its partial effect, and p is of its t test. The distance is itself an
-outcome of the method, so this says what goes together, not what would happen if the distance were held. A family may
-differ from the other by what one of its arms is taught, not by its method: the first family is also compared with each
-arm of the second alone.
+The method's effect: does the method still matter where the distance moved is taken into account? A linear model of the
+primary measure on method and distance, with the seed as block and one value of each method a seed; the coefficient of
+the method is its partial effect, and p is of its t test. The distance is itself an outcome of the method, so this says
+what goes together, not what would happen if the distance were held. A family may differ from the other by what one of
+its arms is taught, not by its method: the first family is also compared with each arm of the second alone.
 
-Prediction (H6): which distance predicts how much of the old task is lost? One line for each predictor, with the seed as
-block. Tested is whether the loss goes more closely with the first predictor than with the second: the correlations over
+Prediction: which distance predicts how much of the old task is lost? One line for each predictor, with the seed as
+block. A check more than a finding where one predictor is on old-task prompts: it is nearly the loss in other units.
+Asked is whether the loss goes more closely with the first predictor than with the second: the correlations over
 the arms of each seed, whose differences go through the exact sign-flip test. (Errors in left-out seeds would not do:
 seeds share what they are predicted from, and the test would reject too often, .068 for .05 in simulations.)
 
@@ -93,11 +93,6 @@ def adjust(cells: Cells, asked: Adjustment, left_out: Mapping[str, float | None]
         "predictors": [_predictor(frame, asked, predictor) for predictor in asked.predictors],
         "prediction": _prediction(frame, asked),
     }
-
-
-def p_values(adjustment: Mapping[str, Any]) -> list[float | None]:
-    """p values of the two hypotheses, the method's effect and the prediction, from what `adjust` gives."""
-    return [adjustment["effects"][0]["adjusted_p"], adjustment["prediction"]["p"]]
 
 
 def _effect(

@@ -13,7 +13,6 @@ from stages.pipeline.stage import Invalid
 from stages.statistics.retention import add_retention
 
 BASE = "base"
-RANDOM_REWARD = "random_reward"  # the negative control: must not learn
 Record = dict[str, Any]
 
 # stage -> the file of one cell, below reports/cells; the first ones exist for the base only, or for tuned

@@ -3,10 +3,10 @@
 The unit is the pair (base seed, fine-tuning seed); the arms of a seed share the base, the prompts and their
 order, so a contrast is the mean of within-seed differences. A pair counts when the circuit of its base works in
 place (a circuit that does not cannot say what fine-tuning keeps of it), both arms reached the matching level and
-both have the measure; every pair that does not count is listed with its reason. The planned contrasts of
-the primary measure (H1, H2, ...) form one family for Holm's correction, with the hypotheses of the plan that are no
-contrasts (`adjustment`). Controls (C1, C2, ...) say whether the experiment could have shown anything and answer no
-question, and secondary measures describe; neither is corrected.
+both have the measure; every pair that does not count is listed with its reason. The hypotheses, contrasts of
+the primary measure (H1, H2, ...), form one family for Holm's correction. Further contrasts (D1, D2, ...) describe,
+controls (C1, C2, ...) say whether the experiment could have shown anything and answer no question, and secondary
+measures describe; none of these is corrected.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -31,6 +31,8 @@ from stages.statistics.paired import (
 )
 from stages.statistics.primary import base_measure
 
+PAIRS = ("contrasts", "described", "controls")  # parts of the plan that are (arm, reference) pairs
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -41,7 +43,8 @@ class Plan:
         secondary: further measures.
         base_faithfulness: smallest faithfulness of a base's circuit in place, by the score of the primary measure, at
             which the seed counts.
-        contrasts: (arm, reference) pairs; their order names them H1, H2, ...
+        contrasts: (arm, reference) pairs, the hypotheses; their order names them H1, H2, ...
+        described: the same of contrasts that describe, named D1, D2, ...
         controls: the same of controls, named C1, C2, ...
         confidence: coverage of intervals.
         alpha: level of tests.
@@ -55,6 +58,7 @@ class Plan:
     secondary: tuple[str, ...]
     base_faithfulness: float
     contrasts: tuple[tuple[str, str], ...]
+    described: tuple[tuple[str, str], ...]
     controls: tuple[tuple[str, str], ...]
     confidence: float
     alpha: float
@@ -65,20 +69,19 @@ class Plan:
 
     @property
     def named(self) -> tuple[tuple[str, str, str], ...]:
-        """Name, arm and reference of every contrast, then of every control."""
+        """Name, arm and reference of every hypothesis, then of what describes, then of every control."""
         return tuple(
             (f"{letter}{number}", arm, reference)
-            for letter, pairs in (("H", self.contrasts), ("C", self.controls))
+            for letter, pairs in (("H", self.contrasts), ("D", self.described), ("C", self.controls))
             for number, (arm, reference) in enumerate(pairs, start=1)
         )
 
 
-def compare(cells: Cells, plan: Plan, others: Sequence[float | None] = ()) -> dict[str, Any]:
+def compare(cells: Cells, plan: Plan) -> dict[str, Any]:
     """The contrasts' part of statistics.json.
 
     Args:
         cells, plan: all records, and what is compared.
-        others: p values of the plan's further hypotheses, named after the contrasts, which are corrected with them.
     """
     measures = (plan.primary, *plan.secondary)
     left_out = left_out_bases(cells, plan)
@@ -88,31 +91,27 @@ def compare(cells: Cells, plan: Plan, others: Sequence[float | None] = ()) -> di
         for name, arm, reference in plan.named
     ]
     planned = contrasts[: len(plan.contrasts)]  # of the primary measure
-    family = [{"name": entry["name"], "p": entry["p"]} for entry in planned]
-    family += [{"name": f"H{number}", "p": p} for number, p in enumerate(others, start=len(planned) + 1)]
-    for entry, adjusted in zip(family, holm([entry["p"] for entry in family]), strict=True):
+    for entry, adjusted in zip(planned, holm([entry["p"] for entry in planned]), strict=True):
         entry["p_holm"] = adjusted
-    for entry, corrected in zip(planned, family, strict=False):
-        entry["p_holm"] = corrected["p_holm"]
     return {
         "unit": "pair (base seed, fine-tuning seed)",
         "n_pairs": len(cells.seeds) - len(left_out),
         "bases_left_out": [{"seed": seed, "faithfulness": value} for seed, value in left_out.items()],
         "plan": asdict(plan)
-        | {key: [list(pair) for pair in getattr(plan, key)] for key in ("contrasts", "controls")}
+        | {key: [list(pair) for pair in getattr(plan, key)] for key in PAIRS}
         | {"secondary": list(plan.secondary)},
         "measures": {
             measure: {model: describe(cells, plan, measure, model, left_out) for model in cells.models}
             for measure in measures
         },
         "contrasts": contrasts,
-        "family": family,
+        "family": [{key: entry[key] for key in ("name", "p", "p_holm")} for entry in planned],
         "reach": {
             arm: {"reached": sum(cells.reached(arm, seed) for seed in cells.seeds), "of": len(cells.seeds)}
             for arm in cells.arms
         },
         "learning_rates": {arm: by_learning_rate(cells, arm) for arm in cells.arms},
-        "power_note": _power_note(planned, len(family), plan),
+        "power_note": _power_note(planned, len(planned), plan),
     }
 
 

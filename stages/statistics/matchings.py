@@ -1,5 +1,5 @@
 """The comparison at every matching: at several levels of the new task, at equal KL, at equal norm of the change, after
-equally many steps.
+equally many steps; at the learning rate of the contrasts, and at any other.
 
 The primary matching is the one that `contrasts` tests. All matchings describe here, the primary one among them: means
 and t intervals over the seeds at which an arm got there and whose base counts, and the planned differences, paired in
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from stages.measures.scores import ENDINGS
-from stages.statistics.cells import RANDOM_REWARD, Cells, mean_of_defined
+from stages.statistics.cells import Cells, Record, mean_of_defined
 from stages.statistics.contrasts import Plan, left_out_bases
 from stages.statistics.paired import t_interval
 
@@ -26,19 +26,31 @@ CLOSENESS = ("new_accuracy", "kl_new", "weight_norm", "gradient_steps")  # of th
 
 def compare_matchings(cells: Cells, plan: Plan) -> list[dict[str, Any]]:
     """One entry for each matching, in the order of the match records: by accuracy, by KL, by norm, by steps."""
-    return [_matching(cells, plan, name) for name in _names(cells)]
+    return [_matching(cells, plan, name) for name in names_of_matchings(cells)]
 
 
-def value(cells: Cells, arm: str, seed: str, name: str, measure: str) -> float | None:
-    """One of `MEASURES` of the checkpoint that a matching picked; None where the run did not get there, or where the
-    base has no circuit."""
-    found = _picked(cells, arm, seed, name)
-    if not found["reached"]:
+def at_matching(cells: Cells, arm: str, seed: str, name: str, rate: str | None = None) -> Record | None:
+    """What is known of the checkpoint that a matching picked at a learning rate: `circuit`, `circuit_by_ablation`, the
+    scores of the whole model and of the new task; None where the run did not get there.
+
+    Args:
+        rate: as in the records; None: that of the contrasts.
+    """
+    match, found = cells.record("match", arm, seed), _picked(cells, arm, seed, name)
+    own = f"{match['learning_rate']:g}"
+    rate = own if rate is None else rate
+    if not found["by_learning_rate"].get(rate, {"reached": False})["reached"]:
         return None
-    if found["as_primary"]:
-        record = cells.record("evaluate", arm, seed)
-    else:
-        record = cells.record("matchings", arm, seed)["matchings"][name]
+    if rate == own and found["as_primary"]:
+        return cells.record("evaluate", arm, seed)
+    return cells.record("matchings", arm, seed)["matchings"][name][rate]
+
+
+def value(cells: Cells, arm: str, seed: str, name: str, measure: str, rate: str | None = None) -> float | None:
+    """One of `MEASURES` of that checkpoint; None where there is none, or where the base has no circuit."""
+    record = at_matching(cells, arm, seed, name, rate)
+    if record is None:
+        return None
     return ((record["circuit"] or {}) if measure in RETENTIONS else record).get(measure)
 
 
@@ -64,9 +76,9 @@ def _matching(cells: Cells, plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _learns(cells: Cells, arm: str, seed: str) -> bool:
-    """Whether this run is meant to get anywhere: it is trained here, on rewards that say something of the answers."""
+    """Whether this run is meant to get anywhere: it is trained here, and no sham."""
     record = cells.record("match", arm, seed)
-    return record["like"] is None and record["step"] is not None and arm != RANDOM_REWARD
+    return record["like"] is None and record["step"] is not None
 
 
 def _of_arm(cells: Cells, plan: Plan, arm: str, name: str) -> dict[str, Any]:
@@ -112,8 +124,8 @@ def _seeds(cells: Cells, plan: Plan) -> list[str]:
     return [seed for seed in cells.seeds if seed not in left_out]
 
 
-def _names(cells: Cells) -> list[str]:
-    """Increasing within accuracy, KL, norm and steps."""
+def names_of_matchings(cells: Cells) -> list[str]:
+    """All matchings, increasing within accuracy, KL, norm and steps."""
     found = cells.record("match", cells.arms[0], cells.seeds[0])["matchings"]
     order = {column: place for place, column in enumerate(CLOSENESS)}
     return sorted(found, key=lambda name: (order[found[name]["by"]], found[name]["at"]))

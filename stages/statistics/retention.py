@@ -33,7 +33,11 @@ def add_retention(records: Records, base: str) -> None:
                 circuit |= shares("retention", circuit, reference_by[kind])
             record["flips"] = _flips(record, reference)
         else:
-            circuits = [entry["circuit"] for entry in record["matchings"].values()]
+            entries = [entry for rates in record["matchings"].values() for entry in rates.values()]
+            circuits = [entry["circuit"] for entry in entries]
+            reference_by = reference.get("circuit_by_ablation") or {}
+            for kind, circuit in ((k, c) for e in entries for k, c in (e["circuit_by_ablation"] or {}).items()):
+                circuit |= shares("retention", circuit, reference_by.get(kind) or {})
         for circuit in circuits:
             if circuit and reference["circuit"]:
                 circuit |= shares("retention", circuit, reference["circuit"])

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stages.measures.scores import ENDINGS, score_of
-from stages.statistics import by_ablation, by_score, enhancement, precision
-from stages.statistics.cells import BASE, RANDOM_REWARD, Cells, mean_of_defined
-from stages.statistics.contrasts import Plan, describe, left_out_bases
+from stages.statistics import by_ablation, by_score, enhancement, idle, precision, registration
+from stages.statistics.cells import BASE, Cells, mean_of_defined
+from stages.statistics.contrasts import PAIRS, Plan, describe, left_out_bases
+from stages.statistics.heads import table_of_heads
 from stages.statistics.inputs import table_of_inputs
 from stages.statistics.masks import table_of_masks
 from stages.statistics.matchings import LEAST_REACHED
@@ -39,7 +40,7 @@ MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do 
 def plan_of(statistics: Mapping[str, Any]) -> Plan:
     """The plan that statistics.json was made by."""
     plan = dict(statistics["plan"])
-    for key in ("contrasts", "controls"):
+    for key in PAIRS:
         plan[key] = tuple((arm, reference) for arm, reference in plan[key])
     plan["secondary"] = tuple(plan["secondary"])
     return Plan(**plan)
@@ -162,6 +163,15 @@ def summarise(
         ],
         "table_matchings": list(statistics["matchings"]),
         "table_hypervolume": [statistics["hypervolume"]],
+        "registration": [statistics["registration"]],
+        "registration_sentence": registration.sentence(statistics["registration"]),
+        "table_specification": [
+            {key: entry[key] for key in ("name", "arm", "reference", "of", "agree", "clear", "against")}
+            | {"share": entry["agree"] / entry["of"] if entry["agree"] is not None else None}
+            for entry in statistics["specification"]
+        ],
+        "table_heads": table_of_heads(cells, plan, left_out),
+        "idle_findings": idle.findings(cells),
         "table_inputs": table_of_inputs(cells, plan, left_out),
         "table_masks": table_of_masks(cells),
         "primary_score": score_of(plan.primary),
@@ -336,13 +346,6 @@ def checks(
     for arm in cells.arms:
         missed = [seed for seed in cells.seeds if not cells.reached(arm, seed)]
         n = len(cells.seeds)
-        if arm == RANDOM_REWARD:
-            what = (
-                f"Negative control: {names[arm]}, which says nothing of the answers, never reaches the matching level"
-            )
-            text = f"{n - len(missed)} of {n} seeds reach it"
-            found.append(_entry(f"not_reached_{arm}", what, text, len(missed) == n))
-            continue
         text = f"{n - len(missed)} of {n} seeds" + "".join(f"; not seed {seed}" for seed in missed)
         like = cells.record("match", arm, cells.seeds[0])["like"]
         if cells.imported(arm):
@@ -353,19 +356,37 @@ def checks(
             else f"{names[arm]} is moved as far in weights as {names[like]} at every seed"
         )
         found.append(_entry(f"reached_{arm}", what, text, not missed))
+        match = cells.record("match", arm, cells.seeds[0])
+        if like is not None and match["step"] is not None:
+            level = match["level"]
+            found.append(
+                _of_bases(
+                    f"not_learned_{arm}",
+                    f"Negative control: {names[arm]}, which learns from rewards that say nothing of the answers, stays "
+                    f"below the level of {level:g} where it has moved as far as {names[like]}",
+                    {
+                        seed: value
+                        for seed in cells.seeds
+                        if cells.reached(arm, seed)
+                        and (value := cells.value("evaluate.new_accuracy", arm, seed)) is not None
+                    },
+                    lambda value, level=level: value < level,
+                )
+            )
     found += _groups_carry(cells)
     sham = "gains less" if same_task else "keeps more"
     for entry in primary:
-        if entry["arm"] in ("sft_replay", "noise"):
+        like = cells.record("match", entry["arm"], cells.seeds[0])["like"]
+        if entry["arm"] in ("sft_replay", "joint") or like is not None:
             arm, reference = names[entry["arm"]], names[entry["reference"]]
             what = (
                 f"Positive control: {arm} keeps more than {reference}"
-                if entry["arm"] == "sft_replay"
+                if like is None
                 else f"Sham control: {arm}, weights moved equally far, {sham} than {reference}"
             )
             difference = entry["difference"]
             text = f"difference {number(difference, signed=True)}"
-            wanted = -1 if same_task and entry["arm"] == "noise" else 1
+            wanted = -1 if same_task and like is not None else 1
             holds = None if difference is None else wanted * difference > 0
             found.append(_entry(f"{entry['arm']}_over_{entry['reference']}", what, text, holds))
     return found

@@ -197,7 +197,7 @@ def one_arm_at_a_time(adjustment: Mapping[str, Any], names: Mapping[str, str]) -
 
 
 def adjustment_sentences(adjustment: Mapping[str, Any], names: Mapping[str, str], confidence: float) -> list[str]:
-    """H5, by arms, and H6 in a sentence each.
+    """The method's effect, by arms, and the prediction in a sentence each.
 
     Args:
         adjustment: entry of statistics.json.

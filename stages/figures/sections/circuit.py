@@ -26,6 +26,7 @@ def section(summary: Mapping[str, Any]) -> Section:
             f"circuit of {number(base['circuit_size'], 1)} (head, position) nodes, faithfulness "
             f"{number(base['circuit_faithfulness'])}; random circuits of the same shape have "
             f"{number(base['random_faithfulness'])} (at most {number(base['random_faithfulness_max'])}).",
+            *summary["idle_findings"],
             *((of_clauses,) if clauses else ()),
             *summary["precision_findings"],
         ),

@@ -1,4 +1,4 @@
-"""The contrasts: the planned differences between arms, their verdicts, and the two hypotheses on distance."""
+"""The contrasts: the planned differences between arms and their verdicts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,10 +33,11 @@ def section(summary: Mapping[str, Any]) -> Section:
     return Section(
         "The contrasts",
         (
+            summary["registration_sentence"],
             f"Primary measure: {short_name(plan['primary'])}, the share {phrase(plan['primary'])} that is left. The "
             "hypotheses (H) were fixed in params.yaml before the runs; their p values are corrected together (Holm, "
-            f"{len(summary['table_family'])} hypotheses, the last two of which are not about two arms). Controls (C) "
-            "say whether the experiment could have shown anything; they are not corrected.",
+            f"{len(summary['table_family'])}). Further contrasts (D) describe, and controls (C) say whether the "
+            "experiment could have shown anything; these are not corrected.",
         ),
         (
             Picture(
@@ -46,6 +47,11 @@ def section(summary: Mapping[str, Any]) -> Section:
                 f"the grey band (±{number(plan['equivalence_margin'])}) counts as no difference; p is the "
                 "exact sign-flip test, not yet corrected. An arrow head at the edge is an interval that "
                 "goes on beyond it.",
+            ),
+            Picture(
+                "forest",
+                "The hypotheses seed by seed. A line from zero is the difference of the two arms at one seed, sorted "
+                f"by the first hypothesis; below them the mean with its {percent} t interval.",
             ),
         ),
         (
@@ -74,43 +80,5 @@ def section(summary: Mapping[str, Any]) -> Section:
                 rows,
                 2,
             ),
-            _further_hypotheses(summary),
         ),
-    )
-
-
-def _further_hypotheses(summary: Mapping[str, Any]) -> Table:
-    adjustment, percent = summary["adjustment"][0], f"{100 * summary['plan'][0]['confidence']:g} %"
-    effect, prediction = adjustment["effects"][0], adjustment["prediction"]
-    by_distance, by_prediction = summary["table_family"][-2:]
-    first, second = (short_name(measure) for measure in [*prediction["measures"], "–", "–"][:2])
-    closeness = " and ".join(number(mean, 2) for mean in prediction["correlations"] or ())
-    return Table(
-        f"The two hypotheses that are not about two arms. {by_distance['name']}: t test of the method's effect in a "
-        f"linear model with the distance and the seed (an effect above zero: {effect['name'].split(' − ')[0]} keeps "
-        f"more). {by_prediction['name']}: exact sign-flip test of how much more closely the loss goes with the one "
-        f"distance than with the other (correlations over the models of a seed, on average {closeness}). More of both "
-        f"under “Forgetting against distance”. {adjustment['one_arm_at_a_time']}".rstrip(),
-        ("Hypothesis", "Seeds", "Estimate", f"{percent} interval", "p", "Holm p"),
-        (
-            (
-                f"{by_distance['name']}: {effect['name']}, {short_name(adjustment['outcome'])}, at equal "
-                f"{short_name(adjustment['distance'])}",
-                str(effect["n"]),
-                number(effect["adjusted_effect"], signed=True),
-                interval(effect["adjusted_ci"]),
-                number(by_distance["p"], 4),
-                number(by_distance["p_holm"], 4),
-            ),
-            (
-                f"{by_prediction['name']}: loss of {short_name(adjustment['forgetting'])}, how much more closely it "
-                f"goes with {first} than with {second}",
-                str(prediction["n"]),
-                number(prediction["difference"], signed=True),
-                interval(prediction["ci"]),
-                number(by_prediction["p"], 4),
-                number(by_prediction["p_holm"], 4),
-            ),
-        ),
-        1,
     )

@@ -9,6 +9,32 @@ from stages.figures.style import label
 from stages.statistics.wording import number
 
 
+def _heads(summary: Mapping[str, Any]) -> Table:
+    """Single heads, by group; groups that few bases have are left to summary.json."""
+    most = max(entry["bases"] for entry in summary["table_heads"])
+    return Table(
+        "Single heads of the base's circuit, transplanted one at a time, by the group that they belong to; groups that "
+        "at least half as many bases have as the commonest. Damage: what the base loses by the tuned model's output "
+        "there; repair: what the tuned model gains by the base's; in shares of the base's logit difference, means over "
+        "heads. A head that others stand in for does little alone.",
+        ("Arm", "Group", "Bases", "Heads", "Damage", "Largest", "Repair"),
+        [
+            (
+                label(e["arm"]),
+                e["group"],
+                str(e["bases"]),
+                str(e["heads"]),
+                number(e["damage"], signed=True),
+                number(e["most"], signed=True),
+                number(e["repair"], signed=True),
+            )
+            for e in summary["table_heads"]
+            if 2 * e["bases"] >= most
+        ],
+        2,
+    )
+
+
 def section(summary: Mapping[str, Any]) -> Section:
     """Cross-model patching by group of heads, and which of the heads' inputs carries the change."""
     entries = summary["table_inputs"]
@@ -44,5 +70,5 @@ def section(summary: Mapping[str, Any]) -> Section:
                 "as many random heads instead.",
             ),
         ),
-        (inputs,) if entries else (),
+        (*((inputs,) if entries else ()), *((_heads(summary),) if summary["table_heads"] else ())),
     )

@@ -59,7 +59,7 @@ def _check_axes(params: Params) -> None:
                 )
     _check_shams(params)
     _check_same_samples(params)
-    for key in ("contrasts", "controls"):
+    for key in ("contrasts", "described", "controls"):
         for arm in (arm for pair in getattr(params.contrast, key) for arm in pair):
             if arm not in arms:
                 raise Invalid(f"params.yaml: contrast.{key}: there is no arm '{arm}': must be one of {', '.join(arms)}")

@@ -7,13 +7,16 @@ from pydantic import Field
 from stages.pipeline.params.fields import Count, Fraction, Positive, Section, Seed
 from stages.pipeline.params.measures import Measure
 
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
 
 class Contrast(Section):
     base_faithfulness: Fraction
     primary_measure: Measure
     secondary_measures: list[Measure]
-    contrasts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
-    controls: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    contrasts: list[Pair]
+    described: list[Pair]
+    controls: list[Pair]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     alpha: Annotated[float, Field(gt=0, lt=1)]
     power: Annotated[float, Field(gt=0, lt=1)]
