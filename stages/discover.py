@@ -15,6 +15,8 @@ writes reports/cells/discover/<model>/<seed>/
                         (the semantic position they attend to most); the same of the heads with the other sign
                         (`against`); in bfloat16, how far the first hop ranks the heads as in float32 (`precision`); of
                         a base what its circuit does without (`idle`)
+With `discover.tuned` false no circuit is searched for in tuned models, which is what takes longest where they are
+large: an empty one is written.
 """
 
 from collections.abc import Mapping
@@ -52,6 +54,10 @@ AGREEING = 16  # examples whose first hop is asked in float32, too
 def main(cell: Cell) -> None:
     settings, available = cell.params("discover"), resources()
     model, seed = cell.item["model"], cell.item["seed"]
+    folder = Path("reports/cells/discover", model, seed)
+    if model != "base" and not settings.tuned:
+        _leave_out(cell, folder)
+        return
     torch.set_num_threads(1)
     examples = read_examples("data/old/discovery.parquet")
     if settings.examples > len(examples):
@@ -84,7 +90,7 @@ def main(cell: Cell) -> None:
     if model == "base" and circuit.groups:
         circuit, idle = _without_idle(cell, walker, circuit, available)
 
-    with replacing_directory(Path("reports/cells/discover", model, seed)) as folder:
+    with replacing_directory(folder) as folder:
         write_json(folder / "circuit.json", circuit.to_json())
         write_npz(folder / "scores.npz", **_arrays(hops))
         write_json(
@@ -105,6 +111,20 @@ def main(cell: Cell) -> None:
                 "settings": settings.model_dump(mode="json") | available.stated(),
             },
         )
+
+
+def _leave_out(cell: Cell, folder: Path) -> None:
+    """What is written of a tuned model in which no circuit is searched for: none, of a model of that size."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(f"models/base/{cell.item['seed']}")
+    with replacing_directory(folder) as folder:
+        write_json(
+            folder / "circuit.json", Circuit((), config.num_hidden_layers, config.num_attention_heads).to_json()
+        )
+        write_npz(folder / "scores.npz")
+        record = {"model": cell.item["model"], "seed": int(cell.item["seed"]), "searched": False, "hops": []}
+        write_json(folder / "record.json", record)
 
 
 def _walker(cell: Cell, available: Resources) -> Walker:

@@ -24,6 +24,7 @@ class PaperTop(Section):
 
 
 class Discover(Section):
+    tuned: bool
     hops: Literal["auto", "paper"]
     score: Literal["logit_difference", "relative_probability"]
     examples: Count
