@@ -23,6 +23,7 @@ from stages.statistics.matchings import compare_matchings
 from stages.statistics.registration import standing
 from stages.statistics.similarity import compare_circuits
 from stages.statistics.specification import specifications
+from stages.statistics.steps import table_of_steps
 
 CELLS = Path("reports/cells")
 
@@ -75,6 +76,7 @@ def main(cell: Cell) -> None:
     statistics["similarity"] = compare_circuits(cells, plan, CELLS)
     statistics["matchings"] = compare_matchings(cells, plan)
     statistics["specification"] = specifications(cells, plan)
+    statistics["steps"] = table_of_steps(CELLS, cells, cell.params("finetune.common.clip"))
     statistics["registration"] = standing(parse_yaml(PARAMS_FILE.read_text(encoding="utf-8")))
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
     write_json("reports/statistics.json", statistics)

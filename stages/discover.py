@@ -119,9 +119,7 @@ def _leave_out(cell: Cell, folder: Path) -> None:
 
     config = AutoConfig.from_pretrained(f"models/base/{cell.item['seed']}")
     with replacing_directory(folder) as folder:
-        write_json(
-            folder / "circuit.json", Circuit((), config.num_hidden_layers, config.num_attention_heads).to_json()
-        )
+        write_json(folder / "circuit.json", Circuit((), config.num_hidden_layers, config.num_attention_heads).to_json())
         write_npz(folder / "scores.npz")
         record = {"model": cell.item["model"], "seed": int(cell.item["seed"]), "searched": False, "hops": []}
         write_json(folder / "record.json", record)

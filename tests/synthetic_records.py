@@ -105,6 +105,7 @@ class Experiment:
                 forgetting="evaluate.old_accuracy",
                 predictors=["drift.old.kl", "drift.new.kl", "evaluate.circuit.retention"],
             ),
+            "finetune.common.clip": 1.0,
             "report": SimpleNamespace(dpi=60, max_groups=6),
         }
 
@@ -383,6 +384,7 @@ def _write_arm(root: Path, experiment: Experiment, arm: str, seed: int) -> None:
         )
     for rate in RATES:
         write_csv(root / f"finetune/{arm}/{seed}/{rate}.csv", curves[0.0 if noise else rate])
+        write_csv(root / f"steps/{arm}/{seed}/{rate}.csv", _step_log(arm, draw))
     write_json(
         root / f"match/{arm}/{seed}.json",
         {
@@ -470,6 +472,14 @@ def _heads_alone(groups: tuple[Any, ...], kept: float) -> dict[str, Any]:
         for layer, head, position in nodes
     ]
     return {"n": 64, "alone": alone}
+
+
+def _step_log(arm: str, draw: np.random.Generator) -> pd.DataFrame:
+    """Of 60 steps, of which 45 are up to the pick; SFT has no rewards, and none of its ratios is clipped."""
+    n, rl = 0 if arm == "noise" else 60, arm in ("grpo", "reinforce", "random_reward")
+    log = {"step": np.arange(1, n + 1), "gradient_norm": draw.uniform(0.5, 2, n), "entropy": draw.uniform(1, 2, n)}
+    log |= {"clip_fraction": [0.0] * n if rl else [None] * n, "reward": [0.5] * n if rl else [None] * n}
+    return pd.DataFrame(log | {"update_norm": draw.uniform(0.01, 0.02, n)})
 
 
 def _match_entries(reached: bool, noise: bool, old: float) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def test_the_floor_is_in_the_unit_of_the_primary_measure(cells: Cells) -> None:
 
 def test_statistics_of_records_that_have_fewer_scores(tmp_path: Path) -> None:
     """The contrasts of a committed report come out of its records as they did, and the new measures have no number."""
-    folder = REPORTS / "full_settled"
+    folder = REPORTS / "pilot_settled"
     for archive in sorted((folder / "records").iterdir()):
         with tarfile.open(archive) as packed:
             packed.extractall(tmp_path, filter="data")

@@ -40,8 +40,8 @@ MOST_RANDOM_FAITHFULNESS = 0.3  # above it, heads at the circuit's positions do 
 def plan_of(statistics: Mapping[str, Any]) -> Plan:
     """The plan that statistics.json was made by."""
     plan = dict(statistics["plan"])
-    for key in PAIRS:
-        plan[key] = tuple((arm, reference) for arm, reference in plan[key])
+    for key in PAIRS:  # plans of earlier runs have no pairs that describe
+        plan[key] = tuple((arm, reference) for arm, reference in plan.get(key, ()))
     plan["secondary"] = tuple(plan["secondary"])
     return Plan(**plan)
 
@@ -170,6 +170,7 @@ def summarise(
             | {"share": entry["agree"] / entry["of"] if entry["agree"] is not None else None}
             for entry in statistics["specification"]
         ],
+        "table_steps": list(statistics["steps"]),
         "table_heads": table_of_heads(cells, plan, left_out),
         "idle_findings": idle.findings(cells),
         "table_inputs": table_of_inputs(cells, plan, left_out),

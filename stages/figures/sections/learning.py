@@ -8,6 +8,34 @@ from stages.figures.style import label, look
 from stages.statistics.wording import number
 
 
+def _steps(summary: Mapping[str, Any]) -> Table:
+    return Table(
+        "What single gradient steps were like, means over steps and seeds: up to the checkpoint that is compared / "
+        "behind it. Gradient: its norm before it is clipped, and the share of steps that were clipped. Update: norm of "
+        "what a step changed in the weights; with AdamW it hangs on the learning rate more than on the gradient. "
+        "Entropy: of the answers, in nats. Ratio clipped: share of answers whose probability had moved too far since "
+        "they were drawn.",
+        ("Arm", "Gradient", "Clipped", "Update", "Entropy", "Reward", "Ratio clipped"),
+        [
+            (
+                label(e["arm"]),
+                *(
+                    f"{number(e['to_pick'][name], digits)} / {number(e['behind'][name], digits)}"
+                    for name, digits in (
+                        ("gradient_norm", 2),
+                        ("clipped", 2),
+                        ("update_norm", 3),
+                        ("entropy", 2),
+                        ("reward", 2),
+                        ("clip_fraction", 2),
+                    )
+                ),
+            )
+            for e in summary["table_steps"]
+        ],
+    )
+
+
 def section(summary: Mapping[str, Any]) -> Section:
     """What the arms learn from, their curves, their budgets and what their learning rates lead to."""
     arms = Table(
@@ -65,5 +93,5 @@ def section(summary: Mapping[str, Any]) -> Section:
                 "lines are seeds, thick ones their means.",
             ),
         ),
-        (arms, *tables),
+        (arms, *tables, *((_steps(summary),) if summary["table_steps"] else ())),
     )
