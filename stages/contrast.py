@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages.pipeline.files import read_json, write_csv, write_json
-from stages.pipeline.params import parse_yaml
 from stages.pipeline.stage import PARAMS_FILE, Cell, Invalid, run
 from stages.statistics.adjustment import Adjustment, adjust
 from stages.statistics.cells import long_form, read_cells
@@ -20,7 +19,7 @@ from stages.statistics.contrasts import Plan, compare, left_out_bases
 from stages.statistics.frames import training_curves
 from stages.statistics.hypervolume import compare_hypervolumes
 from stages.statistics.matchings import compare_matchings
-from stages.statistics.registration import standing
+from stages.statistics.registration import read_params, standing
 from stages.statistics.similarity import compare_circuits
 from stages.statistics.specification import specifications
 from stages.statistics.steps import table_of_steps
@@ -77,7 +76,7 @@ def main(cell: Cell) -> None:
     statistics["matchings"] = compare_matchings(cells, plan)
     statistics["specification"] = specifications(cells, plan)
     statistics["steps"] = table_of_steps(CELLS, cells, cell.params("finetune.common.clip"))
-    statistics["registration"] = standing(parse_yaml(PARAMS_FILE.read_text(encoding="utf-8")))
+    statistics["registration"] = standing(read_params(PARAMS_FILE))
     statistics["hypervolume"] = compare_hypervolumes(curves, plan, [s for s in cells.seeds if s not in left_out])
     write_json("reports/statistics.json", statistics)
 

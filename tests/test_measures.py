@@ -51,7 +51,8 @@ def committed() -> set[str]:
             for row in csv.DictReader(lines):
                 if row["model"] != "base" and row["value"]:
                     found.add(f"{row['stage']}.{row['measure']}")
-    return {path for path in found if not re.search(r"\.by_learning_rate\.|\.per_matrix(_relative)?\.", path)}
+    with_dots = r"\.by_learning_rate\.|\.per_matrix(_relative)?\.|^matchings\."
+    return {path for path in found if not re.search(with_dots, path)}
 
 
 def made_here() -> set[str]:

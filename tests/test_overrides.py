@@ -55,7 +55,7 @@ def test_a_new_param_breaks_no_preset(tmp_path: Path) -> None:
 
 def test_changes_win_over_the_preset_and_comments_stay(tmp_path: Path) -> None:
     found = _composed(tmp_path, "full", ["seeds=[7]", "match.level=0.9", "learning_rates=[1e-5,1e-3]"])
-    assert found["seeds"] == [7] and found["match"]["level"] == 0.9 and len(found["arms"]) == 13
+    assert found["seeds"] == [7] and found["match"]["level"] == 0.9 and len(found["arms"]) == 9
     assert found["learning_rates"] == [1e-5, 1e-3]
     assert "# one base each" in (tmp_path / "params.yaml").read_text()
 

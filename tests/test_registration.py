@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stages.pipeline.overrides import PRESETS, compose
-from stages.pipeline.params import load_params, parse_yaml
-from stages.statistics.registration import PILOTS, standing
+from stages.pipeline.params import load_params
+from stages.statistics.registration import PILOTS, read_params, standing
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "reports/registered"
@@ -22,7 +22,7 @@ def refuse(report: Path, folder: Path = FOLDER) -> None:
     claimed = json.loads((report / "statistics.json").read_text()).get("registration")
     if claimed is None or claimed["kind"] == "exploratory":
         return
-    found = standing(parse_yaml((report / "params.yaml").read_text()), folder)
+    found = standing(read_params(report / "params.yaml"), folder)
     assert found == claimed, f"{report.name}: {found['kind']}, {found['differ']}"
     assert not found["pilots"]
 
@@ -31,13 +31,13 @@ def refuse(report: Path, folder: Path = FOLDER) -> None:
 def test_a_registered_experiment_is_what_its_preset_runs(name: str, tmp_path: Path) -> None:
     load_params(FOLDER / f"{name}.yaml")
     compose(REPOSITORY / "params.yaml", tmp_path / "params.yaml", REPOSITORY / PRESETS / f"{name}.yaml", [])
-    found = standing(parse_yaml((tmp_path / "params.yaml").read_text()), FOLDER)
+    found = standing(read_params(tmp_path / "params.yaml"), FOLDER)
     assert (found["kind"], found["name"], found["pilots"]) == ("confirmatory", name, []), found["differ"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_pilot_is_counted_and_the_text_names_what_is_registered(name: str) -> None:
-    params = parse_yaml((FOLDER / f"{name}.yaml").read_text())
+    params = read_params(FOLDER / f"{name}.yaml")
     assert not set(params["seeds"]) & set(PILOTS)
     text = (REPOSITORY / "reports/registration.md").read_text()
     assert f"registered/{name}.yaml" in text
@@ -69,7 +69,7 @@ def test_a_report_with_other_params_is_refused(tmp_path: Path, changed: str) -> 
     text = "seeds: [8, 9]\nmatch: {level: 0.9}\n"
     (folder / "claim.yaml").write_text(text)
     (report / "params.yaml").write_text(text)
-    found = standing(parse_yaml(text), folder)
+    found = standing(read_params(report / "params.yaml"), folder)
     assert found["digest"] == hashlib.sha256(text.encode()).hexdigest()
     (report / "statistics.json").write_text(json.dumps({"registration": found}))
     refuse(report, folder)

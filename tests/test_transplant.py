@@ -156,9 +156,9 @@ def test_both_ways() -> None:
 def test_heads_alone_equal_whole_hooked_passes() -> None:
     base = random_model("llama_gqa")
     tuned = tuned_from(base)
-    walkers, nodes = (walker_of(base), walker_of(tuned)), sorted(random_circuit(3, 4, 0.3, 0))
-    found = heads_alone(*walkers, EXAMPLES, nodes, MEMORY)
-    small = heads_alone(*walkers, EXAMPLES, nodes, 1e-6, processes=2)
+    ours, theirs, nodes = walker_of(base), walker_of(tuned), sorted(random_circuit(3, 4, 0.3, 0))
+    found = heads_alone(ours, theirs, EXAMPLES, nodes, MEMORY)
+    small = heads_alone(ours, theirs, EXAMPLES, nodes, 1e-6, processes=2)
     assert found["n"] == len(EXAMPLES) and len(found["alone"]) == len(nodes)
     assert {(*entry["head"], entry["position"]) for entry in found["alone"]} == {
         (node.layer, node.head, node.position) for node in nodes
@@ -169,11 +169,11 @@ def test_heads_alone_equal_whole_hooked_passes() -> None:
         return Readout.join([read(logits[:, None], slice(0, len(EXAMPLES)))]).means()[0]["logit_difference"]
 
     ids, at = EXAMPLES.input_ids, EXAMPLES.positions
-    whole = difference(walkers[0].run(ids).logits)
-    tuned_alone = difference(walkers[1].run(ids).logits)
+    whole = difference(ours.run(ids).logits)
+    tuned_alone = difference(theirs.run(ids).logits)
     errors = []
     for entry, again in zip(found["alone"], small["alone"], strict=True):
-        node = {Node(*entry["head"], entry["position"])}
+        node = {Node(entry["head"][0], entry["head"][1], entry["position"])}
         damaged = naive_exchange(base, ids, outputs_of(tuned, ids, at, node), at, dict.fromkeys(node, 1.0))
         repaired = naive_exchange(tuned, ids, outputs_of(base, ids, at, node), at, dict.fromkeys(node, 1.0))
         errors.append(abs(entry["damage"] - (whole - difference(damaged)) / whole))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.pipeline.params import parse_yaml
+import yaml
 
 FOLDER = Path("reports/registered")
 PILOTS = range(8)  # seeds that rules, levels and rates were chosen on; no registered experiment may count them
@@ -33,14 +33,14 @@ def standing(params: Mapping[str, Any], folder: Path = FOLDER) -> dict[str, Any]
     seeds = set(params.get("seeds") or ())
     for path in sorted(folder.glob("*.yaml")):
         text = path.read_bytes()
-        theirs = dict(_leaves(parse_yaml(text.decode("utf-8"))))
+        theirs = dict(_leaves(read_params(path)))
         differ = sorted(key for key in own.keys() | theirs.keys() if own.get(key) != theirs.get(key))
         if nearest is None or len(differ) < len(nearest[0]):
             nearest = differ, path.stem, hashlib.sha256(text).hexdigest()
     differ, name, digest = nearest or ([], None, None)
     kind = "exploratory" if name is None or differ else "confirmatory"
     if name is not None and differ == ["seeds"]:
-        registered = parse_yaml((folder / f"{name}.yaml").read_text(encoding="utf-8"))["seeds"]
+        registered = read_params(folder / f"{name}.yaml")["seeds"]
         kind = "part" if seeds < set(registered) else kind
     return {
         "kind": kind,
@@ -49,6 +49,12 @@ def standing(params: Mapping[str, Any], folder: Path = FOLDER) -> dict[str, Any]
         "differ": differ,
         "pilots": sorted(seed for seed in seeds if seed in PILOTS),
     }
+
+
+def read_params(path: Path) -> Any:
+    """Values as they are written; rates may be texts (1e-4), which is all the same for a comparison of files that DVC
+    wrote."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

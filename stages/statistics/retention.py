@@ -33,10 +33,12 @@ def add_retention(records: Records, base: str) -> None:
                 circuit |= shares("retention", circuit, reference_by[kind])
             record["flips"] = _flips(record, reference)
         else:
-            entries = [entry for rates in record["matchings"].values() for entry in rates.values()]
+            # records of earlier runs have one learning rate, and no other outputs around the circuit
+            found = [({"": rates} if "circuit" in rates else rates).values() for rates in record["matchings"].values()]
+            entries = [entry for rates in found for entry in rates]
             circuits = [entry["circuit"] for entry in entries]
             reference_by = reference.get("circuit_by_ablation") or {}
-            for kind, circuit in ((k, c) for e in entries for k, c in (e["circuit_by_ablation"] or {}).items()):
+            for kind, circuit in (kind for e in entries for kind in (e.get("circuit_by_ablation") or {}).items()):
                 circuit |= shares("retention", circuit, reference_by.get(kind) or {})
         for circuit in circuits:
             if circuit and reference["circuit"]:

@@ -22,5 +22,13 @@ class Settings(Sampling):
 def train(run: "Run") -> None:
     from stages.learning import accepted
 
-    settings = run.section.model_dump() | {"loss_type": "dr_grpo", "scale_rewards": "none", "num_iterations": 1}
-    accepted.fit(run, DrGRPO.model_validate(settings | {"epsilon": 0.2, "beta": 0.0}))
+    policy = DrGRPO(
+        samples_per_prompt=run.section.samples_per_prompt,
+        temperature=run.section.temperature,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        num_iterations=1,
+        epsilon=0.2,
+        beta=0.0,
+    )
+    accepted.fit(run, policy)

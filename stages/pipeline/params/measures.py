@@ -81,15 +81,9 @@ MEASURES = (
     *_of("match", ("level", "learning_rate", "step", "reached", "weight_norm")),
     *_of("match", ("new_accuracy_selection", "old_accuracy_selection", "overshoot_selection")),
     *_of("match.matchings.*", ("at", "reached", "as_primary")),
-    *_of("matchings.matchings.*.*", ["new_accuracy", "new_valid_mass", *_each("old_{}")]),
-    *_of("matchings.matchings.*.*.circuit", _KEPT),
-    *_of("matchings.matchings.*.*.circuit_by_ablation", ABLATIONS, _KEPT),
     *_of("discover", ("accuracy", "clean", "corrupt", "identifiable", "size")),
     *_of("discover", ("sizes.*", "nodes_per_position.*")),
     *_of("discover.precision", ("examples", "heads", "spearman", "largest_difference", "shared_of_10_strongest")),
-    *_of("discover.idle", ("tolerance", "examples")),
-    *_of("discover.idle", ("found", "left"), ("size", *SCORES)),
-    *_of("discover.idle.groups.*", ("without", "idle")),
     *_of("discover.precision", ("least", "heads_of_least", "spearman_of_least")),
 )
 
