@@ -638,8 +638,8 @@ def test_match_writes_the_picked_checkpoint_and_its_noise_twin(
         settings = {"level": 0.35, "learning_rate": 3e-3, "confirm": 1, "like": "sft_gold", "shams": ("noise",)}
         # kl and norm: the same checkpoint as the level, the next one (twice), and one that is not there
         settings |= {"levels": (0.3, 0.35), "kl": (0.15, 0.25), "norm": (3.0, 9.0), "steps": (2,)} | changed
-        found: dict[str, object] = {"match": SimpleNamespace(**settings), "new_task": "adjacent", "learning_rates": RATES}
-        return found | {"finetune.common.warmup_steps": 0}
+        found: dict[str, object] = {"match": SimpleNamespace(**settings), "new_task": "adjacent"}
+        return found | {"learning_rates": RATES, "finetune.common.warmup_steps": 0}
 
     for arm in ("sft_gold", "noise"):  # the curve of 1e-5 is of another time, say
         match.main(FakeCell("match", {"arm": arm, "seed": "5"}, params()))

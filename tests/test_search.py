@@ -276,8 +276,8 @@ def stage_cell(**changes: object) -> Cell:
 
     class Given(Cell):
         def params(self, path: str) -> Any:
-            assert path == "discover"
-            return settings
+            of_evaluate = {"evaluate.score": "accuracy", "evaluate.clauses": "every", "evaluate.idle_tolerance": 0.02}
+            return settings if path == "discover" else of_evaluate[path]
 
     return Given("discover", {"model": "base", "seed": "0"})
 
@@ -285,7 +285,8 @@ def stage_cell(**changes: object) -> Cell:
 @pytest.fixture
 def stage_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_examples("data/old/discovery.parquet", counting_examples())
+    for name in ("discovery", "pruning", "means"):
+        write_examples(f"data/old/{name}.parquet", counting_examples())
     write_json("data/old_task.json", Boxes.described())
     counting_model().save_pretrained("models/base/0")
     return tmp_path / "reports/cells/discover/base/0"
@@ -313,7 +314,8 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
         assert arrays["fetch_answer.score"].shape == arrays["v_label.noise"].shape == (2, 4)
         assert arrays["v_label.half0"].shape == arrays["v_label.half1"].shape == (2, 4)
     record = json.loads(first["record.json"])
-    assert record["size"] == 4 and record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
+    assert record["size"] == 3 and record["idle"]["found"]["size"] == 4  # one head too many was found
+    assert record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
     assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
     # all heads spread their attention evenly: over the tokens up to the label, the earlier the more on each of them
     feeds = {hop["name"]: hop["feeds"] for hop in record["hops"]}
