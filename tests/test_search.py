@@ -316,7 +316,9 @@ def test_stage_writes_the_same_bytes_again(stage_folder):
     record = json.loads(first["record.json"])
     assert record["size"] == 3 and record["idle"]["found"]["size"] == 4  # one head too many was found
     assert record["accuracy"] == pytest.approx(0.85) and record["settings"]["noise_z"] == 4.0
-    assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"])
+    idle = {name for name, entry in record["idle"]["groups"].items() if entry["idle"]}
+    assert {hop["name"] for hop in record["hops"] if hop["group"] == hop["name"]} == set(record["sizes"]) | idle
+    assert idle == {"v_label"} and {group.name for group in circuit.idle} == idle
     # all heads spread their attention evenly: over the tokens up to the label, the earlier the more on each of them
     feeds = {hop["name"]: hop["feeds"] for hop in record["hops"]}
     assert feeds["fetch_answer"] == [] and feeds["v_last"] == [[1, 0]]
