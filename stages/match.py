@@ -103,12 +103,14 @@ def main(cell: Cell) -> None:
         direction, curves = read_checkpoint(_run_folder(arm, seed, rate), last, base), of_like
     if NO_RATE in curves:  # imported, the arm itself or the one that noise imitates: one model, whatever the rate
         rates = [rate]
-        picks = {(m, rate): as_it_is(curves[NO_RATE], m) for m in wanted}
+        picks = {(m, rate): as_it_is(curves[NO_RATE], m, primary) for m in wanted}
     else:
         picks = {(m, r): pick(curves[r], m, confirm, warmup) for m in wanted for r in rates}
     if like != arm and not untrained:
         for m, r in (key for key in picks if key[0].by == ACCURACY):  # no level is asked of it
-            there = as_it_is(of_like[NO_RATE], m) if NO_RATE in of_like else pick(of_like[r], m, confirm, warmup)
+            there = (
+                as_it_is(of_like[NO_RATE], m, primary) if NO_RATE in of_like else pick(of_like[r], m, confirm, warmup)
+            )
             picks[m, r] = pick_as_far(curves[r], there, warmup)
     source = {r: Source(base_folder, base, _run_folder(like if untrained else arm, seed, r), direction) for r in rates}
     picked = picks[primary, rate]

@@ -125,9 +125,9 @@ def pick_as_far(rows: Sequence[CurveRow], reference: Pick, warmup: int = 0) -> P
     return Pick(found.reached and reference.reached, found.row, found.furthest)
 
 
-def as_it_is(rows: Sequence[CurveRow], matching: Matching) -> Pick:
-    """The one model of an arm that was trained elsewhere; only the first level is at no other place."""
-    return Pick(True, rows[-1], rows[-1][matching.by])
+def as_it_is(rows: Sequence[CurveRow], matching: Matching, primary: Matching) -> Pick:
+    """The one model of an arm that was trained elsewhere: at the primary matching, and at no other."""
+    return Pick(matching == primary, rows[-1], rows[-1][matching.by])
 
 
 def _after(rows: Sequence[CurveRow], warmup: int) -> list[CurveRow]:

@@ -52,7 +52,7 @@ SMALL = [
     "contrast.contrasts=[[goat,float7b]]",
 ]
 ARMS = ("goat", "float7b")
-GOAT = {"arm": "goat", "seed": "0", "learning_rate": "0.001"}
+GOAT = {"arm": "goat", "seed": "0", "learning_rate": "0.0003"}
 ANALYSES = {discover: "model", evaluate: "model", dcm: "model", cmap: "arm"}
 
 
@@ -109,7 +109,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pretrain.main(Cell("pretrain", {"seed": "0"}))
         for module in (finetune, match):
             for arm in ARMS:
-                item = {"arm": arm, "seed": "0"} | ({"learning_rate": "0.001"} if module is finetune else {})
+                item = {"arm": arm, "seed": "0"} | ({"learning_rate": "0.0003"} if module is finetune else {})
                 module.main(Cell(module.__name__.rpartition(".")[2], item))
     return folder
 
