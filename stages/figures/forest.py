@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages.figures.style import INK, SOFT, empty, label, look, plt, styled
+from stages.figures.style import INK, SOFT, label, look, only_text, plt, styled
 
 
 def draw(hypotheses: Sequence[Mapping[str, Any]], axis_label: str, margin: float, confidence: float) -> Figure:
@@ -22,9 +22,7 @@ def draw(hypotheses: Sequence[Mapping[str, Any]], axis_label: str, margin: float
     with styled():
         shown = [entry for entry in hypotheses if entry["n"]]
         if not shown:
-            figure = plt.figure(figsize=(11, 1.5), layout="constrained")
-            empty(figure.add_subplot(), "No pair of arms can be compared: nothing to show.")
-            return figure
+            return only_text("No pair of arms can be compared: nothing to show.")
         first = shown[0]["values"]
         others = dict.fromkeys(seed for entry in shown[1:] for seed in entry["values"] if seed not in first)
         seeds = [*sorted(first, key=lambda seed: -first[seed]), *others]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages.figures.style import INK, SOFT, empty, label, look, plt, styled
+from stages.figures.style import INK, SOFT, label, look, only_text, plt, styled
 from stages.measures.scores import ENDINGS
 
 _BY = {"new_accuracy": "accuracy", "kl_new": "KL", "weight_norm": "norm", "gradient_steps": "steps"}
@@ -32,9 +32,7 @@ def draw(found: Sequence[Mapping[str, Any]], margin: float) -> Figure:
     with styled():
         shown = [entry for entry in found if entry["choices"]]
         if not shown:
-            figure = plt.figure(figsize=(11, 1.5), layout="constrained")
-            empty(figure.add_subplot(), "No hypothesis has a pair of arms at any matching: nothing to show.")
-            return figure
+            return only_text("No hypothesis has a pair of arms at any matching: nothing to show.")
         rows = _rows([choice for entry in shown for choice in entry["choices"]])
         figure = plt.figure(figsize=(11, 3.4 + 0.165 * len(rows)), layout="constrained")
         panels = figure.subplots(

@@ -224,6 +224,13 @@ def zoomed(values: Sequence[float], always: Sequence[float | None] = (), step: f
     return low - 0.2 * step, max(high, low + step) + 0.3 * step
 
 
+def only_text(text: str) -> Figure:
+    """A low figure that says why there is nothing to draw."""
+    figure = plt.figure(figsize=(11, 1.5), layout="constrained")
+    empty(figure.add_subplot(), text)
+    return figure
+
+
 def empty(axes: Axes, text: str) -> None:
     """Say in place of a figure why there is nothing to draw."""
     axes.set_axis_off()

@@ -29,23 +29,21 @@ def standing(params: Mapping[str, Any], folder: Path = FOLDER) -> dict[str, Any]
         `digest` (SHA-256 of its file), the params that `differ` from it, and which seeds were `pilots`.
     """
     own = dict(_leaves(params))
-    nearest: tuple[list[str], str, str] | None = None
+    nearest: tuple[list[str], Path, set[int]] | None = None
     seeds = set(params.get("seeds") or ())
     for path in sorted(folder.glob("*.yaml")):
-        text = path.read_bytes()
         theirs = dict(_leaves(read_params(path)))
         differ = sorted(key for key in own.keys() | theirs.keys() if own.get(key) != theirs.get(key))
         if nearest is None or len(differ) < len(nearest[0]):
-            nearest = differ, path.stem, hashlib.sha256(text).hexdigest()
-    differ, name, digest = nearest or ([], None, None)
-    kind = "exploratory" if name is None or differ else "confirmatory"
-    if name is not None and differ == ["seeds"]:
-        registered = read_params(folder / f"{name}.yaml")["seeds"]
-        kind = "part" if seeds < set(registered) else kind
+            nearest = differ, path, set(theirs.get("seeds") or ())
+    differ, path, registered = nearest or ([], None, set())
+    kind = "exploratory" if path is None or differ else "confirmatory"
+    if differ == ["seeds"] and seeds < registered:
+        kind = "part"
     return {
         "kind": kind,
-        "name": name,
-        "digest": digest,
+        "name": path and path.stem,
+        "digest": path and hashlib.sha256(path.read_bytes()).hexdigest(),
         "differ": differ,
         "pilots": sorted(seed for seed in seeds if seed in PILOTS),
     }
